@@ -1,0 +1,67 @@
+"""The definition of GraLoRA in plain torch: the oracle that every faster implementation is tested against.
+
+Legend, used in all of `gralora.ops`: `I`/`O` input/output features, `k` blocks per side, `r` rank of the grid,
+`q = r // k` rank of one block, `...` any batch dimensions. Factors: A `[k, I/k, r]`, B `[k, r, O/k]`.
+
+Source: GraLoRA, arXiv 2505.20355, section 3; the tensors are laid out as in `peft.tuners.gralora`.
+"""
+
+import torch
+from torch import Tensor
+
+
+def down(x: Tensor, A: Tensor) -> Tensor:
+    """Project every input chunk down and exchange the sub-ranks.
+
+    Chunk i of `x` gives h_i = x_i A_i; the j-th `q` columns of h_i go to output block j, at place i.
+
+    Args:
+        x: input, `[..., I]`.
+        A: down-projections, `[k, I/k, r]`, dtype of `x`.
+
+    Returns:
+        g, `[..., k * r]`: for each output block j the `r` values g_j = concat over i of h_i[j].
+    """
+    k, _, r = A.shape
+    h = torch.einsum("...ki,kir->...kr", x.unflatten(-1, (k, -1)), A)
+    return h.unflatten(-1, (k, r // k)).transpose(-3, -2).flatten(-3)
+
+
+def up(g: Tensor, B: Tensor) -> Tensor:
+    """Project the exchanged sub-ranks of every output block up: y_j = g_j B_j.
+
+    Args:
+        g: exchanged sub-ranks, `[..., k * r]`, as `down` returns them.
+        B: up-projections, `[k, r, O/k]`, dtype of `g`.
+
+    Returns:
+        y, `[..., O]`.
+    """
+    k, r, _ = B.shape
+    return torch.einsum("...kr,kro->...ko", g.unflatten(-1, (k, r)), B).flatten(-2)
+
+
+def delta_weight(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor:
+    """The weight update of the grid, dW, for which `up(down(x, A), B) == x @ dW.T`.
+
+    Block (j, i) of dW is (A_i[:, j] B_j[i])^T with A_i[:, j] the j-th `q` columns of A_i and B_j[i] the i-th `q`
+    rows of B_j: all k x k blocks are filled; only the two factors are block-diagonal.
+
+    Args:
+        A: down-projections, `[k, I/k, r]`.
+        B: up-projections, `[k, r, O/k]`, dtype and device of `A`.
+        out: where to write, `[O, I]`, of any strides; allocated if not given.
+
+    Returns:
+        dW, `[O, I]`, dtype of `A`.
+    """
+    k, chunk_in, r = A.shape
+    chunk_out, q = B.shape[2], r // k
+    if out is None:
+        out = A.new_empty(k * chunk_out, k * chunk_in)
+    A_blocks = A.unflatten(2, (k, q)).permute(2, 0, 3, 1)  # [k_j, k_i, q, I/k]
+    B_blocks = B.unflatten(1, (k, q)).transpose(2, 3)  # [k_j, k_i, O/k, q]
+    grid = out.unflatten(0, (k, chunk_out)).unflatten(2, (k, chunk_in)).permute(0, 2, 1, 3)  # [k_j, k_i, O/k, I/k]
+    for j in range(k):
+        grid[j].copy_(torch.bmm(B_blocks[j], A_blocks[j]))
+    return out
