@@ -45,3 +45,98 @@ def hybrid_to_lora(
         A_lora, B_lora = torch.cat([A_lora, hybrid_A]), torch.cat([B_lora, hybrid_B], dim=1)
     padding = 0 if rank is None else rank - A_lora.shape[0]
     return torch.nn.functional.pad(A_lora, (0, 0, 0, padding)), torch.nn.functional.pad(B_lora, (0, padding))
+
+
+def lora_to_grid(A_lora: Tensor, B_lora: Tensor, k: int, r: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `grid_to_lora`, on the first `k * r` ranks: read a grid's blocks back from where it copies them.
+
+    Args:
+        A_lora, B_lora: `[R, I]` and `[O, R]`, R at least `k * r`.
+        k: blocks per side.
+        r: rank of the grid.
+
+    Returns:
+        A `[k, I/k, r]` and B `[k, r, O/k]`. Entries outside the blocks, zeros if `grid_to_lora` wrote them, are lost.
+    """
+    q = r // k
+    A_blocks = A_lora[: k * r].unflatten(1, (k, -1)).unflatten(0, (k, k, q))  # [k_j, k_i, q, k_i', I/k]
+    B_blocks = B_lora[:, : k * r].unflatten(0, (k, -1)).unflatten(2, (k, k, q))  # [k_j', O/k, k_j, k_i, q]
+    A = A_blocks.diagonal(dim1=1, dim2=3).permute(3, 2, 0, 1).flatten(2)  # [k_i, I/k, k_j * q]
+    B = B_blocks.diagonal(dim1=0, dim2=2).permute(3, 1, 2, 0).flatten(1, 2)  # [k_j, k_i * q, O/k]
+    return A, B
+
+
+def compact_lora(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Rewrite a plain LoRA whose rank exceeds min(I, O) with rank min(I, O). Use it where the rank is limited.
+
+    `B' @ A' == B @ A` up to one rounding: the factor on the narrow side becomes square by a QR decomposition, computed
+    in float64. A pair that is not wider than its matrix comes back unchanged.
+
+    Args:
+        A, B: `[R, I]` and `[O, R]`.
+
+    Returns:
+        `[min(R, I, O), I]` and `[O, min(R, I, O)]`, in the dtype of `A`.
+    """
+    rank, in_features, out_features = A.shape[0], A.shape[1], B.shape[0]
+    if rank <= min(in_features, out_features):
+        return A, B
+    if out_features <= in_features:
+        Q, R = torch.linalg.qr(B.double().T)  # B = R^T Q^T with R^T [O, O]
+        return (Q.T @ A.double()).to(A.dtype), R.T.to(B.dtype)
+    Q, R = torch.linalg.qr(A.double())  # A = Q R with R [I, I]
+    return R.to(A.dtype), (B.double() @ Q).to(B.dtype)
+
+
+def truncate_lora(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best approximation of a plain LoRA by one of lower rank, from an SVD of R x R, never of dW. Lossy.
+
+    Args:
+        A, B: `[R, I]` and `[O, R]`.
+        rank: of the result.
+
+    Returns:
+        `[rank, I]` and `[O, rank]` in the dtype of `A`, each with half of the singular values, and all singular values
+        of `B @ A`, descending, float64: the error's Frobenius norm is that of the values from `rank` on.
+    """
+    Q_A, R_A = torch.linalg.qr(A.double().T)
+    Q_B, R_B = torch.linalg.qr(B.double())
+    U, values, V = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    kept = values[:rank].sqrt()
+    A_new, B_new = kept[:, None] * (V[:rank] @ Q_A.T), (Q_B @ U[:, :rank]) * kept
+    return A_new.to(A.dtype).contiguous(), B_new.to(B.dtype).contiguous(), values
+
+
+def singular_values(A: Tensor, B: Tensor) -> Tensor:
+    """Singular values of `B @ A`, `[O, I]`, descending, float64, from QR decompositions of the factors."""
+    R_A = torch.linalg.qr(A.double().T, mode="r").R
+    R_B = torch.linalg.qr(B.double(), mode="r").R
+    return torch.linalg.svdvals(R_B @ R_A.T)
+
+
+def block_norms(A: Tensor, B: Tensor) -> Tensor:
+    """Frobenius norms of the k x k blocks of a grid's dW, `[k, k]` (output block, input block), float64.
+
+    Args:
+        A, B: grid factors, `[k, I/k, r]` and `[k, r, O/k]`.
+    """
+    k, q = A.shape[0], A.shape[2] // A.shape[0]
+    A_blocks = A.double().unflatten(2, (k, q)).permute(2, 0, 3, 1)  # [k_j, k_i, q, I/k]
+    B_blocks = B.double().unflatten(1, (k, q))  # [k_j, k_i, q, O/k]
+    gram_A, gram_B = A_blocks @ A_blocks.mT, B_blocks @ B_blocks.mT  # [k_j, k_i, q, q]; |b^T a|^2 = <b b^T, a a^T>
+    return (gram_A * gram_B).sum((-2, -1)).clamp(min=0).sqrt()
+
+
+def permute_heads(rows: Tensor, heads: int) -> Tensor:
+    """Reorder the rows of a q or k projection from halves to pairs, as GGUF stores those of Llama models.
+
+    Args:
+        rows: `[O, ...]`: the weight, or the B factor of a LoRA on it, whose rotary dimensions are (half, i) in a head.
+        heads: number of heads that the rows form.
+    """
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def unpermute_heads(rows: Tensor, heads: int) -> Tensor:
+    """The inverse of `permute_heads`."""
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)

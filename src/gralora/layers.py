@@ -18,6 +18,7 @@ from math import gcd
 from typing import Any
 
 import peft
+import torch
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners import lora
@@ -31,6 +32,7 @@ from . import blocks
 from .blocks import GranularDown, GranularUp
 from .config import LoraConfig, auto_k, divisors
 from .convert import hybrid_to_lora
+from .ops import dispatch, gralora_linear
 
 
 class Promoted:
@@ -45,6 +47,63 @@ class GraloraLayer(Promoted):
 
     def is_gralora(self, adapter_name: str) -> bool:
         return adapter_name in self.lora_B and isinstance(self.lora_B[adapter_name], GranularUp)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's forward, or base and adapter in one operation where that gives the same."""
+        adapter = None if args or kwargs else self._fusible_adapter()
+        dtype = None if adapter is None else self._fusible_dtype(x, adapter)
+        if dtype is None:
+            return super().forward(x, *args, **kwargs)
+        base, A, B = self.base_layer, self.lora_A[adapter], self.lora_B[adapter]
+        weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+        scaling, B_weight, B_hybrid = self.scaling[adapter], B.weight, B.hybrid_weight
+        if isinstance(scaling, Tensor):  # prepare_model_for_compiled_hotswap: a number there would be recompiled for
+            B_weight, B_hybrid = B_weight * scaling, None if B_hybrid is None else B_hybrid * scaling
+            scaling = 1.0
+        return gralora_linear(
+            x.to(dtype),
+            weight.to(dtype),
+            None if base.bias is None else base.bias.to(dtype),
+            A.weight,
+            B_weight,
+            A.hybrid_weight,
+            B_hybrid,
+            scaling,
+        )
+
+    def _fusible_adapter(self) -> str | None:
+        """The one active adapter, if nothing but plain base layer and GraLoRA factors takes part in the forward."""
+        if self._disable_adapters or self.merged_adapters:
+            return None
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if len(active) != 1:
+            return None
+        name, base = active[0], self.base_layer
+        A, B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        fusible = (
+            type(A) is GranularDown
+            and type(B) is GranularUp
+            and B.bias is None
+            and (type(dropout) is nn.Identity or not dropout.training)
+            and type(base).forward in (nn.Linear.forward, Conv1D.forward)
+            and type(base.weight) is nn.Parameter
+            and not base.weight.requires_grad
+            and not (base.bias is not None and base.bias.requires_grad)
+            and not any(map(_has_hooks, (base, A, B)))
+            and dispatch.choice != "reference"
+        )
+        return name if fusible else None
+
+    def _fusible_dtype(self, x: Tensor, adapter: str) -> torch.dtype | None:
+        """The dtype that base and adapter both compute in: autocast's, or the one that all tensors share."""
+        if x.numel() == 0:
+            return None
+        if torch.is_autocast_enabled(x.device.type):
+            return (
+                torch.get_autocast_dtype(x.device.type) if x.is_floating_point() and x.dtype != torch.float64 else None
+            )
+        same = x.dtype == self.base_layer.weight.dtype == self.lora_A[adapter].weight.dtype
+        return x.dtype if same and x.dtype == self.lora_B[adapter].weight.dtype else None
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """dW of one adapter, scaling included, in the layout of the base weight (`[out, in]`, Conv1D: `[in, out]`).
@@ -120,6 +179,16 @@ class GraloraModel(Promoted):
                 "does not change the base weights, so save it without."
             )
         return super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 @functools.cache

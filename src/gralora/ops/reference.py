@@ -65,3 +65,20 @@ def delta_weight(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor:
     for j in range(k):
         grid[j].copy_(torch.bmm(B_blocks[j], A_blocks[j]))
     return out
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    hybrid_A: Tensor | None,
+    hybrid_B: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """The adapted layer: x W^T + bias + scaling * (up(down(x, A), B) + x A_s^T B_s^T). Shapes: `gralora_linear`."""
+    y = up(down(x, A), B)
+    if hybrid_A is not None and hybrid_B is not None:
+        y = y + torch.nn.functional.linear(torch.nn.functional.linear(x, hybrid_A), hybrid_B)
+    return torch.nn.functional.linear(x, weight, bias) + scaling * y

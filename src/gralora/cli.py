@@ -1,0 +1,58 @@
+"""The `gralora` command: one table of commands, each in a module that is imported when the command is called."""
+
+import argparse
+import importlib
+import sys
+import traceback
+
+# name -> (module, function, what it does); the function takes the command's own arguments, a list of strings
+COMMANDS = {
+    "finetune": ("gralora.finetune", "main", "fine-tune a causal language model with GraLoRA or plain LoRA"),
+    "verify": ("gralora.finetune", "verify_main", "reload a fine-tuned adapter, merge it, and compare logits"),
+}
+
+USER_ERROR = 2  # as argparse
+INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
+# what a wrong argument, file or missing package raises; anything else is a fault of the program and shows its trace
+USER_ERRORS = (ValueError, OSError, ImportError)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="gralora",
+        description="GraLoRA (Granular Low-Rank Adaptation) on Hugging Face PEFT.",
+        epilog="commands:\n" + "\n".join(f"  {name:{width}}  {what}" for name, (_, _, what) in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="show where an error came from (also after the command)")
+    parser.add_argument(
+        "command", choices=COMMANDS, metavar="command", help="one of the below; command --help: its flags"
+    )
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command, `argv` or else the process's arguments, and return the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    call = make_parser().parse_args([argument for argument in argv if argument != "--debug"])
+    module, function, _ = COMMANDS[call.command]
+    try:
+        getattr(importlib.import_module(module), function)(call.arguments)
+    except KeyboardInterrupt as stop:
+        print(f"gralora {call.command}: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return INTERRUPTED
+    except USER_ERRORS as error:
+        if debug:
+            traceback.print_exc()
+        hint = "" if debug else " (--debug shows where)"
+        print(f"gralora {call.command}: error: {error}{hint}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

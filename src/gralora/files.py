@@ -1,0 +1,212 @@
+"""Adapters and models on disk: safetensors read and written tensor by tensor, folders that appear whole or not at all.
+
+Only safetensors and JSON are ever read; pickled checkpoints (`.bin`, `.pt`) can run code and are refused.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+DTYPES = {  # safetensors' names
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name that are read, or computed, each time they are asked for.
+
+    Attributes:
+        specs: name -> shape and dtype, as a tensor of any device whose values are not used.
+    """
+
+    def __init__(self, specs: Mapping[str, Tensor], load: Callable[[str], Tensor]) -> None:
+        self.specs = dict(specs)
+        self._load = load
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.specs:
+            raise KeyError(name)
+        return self._load(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def renamed(self, sources: Mapping[str, str]) -> "LazyTensors":
+        """The tensors `sources.values()` under the names `sources.keys()`; others are left out."""
+        specs = {new: self.specs[old] for new, old in sources.items()}
+        return LazyTensors(specs, lambda name: self._load(sources[name]))
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "LazyTensors":
+        return tensors if isinstance(tensors, cls) else cls(tensors, tensors.__getitem__)
+
+
+def spec(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A shape and dtype without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def read_safetensors(path: Path) -> LazyTensors:
+    """Open a file; tensors are read when asked for.
+
+    Raises:
+        ValueError: if it is damaged, or has a dtype that torch lacks.
+    """
+    try:
+        file = safe_open(path, framework="pt")
+        specs = {}
+        for name in file.keys():  # noqa: SIM118: not a dict
+            entry = file.get_slice(name)
+            if entry.get_dtype() not in DTYPES:
+                raise ValueError(f"tensor {name!r} in {str(path)!r} has the unsupported dtype {entry.get_dtype()}.")
+            specs[name] = spec(tuple(entry.get_shape()), DTYPES[entry.get_dtype()])
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is not a valid safetensors file: {error}") from error
+    return LazyTensors(specs, file.get_tensor)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], done: Callable[[int], Any] | None = None) -> None:
+    """Write `tensors` to a file, holding one of them at a time.
+
+    Args:
+        path: the file; written in place, so put it into a folder from `new_folder`.
+        tensors: e.g. LazyTensors.
+        done: called after each tensor with its size in bytes.
+
+    Raises:
+        ValueError: if a tensor is not what its spec says.
+    """
+    specs = LazyTensors.of(tensors).specs
+    names = sorted(specs, key=lambda name: -specs[name].element_size())  # keeps each aligned to its element size
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        end = offset + specs[name].numel() * specs[name].element_size()
+        dtype = DTYPE_NAMES[specs[name].dtype]
+        header[name] = {"dtype": dtype, "shape": list(specs[name].shape), "data_offsets": [offset, end]}
+        offset = end
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with path.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name in names:
+            tensor = tensors[name].detach().cpu().contiguous()
+            if tensor.shape != specs[name].shape or tensor.dtype != specs[name].dtype:
+                raise ValueError(
+                    f"tensor {name!r} is {tuple(tensor.shape)} {tensor.dtype}, announced as "
+                    f"{tuple(specs[name].shape)} {specs[name].dtype}."
+                )
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            if done is not None:
+                done(tensor.numel() * tensor.element_size())
+        sync(file)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raise ValueError if the file is not one JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds a JSON {type(content).__name__}, not an object.")
+    return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        sync(file)
+
+
+def read_adapter_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], LazyTensors]:
+    """The config and tensors of an adapter of whatever format, as they are in its folder.
+
+    Raises:
+        OSError: if the folder or one of its two files is missing.
+        ValueError: if a file is damaged, or the weights are pickled.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"adapter {str(folder)!r} is not a folder; a Hub id must be downloaded first.")
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{str(folder)!r} has no {CONFIG}, so it is not an adapter.")
+    if not (folder / WEIGHTS).is_file():
+        pickled = sorted(path.name for ending in ("bin", "pt", "pth") for path in folder.glob(f"*.{ending}"))
+        if pickled:
+            raise ValueError(
+                f"{str(folder)!r} has pickled weights ({', '.join(pickled)}), which can run code when read; load the "
+                f"adapter where you trust it and save it as safetensors ({WEIGHTS})."
+            )
+        raise FileNotFoundError(f"{str(folder)!r} has no {WEIGHTS}.")
+    return read_json(folder / CONFIG), read_safetensors(folder / WEIGHTS)
+
+
+def check_absent(path: Path) -> None:
+    """Raise FileExistsError if something is at `path`, except an empty folder."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"output {str(path)!r} exists; choose another name, or remove it.")
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write into, which is at `path` after the block; after an error nothing is.
+
+    Raises:
+        FileExistsError: if `path` exists and is not an empty folder.
+    """
+    path = Path(path)
+    check_absent(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        publish(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def publish(folder: Path, path: Path) -> None:
+    """Move a finished folder to its place, durably."""
+    sync_folder(folder)
+    os.replace(folder, path)
+    sync_folder(path.parent)
+
+
+def sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,318 @@
+"""Merge an adapter into its base model on disk, one file (shard) after the other, without loading the model.
+
+Every weight is added to in float32 and rounded once. What is finished stays in a hidden folder beside the output, so an
+interrupted merge goes on where it stopped; the output folder appears when all is written and checked.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import blocks, formats
+from .blocks import GranularDown, GranularUp
+from .files import (
+    WEIGHTS,
+    LazyTensors,
+    check_absent,
+    publish,
+    read_adapter_folder,
+    read_json,
+    read_safetensors,
+    spec,
+    write_json,
+    write_safetensors,
+)
+from .formats import PREFIX, Adapter
+from .load import listed
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+STATE = "merge_state.json"
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
+VERIFIED = 8  # layers that are checked after writing
+NEUTRAL = formats.NOT_IN_OUTPUT | {"hybrid_r", "gralora_k", "lora_bias", "trainable_token_indices"}
+
+
+def merge_adapter(
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    source: str | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Write the base model with the adapter merged in, as a folder that needs neither gralora nor PEFT.
+
+    Peak memory is one layer: its weight and its update in float32. Calling it again after an interruption resumes.
+
+    Args:
+        adapter: folder of the adapter, in any GraLoRA format.
+        out: folder to make.
+        base: folder of the base model; by default what the adapter's config names, if it is on this machine.
+        dtype: of all floating-point weights; by default each keeps its own.
+        device: where updates are computed.
+        source: format of `adapter`, needed only if its config leaves that open.
+        progress: show a progress bar.
+
+    Returns:
+        `layers` merged, `replaced` tensors (modules_to_save), `verified` layers and `resumed` files.
+
+    Raises:
+        OSError: if something is not there, or `out` exists.
+        ValueError: if adapter and base do not fit together.
+    """
+    out = Path(out)
+    check_absent(out)
+    read = formats.read(*read_adapter_folder(adapter), source=source)
+    folder = base_folder(base or read.config.base_model_name_or_path)
+    model = BaseModel(folder)
+    merges = Merges(read, model, device)
+
+    partial = out.with_name(f".{out.name}.partial")
+    fingerprint = fingerprint_of(Path(adapter), model, dtype)
+    if partial.exists() and (not (partial / STATE).exists() or read_json(partial / STATE) != fingerprint):
+        shutil.rmtree(partial)  # of another adapter, base or dtype
+    partial.mkdir(parents=True, exist_ok=True)
+    write_json(partial / STATE, fingerprint)
+
+    resumed = [name for name in model.files if (partial / name).exists()]
+    with _progress_bar(model, resumed, progress) as bar:
+        for name in model.files:
+            if name not in resumed:
+                tensors = merges.merged(model.files[name], dtype)
+                write_safetensors(partial / f"{name}.tmp", tensors, done=bar.update)
+                os.replace(partial / f"{name}.tmp", partial / name)
+    copy_other_files(model, partial, dtype)
+    verified = merges.verify(BaseModel(partial), VERIFIED)
+    (partial / STATE).unlink()
+    publish(partial, out)
+    return {
+        "layers": len(read.layers),
+        "replaced": sorted(merges.replaced),
+        "verified": verified,
+        "resumed": resumed,
+        "notices": list(read.notices),
+    }
+
+
+def _progress_bar(model: "BaseModel", resumed: list[str], show: bool) -> Any:
+    from tqdm import tqdm
+
+    sizes = {name: sum(t.numel() * t.element_size() for t in f.specs.values()) for name, f in model.files.items()}
+    done = sum(sizes[name] for name in resumed)
+    return tqdm(
+        total=sum(sizes.values()), initial=done, desc="merge", unit="B", unit_scale=True, disable=not show
+    )
+
+
+def base_folder(base: str | os.PathLike[str] | None) -> Path:
+    """The base model's folder: a folder, or a Hub id that is in the local cache.
+
+    Raises:
+        FileNotFoundError: if it is neither.
+    """
+    if base is None:
+        raise FileNotFoundError("the adapter's config names no base model; give --base FOLDER.")
+    if Path(base).is_dir():
+        return Path(base)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(base), local_files_only=True))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"the base model {str(base)!r} is no folder and not in the local Hub cache; give --base FOLDER."
+        ) from error
+
+
+class BaseModel:
+    """A model folder of safetensors.
+
+    Attributes:
+        folder: the folder.
+        files: file name -> its tensors.
+        file_of: tensor name -> file name.
+        config: content of config.json.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = read_json(folder / "config.json")
+        if self.config.get("quantization_config"):
+            raise ValueError(f"base model {str(folder)!r} is quantised; merge into the unquantised model.")
+        if (folder / INDEX).is_file():
+            names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+        elif (folder / SINGLE).is_file():
+            names = [SINGLE]
+        else:
+            raise FileNotFoundError(f"base model {str(folder)!r} has neither {SINGLE} nor {INDEX}.")
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise FileNotFoundError(f"base model {str(folder)!r} lacks the file {name!r} of its index.")
+        self.files = {name: read_safetensors(folder / name) for name in names}
+        self.file_of = {tensor: name for name, tensors in self.files.items() for tensor in tensors}
+
+    def spec(self, name: str) -> Tensor:
+        return self.files[self.file_of[name]].specs[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.files[self.file_of[name]][name]
+
+
+class Merges:
+    """What an adapter changes in a base model: updates to add, and tensors to replace, by the base's names."""
+
+    def __init__(self, adapter: Adapter, model: BaseModel, device: str) -> None:
+        self.adapter, self.model, self.device = adapter, model, device
+        for name in sorted(formats.set_fields(adapter.config).keys() - NEUTRAL - {"ensure_weight_tying"}):
+            raise ValueError(f"{name}={getattr(adapter.config, name)!r} cannot be merged into the base's files.")
+        strip = self._prefix_to_strip()
+        self.weights = {f"{layer.removeprefix(strip)}.weight": layer for layer in adapter.layers}
+        self.biases = (
+            {f"{layer.removeprefix(strip)}.bias": layer for layer in adapter.layers} if adapter.config.lora_bias else {}
+        )
+        self.replaced = {self._base_name(name, strip): name for name in adapter.others}
+        missing = [name for name in [*self.weights, *self.biases, *self.replaced] if name not in model.file_of]
+        if missing:
+            raise ValueError(
+                f"the base model's files lack {len(missing)} tensors that the adapter changes: {listed(missing)}. (An "
+                "output layer that shares its weight with the embedding is not in them and cannot be merged.)"
+            )
+        self.transposed = {name: self._is_transposed(name) for name in self.weights}
+        for name, source in self.replaced.items():
+            if model.spec(name).shape != adapter.tensors.specs[source].shape:
+                raise ValueError(
+                    f"tensor {name!r} is {tuple(adapter.tensors.specs[source].shape)} in the adapter and "
+                    f"{tuple(model.spec(name).shape)} in the base model; resize the base's embedding and save it first."
+                )
+
+    def _prefix_to_strip(self) -> str:
+        """What layers' names have in front that the file's names lack, e.g. GPT-2's "transformer."."""
+        first = self.adapter.layers[0]
+        parts = first.split(".")
+        for i in range(len(parts)):
+            if ".".join(parts[i:]) + ".weight" in self.model.file_of:
+                return first.removesuffix(".".join(parts[i:]))
+        return ""
+
+    def _base_name(self, name: str, strip: str) -> str:
+        name = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+        return name if name in self.model.file_of else name.removeprefix(strip)
+
+    def _is_transposed(self, name: str) -> bool:
+        """Whether the base stores the weight `[in, out]`, as Conv1D does. Shapes decide; for square ones the config."""
+        features = self.adapter.features(self.weights[name])
+        shape = tuple(self.model.spec(name).shape)
+        if shape not in (features, features[::-1]):
+            raise ValueError(
+                f"weight {name!r} is {shape} in the base model; the adapter has (in, out) features {features}."
+            )
+        if features[0] != features[1]:
+            return shape == features
+        if any(
+            self._is_transposed(other) != self.adapter.config.fan_in_fan_out
+            for other, layer in self.weights.items()
+            if len(set(self.adapter.features(layer))) == 2
+        ):
+            raise ValueError(
+                f"weight {name!r} is square and the base model's weights are not all stored as the adapter's "
+                f"fan_in_fan_out={self.adapter.config.fan_in_fan_out} says, so its orientation is ambiguous; load the "
+                "model with PEFT and use merge_and_unload()."
+            )
+        return self.adapter.config.fan_in_fan_out
+
+    def merged(self, tensors: LazyTensors, dtype: torch.dtype | None) -> LazyTensors:
+        """The tensors of one of the base's files after the merge, computed as they are asked for."""
+
+        def new_dtype(name: str) -> torch.dtype:
+            old = tensors.specs[name].dtype
+            return dtype if dtype is not None and old.is_floating_point else old
+
+        def load(name: str) -> Tensor:
+            return self.merged_tensor(name, tensors).to("cpu", new_dtype(name))
+
+        return LazyTensors({name: spec(tuple(t.shape), new_dtype(name)) for name, t in tensors.specs.items()}, load)
+
+    @torch.no_grad()
+    def merged_tensor(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        if name in self.weights:
+            dW = self._update(self.weights[name])
+            return tensors[name].to(dW).add_(dW.T if self.transposed[name] else dW)
+        if name in self.biases:
+            layer = self.biases[name]
+            bias = self.adapter.factors(layer).bias.to(self.device, torch.float32)
+            return tensors[name].to(bias) + self.adapter.scaling(layer) * bias
+        return self.adapter.tensors[self.replaced[name]] if name in self.replaced else tensors[name]
+
+    def _update(self, layer: str) -> Tensor:
+        f = (None if t is None else t.to(self.device) for t in self.adapter.factors(layer)[:4])
+        A, B, hybrid_A, hybrid_B = f
+        return blocks.delta_weight(GranularDown(A, hybrid_A), GranularUp(B, hybrid_B), self.adapter.scaling(layer))
+
+    def verify(self, written: BaseModel, count: int) -> int:
+        """Compare a sample of written weights with base + dW in float64, by the plain LoRA that equals the adapter.
+
+        Returns:
+            The number of layers compared.
+
+        Raises:
+            ValueError: if a weight is off by more than a rounding of its dtype.
+        """
+        from .convert import hybrid_to_lora
+
+        names = list(self.weights)
+        sample = names[:: max(1, len(names) // count)] if len(names) > count else names
+        for name in sample:
+            layer = self.weights[name]
+            f = (None if t is None else t.double() for t in self.adapter.factors(layer)[:4])
+            A, B = hybrid_to_lora(*f)
+            dW = self.adapter.scaling(layer) * (B @ A)
+            exact = self.model[name].double() + (dW.T if self.transposed[name] else dW)
+            weight = written[name]
+            # one rounding of the stored dtype, and those of the float32 sums behind it
+            rounding = torch.finfo(weight.dtype).eps * exact.abs() + 1e-5 * dW.abs().max() + torch.finfo(weight.dtype).tiny
+            if not ((weight.double() - exact).abs() <= rounding).all():
+                raise ValueError(f"weight {name!r} is not base + dW after writing; NaN in the adapter, or a faulty disk?")
+        return len(sample)
+
+
+def fingerprint_of(adapter: Path, model: BaseModel, dtype: torch.dtype | None) -> dict[str, Any]:
+    """What must be unchanged for an interrupted merge to go on."""
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", WEIGHTS):
+        with (adapter / name).open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    stats = {name: (model.folder / name).stat() for name in model.files}
+    return {
+        "adapter": digest.hexdigest(),
+        "base": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "dtype": str(dtype),
+    }
+
+
+def copy_other_files(model: BaseModel, folder: Path, dtype: torch.dtype | None) -> None:
+    """Tokenizer, config, generation config and the rest; the index and the config's dtype are brought up to date."""
+    for path in sorted(model.folder.iterdir()):
+        if path.is_file() and not path.name.endswith(WEIGHT_ENDINGS) and path.name != "config.json":
+            shutil.copyfile(path, folder / path.name)
+    config = dict(model.config)
+    if dtype is not None:
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config[key] = str(dtype).removeprefix("torch.")
+    write_json(folder / "config.json", config)
+    if (model.folder / INDEX).is_file():
+        index = read_json(model.folder / INDEX)
+        written = [t for name in model.files for t in read_safetensors(folder / name).specs.values()]
+        total = sum(t.numel() * t.element_size() for t in written)
+        index["metadata"] = {**index.get("metadata", {}), "total_size": total}
+        write_json(folder / INDEX, index)
+

@@ -1,0 +1,83 @@
+"""Which implementation runs: decided in one place, from the environment variable GRALORA_KERNELS and the tensors.
+
+    auto       (default) Triton kernels where they win, else fused torch
+    torch      fused torch operations everywhere
+    triton     as auto, but an error where Triton cannot be imported
+    reference  the plain definition, layer by layer as PEFT computes LoRA: for debugging
+
+The Triton modules are imported at the first CUDA tensor, never before: `import gralora` needs no GPU and no Triton.
+"""
+
+import functools
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+CHOICES = ("auto", "torch", "triton", "reference")
+
+
+def read_choice() -> str:
+    """The value of GRALORA_KERNELS; ValueError if it is none of CHOICES."""
+    value = os.environ.get("GRALORA_KERNELS", "auto")
+    if value not in CHOICES:
+        raise ValueError(f"GRALORA_KERNELS={value!r} is not known; use one of {', '.join(CHOICES)}.")
+    return value
+
+
+choice = read_choice()  # once: a constant for torch.compile
+
+
+@functools.cache
+def kernels() -> ModuleType | None:
+    """The Triton kernels, or None where Triton is missing."""
+    try:
+        from . import kernels
+    except ImportError as error:
+        if choice == "triton":
+            raise ImportError("GRALORA_KERNELS=triton, but Triton cannot be imported; pip install triton.") from error
+        return None
+    return kernels
+
+
+@functools.cache
+def hopper(device: int | None = None) -> ModuleType | None:
+    """The Hopper kernel, or None where the GPU is another, or Triton has no Gluon (Triton < 3.6)."""
+    if kernels() is None or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        from . import hopper
+    except ImportError:
+        return None
+    return hopper
+
+
+def use_down_kernel(x: Tensor, A: Tensor) -> bool:
+    return (
+        x.is_cuda
+        and choice in ("auto", "triton")
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and x.stride(1) == 1
+        and x.shape[0] >= 256  # below, a launch costs more than the pass it saves
+        and kernels() is not None
+    )
+
+
+def use_linear_kernel(x: Tensor, weight: Tensor, g: Tensor, B: Tensor) -> bool:
+    return (
+        x.is_cuda
+        and choice in ("auto", "triton")
+        and hopper(x.device.index) is not None
+        and hopper(x.device.index).wins(x, weight, g, B)
+    )
+
+
+def describe(device: torch.device | str | None = None) -> str:
+    """What runs for large layers on a device (default: CUDA if there is one), in words."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if choice == "reference":
+        return "reference"
+    if device.type != "cuda" or choice == "torch" or kernels() is None:
+        return "fused torch"
+    return "fused torch + Triton" + (" + Hopper matmul" if hopper(device.index) else "")

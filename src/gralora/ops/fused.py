@@ -1,0 +1,125 @@
+"""An adapted linear layer, base and adapter together, in as few passes over memory as torch's own kernels allow.
+
+The forward keeps only `x` and the exchanged sub-ranks `g`; nothing of the size of `y` is made but `y`. Chunks of x and
+y are strided views, [k, T, I/k] and [k, T, O/k], that batched matrix products read and write in place.
+
+Both directions are the same three operations, because the exchange is its own mirror image:
+
+    g  = down(x, A)          y  = x W^T + up(g, B)          dB = g^T dy, block by block
+    dh = down(dy, B^T)       dx = dy W  + up(dh, A^T)       dA = x^T dh, block by block
+
+The plain LoRA part of a hybrid adapter rides along as `h` more columns of every block of A and rows of B (`pack`):
+where a grid's sub-ranks are exchanged, its partial sums are added up and handed to all blocks.
+"""
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+
+
+def chunks(x: Tensor, k: int) -> Tensor:
+    """View `[T, n]` as `[k, T, n/k]`."""
+    return x.unflatten(1, (k, x.shape[1] // k)).transpose(0, 1)
+
+
+def pack(A: Tensor, B: Tensor, hybrid_A: Tensor | None, hybrid_B: Tensor | None) -> tuple[Tensor, Tensor, int]:
+    """Grid and hybrid factors as one pair `[k, I/k, R]`, `[k, R, O/k]` with R = r + h; and h."""
+    if hybrid_A is None or hybrid_B is None:
+        return A, B, 0
+    k = A.shape[0]
+    tail_A = hybrid_A.unflatten(1, (k, A.shape[1])).permute(1, 2, 0)
+    tail_B = hybrid_B.unflatten(0, (k, B.shape[2])).transpose(1, 2)
+    return torch.cat([A, tail_A], dim=2), torch.cat([B, tail_B], dim=1), hybrid_A.shape[0]
+
+
+def exchange(h: Tensor, hybrid_r: int) -> Tensor:
+    """`[k_i, T, R]` -> `[k_j, T, R]`: block i's j-th sub-rank becomes block j's i-th; hybrid columns are summed."""
+    k, T, R = h.shape
+    if k == 1:
+        return h
+    g, r = torch.empty_like(h), R - hybrid_r
+    g[..., :r].unflatten(2, (k, r // k)).copy_(h[..., :r].unflatten(2, (k, r // k)).permute(2, 1, 0, 3))
+    if hybrid_r:
+        g[..., r:] = h[..., r:].sum(0)
+    return g
+
+
+def down(x: Tensor, A: Tensor, hybrid_r: int, scaling: float) -> Tensor:
+    """Exchanged sub-ranks, times `scaling`: x `[T, I]`, A `[k, I/k, R]` -> g `[k, T, R]`."""
+    if not hybrid_r and dispatch.use_down_kernel(x, A):
+        return dispatch.kernels().down(x, A, scaling)
+    h = x.new_empty(A.shape[0], x.shape[0], A.shape[2])
+    h.baddbmm_(chunks(x, A.shape[0]), A, beta=0, alpha=scaling)
+    return exchange(h, hybrid_r)
+
+
+def linear_up(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tensor) -> Tensor:
+    """x W^T + bias + up(g, B): x `[T, I]`, weight `[O, I]`, g `[k, T, R]`, B `[k, R, O/k]` -> `[T, O]`."""
+    if dispatch.use_linear_kernel(x, weight, g, B):
+        return dispatch.hopper().linear_up(x, weight, bias, g, B)
+    if x.is_cuda and bias is None:
+        # the product with W reads the adapter's output while it multiplies: cheaper than a pass of its own
+        y = x.new_empty(x.shape[0], weight.shape[0])
+        chunks(y, B.shape[0]).baddbmm_(g, B, beta=0)
+        return y.addmm_(x, weight.t())
+    y = torch.nn.functional.linear(x, weight, bias)
+    chunks(y, B.shape[0]).baddbmm_(g, B)
+    return y
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    hybrid_A: Tensor | None,
+    hybrid_B: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """y `[..., O]`, and the exchanged sub-ranks g `[k, T, R]` for the backward. Factors are cast to the dtype of x."""
+    A, B, hybrid_r = pack(*_cast(x.dtype, A, B, hybrid_A, hybrid_B))
+    rows = x.reshape(-1, x.shape[-1])
+    g = down(rows, A, hybrid_r, scaling)
+    return linear_up(rows, weight, bias, g, B).view(*x.shape[:-1], -1), g
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    hybrid_A: Tensor | None,
+    hybrid_B: Tensor | None,
+    g: Tensor,
+    scaling: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, A, B, hybrid_A, hybrid_B; `needs` says which of those of x, of (hybrid_)A and of (hybrid_)B."""
+    needs_x, needs_A, needs_B = needs
+    dtypes = A.dtype, B.dtype
+    A, B, hybrid_r = pack(*_cast(x.dtype, A, B, hybrid_A, hybrid_B))
+    k, r = A.shape[0], A.shape[2] - hybrid_r
+    shape, x, dy = x.shape, x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    dx = dA = dB = d_hybrid_A = d_hybrid_B = None
+    if needs_x or needs_A:
+        dh = down(dy, B.transpose(1, 2), hybrid_r, scaling)
+    if needs_x:
+        dx = linear_up(dy, weight.t(), None, dh, A.transpose(1, 2)).view(shape)
+    if needs_A:
+        dA = torch.bmm(chunks(x, k).transpose(1, 2), dh).to(dtypes[0])
+        if hybrid_r:
+            dA, d_hybrid_A = dA.split([r, hybrid_r], dim=2)
+            d_hybrid_A = d_hybrid_A.permute(2, 0, 1).flatten(1)
+    if needs_B:
+        dB = torch.bmm(g.transpose(1, 2), chunks(dy, k)).to(dtypes[1])
+        if hybrid_r:
+            dB, d_hybrid_B = dB.split([r, hybrid_r], dim=1)
+            d_hybrid_B = d_hybrid_B.transpose(1, 2).flatten(0, 1)
+    return dx, dA, dB, d_hybrid_A, d_hybrid_B
+
+
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.to(dtype) for t in tensors]

@@ -1,0 +1,220 @@
+"""The programs that serve a plain LoRA, and the files each takes: one table, TARGETS. docs/serving.md describes them.
+
+A target's `write` puts its files into a folder and returns how to read a layer's factors back, for the parity report.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .convert import permute_heads, unpermute_heads
+from .export import PlainLora, plain_config
+from .files import CONFIG, WEIGHTS, LazyTensors, read_safetensors, spec, write_json, write_safetensors
+from .formats import BIAS, PREFIX, A, B
+
+ReadBack = Callable[[str], tuple[Tensor, Tensor]]
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
+# base model_type -> (architecture in GGUF, whether the rows of q and k are permuted there)
+GGUF_ARCHITECTURES = {
+    "llama": ("llama", True),
+    "mistral": ("llama", True),
+    "qwen2": ("qwen2", False),
+    "qwen3": ("qwen3", False),
+    "phi3": ("phi3", False),
+    "gemma2": ("gemma2", False),
+    "gemma3_text": ("gemma3", False),
+}
+GGUF = "adapter.gguf"
+
+
+def write_peft(plain: PlainLora, folder: Path, base_config: dict[str, Any] | None, extra: dict[str, Any]) -> ReadBack:
+    """PEFT's LoRA: adapter_config.json and adapter_model.safetensors; also vLLM's and SGLang's."""
+    adapter = plain.adapter
+    specs, loads = {}, {}
+    for layer in plain.layers:
+        in_features, out_features = adapter.features(layer)
+        for suffix, shape, i in ((A, (plain.rank, in_features), 0), (B, (out_features, plain.rank), 1)):
+            name = PREFIX + layer + suffix
+            specs[name], loads[name] = spec(shape, plain.dtype), lambda layer=layer, i=i: plain.factors(layer)[i]
+        if adapter.specs(layer).bias is not None:
+            name = PREFIX + layer + BIAS
+            specs[name], loads[name] = spec((out_features,), plain.dtype), lambda layer=layer: folded_bias(plain, layer)
+    for name in adapter.others:
+        specs[name], loads[name] = adapter.tensors.specs[name], lambda name=name: adapter.tensors[name]
+    write_safetensors(folder / WEIGHTS, LazyTensors(specs, lambda name: loads[name]()))
+    write_json(folder / CONFIG, plain_config(plain, extra))
+    written = read_safetensors(folder / WEIGHTS)
+    return lambda layer: (written[PREFIX + layer + A], written[PREFIX + layer + B])
+
+
+def folded_bias(plain: PlainLora, layer: str) -> Tensor:
+    return (plain.adapter.factors(layer).bias.double() * plain.adapter.scaling(layer)).to(plain.dtype)
+
+
+def write_mlx(plain: PlainLora, folder: Path, base_config: dict[str, Any] | None, extra: dict[str, Any]) -> ReadBack:
+    """MLX's adapters.safetensors, lora_a `[I, R]` and lora_b `[R, O]`, and its adapter_config.json."""
+    keys = {}
+    for layer in plain.layers:
+        match = re.fullmatch(r"model\.layers\.\d+\.(.+)", layer)
+        if match is None:
+            raise ValueError(f"mlx adapts what is in model.layers only, and the adapter has {layer!r}.")
+        keys[match[1]] = None
+    specs, loads = {}, {}
+    for layer in plain.layers:
+        in_features, out_features = plain.adapter.features(layer)
+        for suffix, shape, i in ((".lora_a", (in_features, plain.rank), 0), (".lora_b", (plain.rank, out_features), 1)):
+            name = layer + suffix
+            specs[name], loads[name] = spec(shape, plain.dtype), lambda layer=layer, i=i: plain.factors(layer)[i].T
+    write_safetensors(folder / "adapters.safetensors", LazyTensors(specs, lambda name: loads[name]()))
+    config = {
+        "fine_tune_type": "lora",
+        "num_layers": -1,  # all; those that have no tensors in the file keep a zero lora_b
+        "lora_parameters": {"rank": plain.rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)},
+    }
+    write_json(folder / CONFIG, config)
+    written = read_safetensors(folder / "adapters.safetensors")
+    return lambda layer: (written[f"{layer}.lora_a"].T, written[f"{layer}.lora_b"].T)
+
+
+def write_gguf(plain: PlainLora, folder: Path, base_config: dict[str, Any] | None, extra: dict[str, Any]) -> ReadBack:
+    """llama.cpp's adapter: GGUF's names for the layers, and rows of q and k permuted as in the base model's file."""
+    import gguf
+
+    architecture, permuted, heads = gguf_base(base_config)
+    blocks = 1 + max((int(n) for layer in plain.layers for n in re.findall(r"\.(\d+)\.", layer)), default=0)
+    table = gguf.get_tensor_name_map(
+        next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), blocks
+    )
+    names = {layer: table.get_name(f"{layer}.weight", try_suffixes=(".weight",)) for layer in plain.layers}
+    for layer, name in names.items():
+        if name is None:
+            raise ValueError(f"llama.cpp has no name for layer {layer!r} in its architecture {architecture!r}.")
+
+    def rows(layer: str, reorder: Callable[[Tensor, int], Tensor], B: Tensor) -> Tensor:
+        kind = layer.rpartition(".")[2]
+        return reorder(B, heads[kind]) if permuted and kind in heads else B
+
+    writer = gguf.GGUFWriter(folder / GGUF, architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(plain.rank))
+    for layer, name in names.items():
+        in_features, out_features = plain.adapter.features(layer)
+        for suffix, shape in ((".lora_a", (plain.rank, in_features)), (".lora_b", (out_features, plain.rank))):
+            writer.add_tensor_info(name + suffix, shape, torch.empty(0).numpy().dtype, 4 * shape[0] * shape[1])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for layer in names:
+        lora_A, lora_B = plain.factors(layer)
+        writer.write_tensor_data(lora_A.contiguous().numpy())
+        writer.write_tensor_data(rows(layer, permute_heads, lora_B).contiguous().numpy())
+    writer.close()
+
+    written = {t.name: t for t in gguf.GGUFReader(folder / GGUF).tensors}
+
+    def read_back(layer: str) -> tuple[Tensor, Tensor]:
+        lora_A, lora_B = (torch.from_numpy(written[names[layer] + s].data.copy()) for s in (".lora_a", ".lora_b"))
+        return lora_A, rows(layer, unpermute_heads, lora_B)
+
+    return read_back
+
+
+def gguf_base(config: dict[str, Any] | None) -> tuple[str, bool, dict[str, int]]:
+    """Architecture in GGUF, whether its q and k are permuted, and the heads of each, from a base model's config."""
+    if config is None:
+        raise ValueError(
+            "llama.cpp needs to know the base model's architecture and heads: give --base FOLDER (its config.json is "
+            "read), or --arch llama --heads N --kv-heads N."
+        )
+    model_type = config.get("model_type")
+    if model_type not in GGUF_ARCHITECTURES:
+        raise ValueError(
+            f"model_type={model_type!r}: how llama.cpp lays out this base model is not known to gralora, which knows "
+            f"{', '.join(GGUF_ARCHITECTURES)}. Export with --for peft and use llama.cpp's own convert_lora_to_gguf.py."
+        )
+    architecture, permuted = GGUF_ARCHITECTURES[model_type]
+    heads = config.get("num_attention_heads")
+    if permuted and not isinstance(heads, int):
+        raise ValueError(f"num_attention_heads={heads!r} in the base model's config must be a number.")
+    return architecture, permuted, {"q_proj": heads, "k_proj": config.get("num_key_value_heads") or heads}
+
+
+def write_modelfile(folder: Path, base: str) -> None:
+    (folder / "Modelfile").write_text(f"FROM {base}\nADAPTER ./{GGUF}\n", encoding="utf-8")
+
+
+# The lines that serve what was written
+
+
+def peft_command(base: str, out: Path, rank: int) -> str:
+    return f"python -c \"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{out}')\""
+
+
+def vllm_command(base: str, out: Path, rank: int) -> str:
+    allowed = min(n for n in VLLM_RANKS if n >= rank)
+    return f"vllm serve {base} --enable-lora --max-lora-rank {allowed} --lora-modules {out.name}={out}"
+
+
+def sglang_command(base: str, out: Path, rank: int) -> str:
+    return (
+        f"python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank} "
+        f"--lora-paths {out.name}={out}"
+    )
+
+
+def llamacpp_command(base: str, out: Path, rank: int) -> str:
+    return f"llama-server --model BASE_MODEL.gguf --lora {out / GGUF}"
+
+
+def ollama_command(base: str, out: Path, rank: int) -> str:
+    return f"ollama create {out.name} -f {out / 'Modelfile'} && ollama run {out.name}"
+
+
+def mlx_command(base: str, out: Path, rank: int) -> str:
+    return f"mlx_lm.server --model {base} --adapter-path {out}"
+
+
+def nothing(folder: Path, base: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Target:
+    """How one program takes a plain LoRA.
+
+    Attributes:
+        write: (adapter, folder, base's config, config fields kept) -> how to read a layer back.
+        command: (base, output folder, rank) -> the line that serves it.
+        max_rank: the highest rank it takes, or None.
+        keeps: config fields beside the factors that it takes, with their tensors.
+        dtype: the only one it is given, or None for the adapter's.
+        is_peft: whether PEFT can load what is written.
+        finish: adds files that name the base model.
+    """
+
+    write: Callable[[PlainLora, Path, dict[str, Any] | None, dict[str, Any]], ReadBack]
+    command: Callable[[str, Path, int], str]
+    max_rank: int | None = None
+    keeps: frozenset[str] = frozenset()
+    dtype: torch.dtype | None = None
+    is_peft: bool = False
+    finish: Callable[[Path, str], None] = nothing
+
+
+PEFT_KEEPS = frozenset(
+    {"bias", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "ensure_weight_tying"}
+)
+TARGETS = {
+    "peft": Target(write_peft, peft_command, keeps=PEFT_KEEPS, is_peft=True),
+    "vllm": Target(write_peft, vllm_command, max_rank=VLLM_RANKS[-1], is_peft=True),
+    "sglang": Target(write_peft, sglang_command, is_peft=True),
+    "llamacpp": Target(write_gguf, llamacpp_command, dtype=torch.float32),
+    "ollama": Target(write_gguf, ollama_command, dtype=torch.float32, finish=write_modelfile),
+    "mlx": Target(write_mlx, mlx_command),
+}
