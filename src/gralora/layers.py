@@ -89,7 +89,7 @@ class GraloraLayer(Promoted):
             and type(base.weight) is nn.Parameter
             and not base.weight.requires_grad
             and not (base.bias is not None and base.bias.requires_grad)
-            and not any(map(_has_hooks, (base, A, B)))
+            and not any(map(_has_hooks, (base, A, B, dropout)))
             and dispatch.choice != "reference"
         )
         return name if fusible else None

@@ -53,7 +53,7 @@ def hopper(device: int | None = None) -> ModuleType | None:
     return hopper
 
 
-def use_down_kernel(x: Tensor, A: Tensor) -> bool:
+def use_down_kernel(x: Tensor) -> bool:
     return (
         x.is_cuda
         and choice in ("auto", "triton")

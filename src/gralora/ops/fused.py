@@ -9,7 +9,7 @@ Both directions are the same three operations, because the exchange is its own m
     dh = down(dy, B^T)       dx = dy W  + up(dh, A^T)       dA = x^T dh, block by block
 
 The plain LoRA part of a hybrid adapter rides along as `h` more columns of every block of A and rows of B (`pack`):
-where a grid's sub-ranks are exchanged, its partial sums are added up and handed to all blocks.
+where a grid's sub-ranks are exchanged, its columns are the same for all blocks.
 """
 
 import torch
@@ -33,25 +33,21 @@ def pack(A: Tensor, B: Tensor, hybrid_A: Tensor | None, hybrid_B: Tensor | None)
     return torch.cat([A, tail_A], dim=2), torch.cat([B, tail_B], dim=1), hybrid_A.shape[0]
 
 
-def exchange(h: Tensor, hybrid_r: int) -> Tensor:
-    """`[k_i, T, R]` -> `[k_j, T, R]`: block i's j-th sub-rank becomes block j's i-th; hybrid columns are summed."""
-    k, T, R = h.shape
-    if k == 1:
-        return h
-    g, r = torch.empty_like(h), R - hybrid_r
-    g[..., :r].unflatten(2, (k, r // k)).copy_(h[..., :r].unflatten(2, (k, r // k)).permute(2, 1, 0, 3))
-    if hybrid_r:
-        g[..., r:] = h[..., r:].sum(0)
-    return g
-
-
 def down(x: Tensor, A: Tensor, hybrid_r: int, scaling: float) -> Tensor:
     """Exchanged sub-ranks, times `scaling`: x `[T, I]`, A `[k, I/k, R]` -> g `[k, T, R]`."""
-    if not hybrid_r and dispatch.use_down_kernel(x, A):
-        return dispatch.kernels().down(x, A, scaling)
-    h = x.new_empty(A.shape[0], x.shape[0], A.shape[2])
-    h.baddbmm_(chunks(x, A.shape[0]), A, beta=0, alpha=scaling)
-    return exchange(h, hybrid_r)
+    k, T, r = A.shape[0], x.shape[0], A.shape[2] - hybrid_r
+    g = x.new_empty(k, T, r + hybrid_r)
+    if dispatch.use_down_kernel(x):
+        dispatch.kernels().down(x, A[..., :r], scaling, g[..., :r])
+    elif k == 1:
+        g[..., :r].baddbmm_(x[None], A[..., :r], beta=0, alpha=scaling)
+    else:
+        h = x.new_empty(k, T, r).baddbmm_(chunks(x, k), A[..., :r], beta=0, alpha=scaling)
+        # block i's j-th sub-rank becomes block j's i-th
+        g[..., :r].unflatten(2, (k, r // k)).copy_(h.unflatten(2, (k, r // k)).permute(2, 1, 0, 3))
+    if hybrid_r:
+        g[..., r:] = scaling * (x @ A[..., r:].flatten(0, 1))
+    return g
 
 
 def linear_up(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .launch import Launcher
+
 BLOCK_T, BLOCK_N, BLOCK_K = 128, 256, 64
 SLOTS = 3
 GROUP = 8  # row tiles that share columns of W while they are in L2
@@ -104,14 +106,14 @@ def _multiply_warps(
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     GROUP: gl.constexpr,
-    num_warps: gl.constexpr,
+    WARPS: gl.constexpr,
 ):
     """Multiply slot after slot into the accumulator, one product always in flight; store the tile by TMA."""
     x_slots, w_slots = slots
     ready, empty = barriers
     T, N, K, r, chunk = sizes
     SLOTS: gl.constexpr = x_slots.type.shape[0]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_N, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     step = 0
     for tile in range(gl.program_id(0), gl.cdiv(T, BLOCK_T) * gl.cdiv(N, BLOCK_N), gl.num_programs(0)):
         t, n = _tile_offsets(tile, T, N, BLOCK_T, BLOCK_N, GROUP)
@@ -170,7 +172,7 @@ def _linear_up_kernel(
     HAS_BIAS: gl.constexpr,
     SLOTS: gl.constexpr,
     GROUP: gl.constexpr,
-    num_warps: gl.constexpr,
+    WARPS: gl.constexpr,
 ):
     BLOCK_T: gl.constexpr = y_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = y_desc.block_type.shape[1]
@@ -205,7 +207,7 @@ def _linear_up_kernel(
                     BLOCK_N,
                     BLOCK_K,
                     GROUP,
-                    num_warps,
+                    WARPS,
                 ),
             ),
             (
@@ -232,38 +234,42 @@ def _linear_up_kernel(
     )
 
 
+_linear_up = Launcher(_linear_up_kernel, num_warps=8, maxnreg=168)
+
+
 @functools.cache
 def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
-def _layout(block: tuple[int, ...], dtype: torch.dtype):
+def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(list(block), GLUON_DTYPES[dtype])
 
 
 def _descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
-    layout = _layout(block, tensor.dtype)
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layout)
-
-
-def _aligned(tensor: Tensor) -> bool:
-    """Whether TMA can read the tensor: one unit stride, last or last but one, the others multiples of 16 bytes."""
-    strides = sorted(tensor.stride()) if 1 in tensor.stride()[-2:] else [0]
-    return strides[0] == 1 and not any(s % 8 for s in strides[1:]) and tensor.data_ptr() % 16 == 0
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)  # its constructor checks again what `wins` has
+    descriptor.base, descriptor.shape, descriptor.strides = tensor, list(tensor.shape), list(tensor.stride())
+    descriptor.block_shape, descriptor.layout, descriptor.padding = list(block), _layout(block, tensor.dtype), "zero"
+    return descriptor
 
 
 def wins(x: Tensor, weight: Tensor, g: Tensor, B: Tensor) -> bool:
-    """Whether the kernel can take these tensors and is faster than cuBLAS and a separate up-projection."""
-    (T, _), (N, _) = x.shape, weight.shape
-    tiles = triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N)
+    """Whether the kernel can take these tensors and is faster than cuBLAS and a separate up-projection.
+
+    TMA reads tensors with one unit stride, whose other strides and address are multiples of 16 bytes.
+    """
+    (T, _), N = x.shape, weight.shape[0]
+    stride_w = weight.stride(0) if weight.stride(1) == 1 else weight.stride(1)
     return (
-        x.dtype in GLUON_DTYPES
-        and weight.dtype == g.dtype == B.dtype == x.dtype
-        and tiles >= 3 * _processors(x.device.index)
+        triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N) >= _processors(x.device.index)
+        and x.dtype in GLUON_DTYPES
+        and weight.dtype == B.dtype == x.dtype
         and x.stride(1) == 1
-        and all(map(_aligned, (x, weight, g, B)))
-        and N % 8 == 0
+        and 1 in weight.stride()
+        and 1 in B.stride()[1:]
+        and not (N | x.stride(0) | stride_w | g.shape[2] | B.shape[2] | B.stride(1) * B.stride(2)) % 8
+        and not (x.data_ptr() | weight.data_ptr() | B.data_ptr()) % 16
     )
 
 
@@ -283,15 +289,16 @@ def linear_up(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tens
     (T, K), N, r, chunk = x.shape, weight.shape[0], g.shape[2], B.shape[2]
     y = x.new_empty(T, N)
     w_transposed, b_transposed = weight.stride(1) == 1, B.stride(2) != 1
-    w = weight if w_transposed else weight.t()
-    b = B.transpose(1, 2) if b_transposed else B
     b_block = (BLOCK_N, BLOCK_K) if b_transposed else (BLOCK_K, BLOCK_N)
-    tiles = triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N)
-    _linear_up_kernel[(min(tiles, _processors(x.device.index)),)](
+    programs = min(triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N), _processors(x.device.index))
+    _linear_up(
+        (x.dtype, w_transposed, b_transposed, None if bias is None else (bias.dtype, bias.data_ptr() % 16)),
+        (programs, 1, 1),
+        x,
         _descriptor(x, (BLOCK_T, BLOCK_K)),
-        _descriptor(w, (BLOCK_N, BLOCK_K) if w_transposed else (BLOCK_K, BLOCK_N)),
+        _descriptor(*((weight, (BLOCK_N, BLOCK_K)) if w_transposed else (weight.t(), (BLOCK_K, BLOCK_N)))),
         _descriptor(g, (1, BLOCK_T, BLOCK_K)),
-        _descriptor(b, (1, *b_block)),
+        _descriptor(B.transpose(1, 2) if b_transposed else B, (1, *b_block)),
         _descriptor(y, (BLOCK_T, BLOCK_N)),
         y if bias is None else bias,
         T,
@@ -299,13 +306,12 @@ def linear_up(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tens
         K,
         r,
         chunk,
-        B_LAYOUT=_layout(b_block, x.dtype),
-        W_TRANSPOSED=w_transposed,
-        B_TRANSPOSED=b_transposed,
-        HAS_BIAS=bias is not None,
-        SLOTS=SLOTS,
-        GROUP=GROUP,
-        num_warps=8,
-        maxnreg=168,
+        _layout(b_block, x.dtype),
+        w_transposed,
+        b_transposed,
+        bias is not None,
+        SLOTS,
+        GROUP,
+        8,
     )
     return y

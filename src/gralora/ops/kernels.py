@@ -4,21 +4,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Launcher
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["T"])
 def _down_kernel(
     x_ptr,
     A_ptr,
     g_ptr,
-    T,
-    chunk,
-    r,
-    q,
     scaling,
-    stride_xt,
-    stride_Ak,
-    stride_Ai,
-    stride_Ar,
+    T,
+    CHUNK: tl.constexpr,
+    RANK: tl.constexpr,
+    SUB_RANK: tl.constexpr,
+    STRIDE_XT: tl.constexpr,
+    STRIDE_AK: tl.constexpr,
+    STRIDE_AI: tl.constexpr,
+    STRIDE_AR: tl.constexpr,
+    STRIDE_GT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -28,49 +31,36 @@ def _down_kernel(
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     n = tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
-    p_x = x_ptr + t[:, None].to(tl.int64) * stride_xt + i * chunk + c[None, :]
-    p_A = A_ptr + i * stride_Ak + c[:, None] * stride_Ai + n[None, :] * stride_Ar
+    p_x = x_ptr + t[:, None].to(tl.int64) * STRIDE_XT + i * CHUNK + c[None, :]
+    p_A = A_ptr + i * STRIDE_AK + c[:, None] * STRIDE_AI + n[None, :] * STRIDE_AR
     b_h = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
-    for c0 in range(0, chunk, BLOCK_C):
-        b_x = tl.load(p_x, mask=(t[:, None] < T) & (c0 + c[None, :] < chunk), other=0.0)
-        b_A = tl.load(p_A, mask=(c0 + c[:, None] < chunk) & (n[None, :] < r), other=0.0)
+    for c0 in range(0, CHUNK, BLOCK_C):
+        b_x = tl.load(p_x, mask=(t[:, None] < T) & (c0 + c[None, :] < CHUNK), other=0.0)
+        b_A = tl.load(p_A, mask=(c0 + c[:, None] < CHUNK) & (n[None, :] < RANK), other=0.0)
         b_h = tl.dot(b_x, b_A, b_h)
         p_x += BLOCK_C
-        p_A += BLOCK_C * stride_Ai
+        p_A += BLOCK_C * STRIDE_AI
     # column n of block i is place (i, n % q) of output block n // q
-    p_g = g_ptr + ((n // q)[None, :].to(tl.int64) * T + t[:, None]) * r + i * q + (n % q)[None, :]
-    tl.store(p_g, (b_h * scaling).to(g_ptr.dtype.element_ty), mask=(t[:, None] < T) & (n[None, :] < r))
+    block, place = n // SUB_RANK, i * SUB_RANK + n % SUB_RANK
+    p_g = g_ptr + (block[None, :].to(tl.int64) * T + t[:, None]) * STRIDE_GT + place[None, :]
+    tl.store(p_g, (b_h * scaling).to(g_ptr.dtype.element_ty), mask=(t[:, None] < T) & (n[None, :] < RANK))
 
 
-def down(x: Tensor, A: Tensor, scaling: float) -> Tensor:
-    """Project down, exchange and scale in one pass over x.
+_down = Launcher(_down_kernel, num_warps=4, num_stages=4)
+
+
+def down(x: Tensor, A: Tensor, scaling: float, g: Tensor) -> None:
+    """Project down, exchange and scale in one pass over x, summing in float32.
 
     Args:
-        x: `[T, I]`, half precision or float32, unit stride along I.
+        x: `[T, I]`, unit stride along I.
         A: `[k, I/k, r]`, dtype of x, any strides.
         scaling: factor on the result, applied in float32.
-
-    Returns:
-        g `[k, T, r]`, dtype of x, summed in float32.
+        g: written: `[k, T, r]`, dtype of x; its first dimension has T times the stride of its second, its last 1.
     """
     (T, _), (k, chunk, r) = x.shape, A.shape
-    g = x.new_empty(k, T, r)
     block_t = 64 if r > 64 else 128
-    _down_kernel[(triton.cdiv(T, block_t), k)](
-        x,
-        A,
-        g,
-        T,
-        chunk,
-        r,
-        r // k,
-        scaling,
-        x.stride(0),
-        *A.stride(),
-        BLOCK_T=block_t,
-        BLOCK_C=64,
-        BLOCK_R=max(16, triton.next_power_of_2(r)),
-        num_warps=4,
-        num_stages=4,
-    )
-    return g
+    block_r = max(16, triton.next_power_of_2(r))
+    constants = (chunk, r, r // k, x.stride(0), *A.stride(), g.stride(1), block_t, 64, block_r)
+    aligned = tuple(t.data_ptr() % 16 == 0 for t in (x, A, g))
+    _down((x.dtype, constants, aligned), (triton.cdiv(T, block_t), k, 1), x, x, A, g, float(scaling), T, *constants)

@@ -1,0 +1,126 @@
+"""The kernels against the definition: on a GPU (-m gpu), and the portable ones in Triton's interpreter on the CPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gralora.ops import fused, gralora_linear, reference
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+# tokens, in, out, k, r, hybrid_r: sizes of the Hopper kernel, tiles that straddle blocks, and odd ones
+SHAPES = [
+    (4096, 4096, 4096, 4, 64, 0),
+    (4100, 2048, 4608, 4, 64, 0),
+    (8192, 2304, 2304, 3, 24, 0),
+    (5000, 1536, 6144, 2, 16, 0),
+    (4096, 4096, 4096, 8, 128, 0),
+    (4096, 4096, 4096, 4, 64, 16),
+    (1000, 576, 1536, 4, 12, 0),
+    (300, 570, 190, 5, 5, 0),
+    (7, 64, 128, 4, 8, 4),
+]
+
+
+def make(shape, dtype, device, bias=False):
+    tokens, n_in, n_out, k, r, h = shape
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*size, fan_in):
+        return torch.randn(*size, generator=generator, device=device, dtype=torch.float64) / fan_in**0.5
+
+    x = draw(tokens, n_in, fan_in=1)
+    weight = draw(n_out, n_in, fan_in=n_in)
+    b = draw(n_out, fan_in=1) if bias else None
+    A, B = draw(k, n_in // k, r, fan_in=n_in // k), draw(k, r, n_out // k, fan_in=r)
+    hybrid = (draw(h, n_in, fan_in=n_in), draw(n_out, h, fan_in=h)) if h else (None, None)
+    tensors = [x, weight, b, A, B, *hybrid]
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
+def gradients(function, tensors, dy):
+    leaves = [None if t is None else t.detach().requires_grad_(i not in (1, 2)) for i, t in enumerate(tensors)]
+    y = function(*leaves, 0.5)
+    wanted = [t for t in leaves if t is not None and t.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y, wanted, dy)]
+
+
+def relative(value, exact):
+    assert torch.isfinite(value).all()
+    return ((value.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("bias", [False, True], ids=["nobias", "bias"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-{}x{}-k{}-r{}-h{}".format(*s))
+def test_linear_on_gpu(shape, dtype, bias):
+    """Output and all gradients are as near to the float64 result as the plain definition in the same dtype."""
+    tensors = make(shape, dtype, "cuda", bias)
+    dy = torch.randn(shape[0], shape[2], device="cuda", dtype=dtype)
+    exact = gradients(reference.linear, [None if t is None else t.double() for t in tensors], dy.double())
+    plain = gradients(reference.linear, tensors, dy)
+    ours = gradients(gralora_linear, tensors, dy)
+    for name, a, b, c in zip(["y", "dx", "dA", "dB", "d_hybrid_A", "d_hybrid_B"], ours, plain, exact, strict=False):
+        assert relative(a, c) <= 1.2 * relative(b, c) + 1e-6, name
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_conv1d_layout_on_gpu():
+    """A weight stored [in, out], as in transformers' Conv1D, takes the same kernel."""
+    tensors = make(SHAPES[0], torch.bfloat16, "cuda")
+    stored = tensors[1].t().contiguous().t()
+    assert torch.equal(gralora_linear(tensors[0], stored, *tensors[2:], 0.5), gralora_linear(*tensors, 0.5))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_deterministic_on_gpu():
+    """The same input gives the same bits, forward and backward."""
+    tensors = make(SHAPES[0], torch.bfloat16, "cuda")
+    dy = torch.randn(SHAPES[0][0], SHAPES[0][2], device="cuda", dtype=torch.bfloat16)
+    first, second = (gradients(gralora_linear, tensors, dy) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_hopper_kernel_is_used():
+    """On a Hopper GPU the large shapes do run the kernel that these tests are about."""
+    from gralora.ops import dispatch
+
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("not a Hopper GPU")
+    x, weight, _, A, B, *_ = make(SHAPES[0], torch.bfloat16, "cuda")
+    g = fused.down(x, A, 0, 1.0)
+    assert dispatch.use_down_kernel(x) and dispatch.use_linear_kernel(x, weight, g, B)
+
+
+INTERPRETED = """
+import torch
+from gralora.ops import kernels, reference
+
+for tokens, n_in, k, r in [(33, 40, 2, 4), (130, 96, 4, 8), (5, 63, 3, 3), (64, 64, 1, 5)]:
+    x, A = torch.randn(tokens, n_in), torch.randn(k, n_in // k, r)
+    g = torch.full((k, tokens, r), torch.nan)
+    kernels.down(x, A, 0.5, g)
+    exact = 0.5 * reference.down(x.double(), A.double()).unflatten(1, (k, r)).transpose(0, 1)
+    assert (g - exact).abs().max() < 1e-5 * exact.abs().max(), (tokens, n_in, k, r)
+    strided = torch.full((k, tokens, r + 2), torch.nan)[..., :r]
+    kernels.down(x, A.transpose(1, 2).contiguous().transpose(1, 2), 0.5, strided)
+    assert torch.equal(g, strided)
+print("interpreted")
+"""
+
+
+def test_down_kernel_interpreted():
+    """Triton's interpreter runs the down kernel's code on the CPU: odd sizes, and factors of any strides."""
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True)
+    assert run.returncode == 0 and "interpreted" in run.stdout, run.stderr[-2000:]
