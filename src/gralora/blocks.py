@@ -24,7 +24,7 @@ class GranularDown(nn.Module):
     def __init__(self, weight: Tensor, hybrid_weight: Tensor | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
-        self.hybrid_weight = None if hybrid_weight is None else nn.Parameter(hybrid_weight)
+        self.register_parameter("hybrid_weight", None if hybrid_weight is None else nn.Parameter(hybrid_weight))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, k: int, hybrid_r: int, gain: float = 1.0) -> "GranularDown":
@@ -70,8 +70,8 @@ class GranularUp(nn.Module):
     def __init__(self, weight: Tensor, hybrid_weight: Tensor | None = None, bias: Tensor | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
-        self.hybrid_weight = None if hybrid_weight is None else nn.Parameter(hybrid_weight)
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self.register_parameter("hybrid_weight", None if hybrid_weight is None else nn.Parameter(hybrid_weight))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, k: int, hybrid_r: int) -> "GranularUp":
@@ -97,16 +97,17 @@ class GranularUp(nn.Module):
         return f"out={k * chunk}, k={k}, r={r_g + hybrid_r}, hybrid_r={hybrid_r}, bias={self.bias is not None}"
 
 
-def delta_weight(down: GranularDown, up: GranularUp, scaling: float) -> Tensor:
+def delta_weight(down: GranularDown, up: GranularUp, scaling: float | Tensor) -> Tensor:
     """dW = scaling * (grid + B_s A_s), `[O, I]`, in float32 where the factors are half precision, else in their dtype.
 
     Half-precision factors are multiplied in float32, so that merging rounds once, when the sum is stored.
     """
     dtype = torch.promote_types(up.weight.dtype, torch.float32)
-    dW = reference.delta_weight(down.weight.to(dtype), up.weight.to(dtype))
+    scaling = float(scaling)  # a tensor after prepare_model_for_compiled_hotswap
+    dW = reference.delta_weight(down.weight.to(dtype), up.weight.to(dtype), scaling)
     if down.hybrid_weight is not None and up.hybrid_weight is not None:
-        dW.addmm_(up.hybrid_weight.to(dtype), down.hybrid_weight.to(dtype))
-    return dW.mul_(scaling)
+        dW.addmm_(up.hybrid_weight.to(dtype), down.hybrid_weight.to(dtype), alpha=scaling)
+    return dW
 
 
 def kaiming_gain(k: int, init_lora_weights: bool | str) -> float:

@@ -49,61 +49,53 @@ class GraloraLayer(Promoted):
         return adapter_name in self.lora_B and isinstance(self.lora_B[adapter_name], GranularUp)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """PEFT's forward, or base and adapter in one operation where that gives the same."""
-        adapter = None if args or kwargs else self._fusible_adapter()
-        dtype = None if adapter is None else self._fusible_dtype(x, adapter)
-        if dtype is None:
-            return super().forward(x, *args, **kwargs)
-        base, A, B = self.base_layer, self.lora_A[adapter], self.lora_B[adapter]
-        weight = base.weight.T if isinstance(base, Conv1D) else base.weight
-        scaling, B_weight, B_hybrid = self.scaling[adapter], B.weight, B.hybrid_weight
-        if isinstance(scaling, Tensor):  # prepare_model_for_compiled_hotswap: a number there would be recompiled for
-            B_weight, B_hybrid = B_weight * scaling, None if B_hybrid is None else B_hybrid * scaling
-            scaling = 1.0
-        return gralora_linear(
-            x.to(dtype),
-            weight.to(dtype),
-            None if base.bias is None else base.bias.to(dtype),
-            A.weight,
-            B_weight,
-            A.hybrid_weight,
-            B_hybrid,
-            scaling,
-        )
+        """PEFT's forward, or base and adapter in one operation where that computes the same."""
+        operands = None if args or kwargs else self._fusible_operands(x)
+        return super().forward(x, *args, **kwargs) if operands is None else gralora_linear(*operands)
 
-    def _fusible_adapter(self) -> str | None:
-        """The one active adapter, if nothing but plain base layer and GraLoRA factors takes part in the forward."""
-        if self._disable_adapters or self.merged_adapters:
+    def _fusible_operands(self, x: Tensor) -> tuple[Any, ...] | None:
+        """The arguments of `gralora_linear` if that is all there is to do, else None.
+
+        That is: one active adapter, a plain frozen base layer without hooks, no dropout, and one dtype that base and
+        adapter compute in.
+        """
+        if self._disable_adapters or self.merged_adapters or dispatch.choice == "reference" or not x.numel():
             return None
-        active = [name for name in self.active_adapters if name in self.lora_A]
+        modules = self._modules  # nn.Module's own lookup would cost as much as the arithmetic of a small layer
+        downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules
+        active = [name for name in self.active_adapters if name in downs]
         if len(active) != 1:
             return None
-        name, base = active[0], self.base_layer
-        A, B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
-        fusible = (
-            type(A) is GranularDown
-            and type(B) is GranularUp
-            and B.bias is None
-            and (type(dropout) is nn.Identity or not dropout.training)
-            and type(base).forward in (nn.Linear.forward, Conv1D.forward)
-            and type(base.weight) is nn.Parameter
-            and not base.weight.requires_grad
-            and not (base.bias is not None and base.bias.requires_grad)
-            and not any(map(_has_hooks, (base, A, B, dropout)))
-            and dispatch.choice != "reference"
-        )
-        return name if fusible else None
-
-    def _fusible_dtype(self, x: Tensor, adapter: str) -> torch.dtype | None:
-        """The dtype that base and adapter both compute in: autocast's, or the one that all tensors share."""
-        if x.numel() == 0:
+        name, base = active[0], modules["base_layer"]
+        A, B, dropout = downs[name], ups[name], modules["lora_dropout"]._modules[name]
+        if type(A) is not GranularDown or type(B) is not GranularUp or B._parameters["bias"] is not None:
             return None
+        if dropout.training and type(dropout) is not nn.Identity:
+            return None
+        if _has_hooks(base) or _has_hooks(A) or _has_hooks(B):
+            return None
+        weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+        if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
+            return None
+        transposed = type(base).forward is Conv1D.forward
+        if not transposed and type(base).forward is not nn.Linear.forward:
+            return None
+        A_weight, B_weight = A._parameters["weight"], B._parameters["weight"]
+        A_hybrid, B_hybrid = A._parameters["hybrid_weight"], B._parameters["hybrid_weight"]
+
+        dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
-            return (
-                torch.get_autocast_dtype(x.device.type) if x.is_floating_point() and x.dtype != torch.float64 else None
-            )
-        same = x.dtype == self.base_layer.weight.dtype == self.lora_A[adapter].weight.dtype
-        return x.dtype if same and x.dtype == self.lora_B[adapter].weight.dtype else None
+            if dtype == torch.float64:
+                return None
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        elif not weight.dtype == A_weight.dtype == B_weight.dtype == dtype:
+            return None
+        scaling = self.scaling[name]
+        if isinstance(scaling, Tensor):  # prepare_model_for_compiled_hotswap: a number would be compiled in
+            B_weight, B_hybrid = B_weight * scaling, None if B_hybrid is None else B_hybrid * scaling
+            scaling = 1.0
+        return x, weight.t() if transposed else weight, bias, A_weight, B_weight, A_hybrid, B_hybrid, scaling
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """dW of one adapter, scaling included, in the layout of the base weight (`[out, in]`, Conv1D: `[in, out]`).

@@ -32,6 +32,8 @@ def gralora_linear(
     args = x, weight, bias, A, B, hybrid_A, hybrid_B, scaling
     if torch.compiler.is_compiling():
         return _linear_op(*args)[0]
+    if not torch.is_grad_enabled():
+        return fused.forward(*args)[0]
     return GraloraLinearFunction.apply(*args)
 
 

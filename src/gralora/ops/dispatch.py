@@ -53,13 +53,16 @@ def hopper(device: int | None = None) -> ModuleType | None:
     return hopper
 
 
+MIN_TOKENS = 256  # below, a launch costs more than the pass over memory that it saves
+
+
 def use_down_kernel(x: Tensor) -> bool:
     return (
         x.is_cuda
+        and x.shape[0] >= MIN_TOKENS
         and choice in ("auto", "triton")
         and x.dtype in (torch.bfloat16, torch.float16)
         and x.stride(1) == 1
-        and x.shape[0] >= 256  # below, a launch costs more than the pass it saves
         and kernels() is not None
     )
 
@@ -67,6 +70,7 @@ def use_down_kernel(x: Tensor) -> bool:
 def use_linear_kernel(x: Tensor, weight: Tensor, g: Tensor, B: Tensor) -> bool:
     return (
         x.is_cuda
+        and x.shape[0] >= MIN_TOKENS
         and choice in ("auto", "triton")
         and hopper(x.device.index) is not None
         and hopper(x.device.index).wins(x, weight, g, B)

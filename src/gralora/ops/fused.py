@@ -20,34 +20,44 @@ from . import dispatch
 
 def chunks(x: Tensor, k: int) -> Tensor:
     """View `[T, n]` as `[k, T, n/k]`."""
-    return x.unflatten(1, (k, x.shape[1] // k)).transpose(0, 1)
+    n, (stride_t, stride_n) = x.shape[1] // k, x.stride()
+    return x.as_strided((k, x.shape[0], n), (n * stride_n, stride_t, stride_n))
 
 
-def pack(A: Tensor, B: Tensor, hybrid_A: Tensor | None, hybrid_B: Tensor | None) -> tuple[Tensor, Tensor, int]:
-    """Grid and hybrid factors as one pair `[k, I/k, R]`, `[k, R, O/k]` with R = r + h; and h."""
+def exchange(h: Tensor) -> Tensor:
+    """`[k_i, T, r]` -> `[k_j, T, r]`: block i's j-th sub-rank becomes block j's i-th. h is contiguous."""
+    k, T, r = h.shape
+    q = r // k
+    return h if k == 1 else h.as_strided((k, T, k, q), (q, r, T * r, 1)).contiguous().view(k, T, r)
+
+
+def pack(
+    A: Tensor, B: Tensor, hybrid_A: Tensor | None, hybrid_B: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, int]:
+    """Grid and hybrid factors as one pair `[k, I/k, R]`, `[k, R, O/k]` of `dtype`, with R = r + h; and h."""
+    A, B = A.to(dtype), B.to(dtype)
     if hybrid_A is None or hybrid_B is None:
         return A, B, 0
     k = A.shape[0]
-    tail_A = hybrid_A.unflatten(1, (k, A.shape[1])).permute(1, 2, 0)
-    tail_B = hybrid_B.unflatten(0, (k, B.shape[2])).transpose(1, 2)
+    tail_A = hybrid_A.to(dtype).unflatten(1, (k, A.shape[1])).permute(1, 2, 0)
+    tail_B = hybrid_B.to(dtype).unflatten(0, (k, B.shape[2])).mT
     return torch.cat([A, tail_A], dim=2), torch.cat([B, tail_B], dim=1), hybrid_A.shape[0]
 
 
 def down(x: Tensor, A: Tensor, hybrid_r: int, scaling: float) -> Tensor:
     """Exchanged sub-ranks, times `scaling`: x `[T, I]`, A `[k, I/k, R]` -> g `[k, T, R]`."""
     k, T, r = A.shape[0], x.shape[0], A.shape[2] - hybrid_r
-    g = x.new_empty(k, T, r + hybrid_r)
     if dispatch.use_down_kernel(x):
+        g = x.new_empty(k, T, r + hybrid_r)
         dispatch.kernels().down(x, A[..., :r], scaling, g[..., :r])
-    elif k == 1:
-        g[..., :r].baddbmm_(x[None], A[..., :r], beta=0, alpha=scaling)
-    else:
-        h = x.new_empty(k, T, r).baddbmm_(chunks(x, k), A[..., :r], beta=0, alpha=scaling)
-        # block i's j-th sub-rank becomes block j's i-th
-        g[..., :r].unflatten(2, (k, r // k)).copy_(h.unflatten(2, (k, r // k)).permute(2, 1, 0, 3))
-    if hybrid_r:
-        g[..., r:] = scaling * (x @ A[..., r:].flatten(0, 1))
-    return g
+        if hybrid_r:
+            g[..., r:] = scaling * (x @ A[..., r:].flatten(0, 1))
+        return g
+    h = torch.bmm(chunks(x, k), A[..., :r] if hybrid_r else A)
+    g = exchange(h if scaling == 1 else h.mul_(scaling))
+    if not hybrid_r:
+        return g
+    return torch.cat([g, (scaling * (x @ A[..., r:].flatten(0, 1))).expand(k, -1, -1)], dim=2)
 
 
 def linear_up(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tensor) -> Tensor:
@@ -75,10 +85,11 @@ def forward(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """y `[..., O]`, and the exchanged sub-ranks g `[k, T, R]` for the backward. Factors are cast to the dtype of x."""
-    A, B, hybrid_r = pack(*_cast(x.dtype, A, B, hybrid_A, hybrid_B))
-    rows = x.reshape(-1, x.shape[-1])
+    A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B, x.dtype)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     g = down(rows, A, hybrid_r, scaling)
-    return linear_up(rows, weight, bias, g, B).view(*x.shape[:-1], -1), g
+    y = linear_up(rows, weight, bias, g, B)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], -1), g
 
 
 def backward(
@@ -96,26 +107,23 @@ def backward(
     """Gradients of x, A, B, hybrid_A, hybrid_B; `needs` says which of those of x, of (hybrid_)A and of (hybrid_)B."""
     needs_x, needs_A, needs_B = needs
     dtypes = A.dtype, B.dtype
-    A, B, hybrid_r = pack(*_cast(x.dtype, A, B, hybrid_A, hybrid_B))
-    k, r = A.shape[0], A.shape[2] - hybrid_r
-    shape, x, dy = x.shape, x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B, x.dtype)
+    k, r, shape = A.shape[0], A.shape[2] - hybrid_r, x.shape
+    if x.dim() != 2:
+        x, dy = x.reshape(-1, shape[-1]), dy.reshape(-1, dy.shape[-1])
     dx = dA = dB = d_hybrid_A = d_hybrid_B = None
     if needs_x or needs_A:
-        dh = down(dy, B.transpose(1, 2), hybrid_r, scaling)
+        dh = down(dy, B.mT, hybrid_r, scaling)
     if needs_x:
-        dx = linear_up(dy, weight.t(), None, dh, A.transpose(1, 2)).view(shape)
+        dx = linear_up(dy, weight.t(), None, dh, A.mT).view(shape)
     if needs_A:
-        dA = torch.bmm(chunks(x, k).transpose(1, 2), dh).to(dtypes[0])
+        dA = torch.bmm(chunks(x, k).mT, dh).to(dtypes[0])
         if hybrid_r:
             dA, d_hybrid_A = dA.split([r, hybrid_r], dim=2)
             d_hybrid_A = d_hybrid_A.permute(2, 0, 1).flatten(1)
     if needs_B:
-        dB = torch.bmm(g.transpose(1, 2), chunks(dy, k)).to(dtypes[1])
+        dB = torch.bmm(g.mT, chunks(dy, k)).to(dtypes[1])
         if hybrid_r:
             dB, d_hybrid_B = dB.split([r, hybrid_r], dim=1)
-            d_hybrid_B = d_hybrid_B.transpose(1, 2).flatten(0, 1)
+            d_hybrid_B = d_hybrid_B.mT.flatten(0, 1)
     return dx, dA, dB, d_hybrid_A, d_hybrid_B
-
-
-def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.to(dtype) for t in tensors]

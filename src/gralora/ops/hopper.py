@@ -249,7 +249,7 @@ def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
 
 def _descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
     descriptor = TensorDescriptor.__new__(TensorDescriptor)  # its constructor checks again what `wins` has
-    descriptor.base, descriptor.shape, descriptor.strides = tensor, list(tensor.shape), list(tensor.stride())
+    descriptor.base, descriptor.shape, descriptor.strides = tensor, tensor.shape, tensor.stride()
     descriptor.block_shape, descriptor.layout, descriptor.padding = list(block), _layout(block, tensor.dtype), "zero"
     return descriptor
 

@@ -10,8 +10,8 @@ from torch import Tensor
 class Launcher:
     """A JIT kernel whose compiled versions are looked up by the caller's key instead of by inspecting every argument.
 
-    The key must determine whatever Triton would specialise on: dtypes, constants, alignment of addresses; integers that
-    are not in the key are to be declared `do_not_specialize`.
+    The key must determine whatever Triton would specialise on: dtypes, constants, alignment of addresses; integers
+    that are not in the key are to be declared `do_not_specialize`.
     """
 
     def __init__(self, kernel: Any, **options: Any) -> None:

@@ -41,8 +41,8 @@ def up(g: Tensor, B: Tensor) -> Tensor:
     return torch.einsum("...kr,kro->...ko", g.unflatten(-1, (k, r)), B).flatten(-2)
 
 
-def delta_weight(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor:
-    """The weight update of the grid, dW, for which `up(down(x, A), B) == x @ dW.T`.
+def delta_weight(A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
+    """The weight update of the grid, dW, for which `scaling * up(down(x, A), B) == x @ dW.T`.
 
     Block (j, i) of dW is (A_i[:, j] B_j[i])^T with A_i[:, j] the j-th `q` columns of A_i and B_j[i] the i-th `q`
     rows of B_j: all k x k blocks are filled; only the two factors are block-diagonal.
@@ -50,21 +50,20 @@ def delta_weight(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor:
     Args:
         A: down-projections, `[k, I/k, r]`.
         B: up-projections, `[k, r, O/k]`, dtype and device of `A`.
-        out: where to write, `[O, I]`, of any strides; allocated if not given.
+        scaling: factor on dW.
 
     Returns:
         dW, `[O, I]`, dtype of `A`.
     """
     k, chunk_in, r = A.shape
     chunk_out, q = B.shape[2], r // k
-    if out is None:
-        out = A.new_empty(k * chunk_out, k * chunk_in)
+    dW = A.new_empty(k * chunk_out, k * chunk_in)
     A_blocks = A.unflatten(2, (k, q)).permute(2, 0, 3, 1)  # [k_j, k_i, q, I/k]
     B_blocks = B.unflatten(1, (k, q)).transpose(2, 3)  # [k_j, k_i, O/k, q]
-    grid = out.unflatten(0, (k, chunk_out)).unflatten(2, (k, chunk_in)).permute(0, 2, 1, 3)  # [k_j, k_i, O/k, I/k]
+    grid = dW.unflatten(0, (k, chunk_out)).unflatten(2, (k, chunk_in)).permute(0, 2, 1, 3)  # [k_j, k_i, O/k, I/k]
     for j in range(k):
-        grid[j].copy_(torch.bmm(B_blocks[j], A_blocks[j]))
-    return out
+        grid[j].baddbmm_(B_blocks[j], A_blocks[j], beta=0, alpha=scaling)  # written in place, nothing is copied
+    return dW
 
 
 def linear(
