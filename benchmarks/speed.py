@@ -32,18 +32,20 @@ LLAMA_1B = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, 
 LLAMA_1B |= dict(num_key_value_heads=8, head_dim=64, vocab_size=128256, tie_word_embeddings=True)
 SMOLLM2_135M = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9)
 SMOLLM2_135M |= dict(num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True)
+METHODS = ["frozen", "PEFT LoRA", "PEFT GRALORA", "gralora"]
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def configs(r: int, k: int, targets: list[str]) -> dict[str, peft.PeftConfig | None]:
     """The methods that are compared, all with r * (in + out) trainable parameters a layer; None is the frozen base."""
     common = dict(r=r, target_modules=targets)
-    return {
+    methods = {
         "frozen": None,
         "PEFT LoRA": peft.LoraConfig(lora_alpha=r, **common),
         "PEFT GRALORA": peft.GraloraConfig(alpha=r, gralora_k=k, **common),
         "gralora": gralora.LoraConfig(lora_alpha=r, use_gralora=True, gralora_k=k, **common),
     }
+    return {name: config for name, config in methods.items() if name in METHODS}
 
 
 def adapt(model: nn.Module, config: peft.PeftConfig | None, fp32_adapters: bool) -> nn.Module:
@@ -292,11 +294,13 @@ def main() -> None:
     parser.add_argument("sections", nargs="+", choices=SECTIONS, metavar="section", help=", ".join(SECTIONS))
     parser.add_argument("--compile", action="store_true", help="training steps under torch.compile instead of eager")
     parser.add_argument("--checkpointing", action="store_true", help="training steps also with gradient checkpointing")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="which methods to compare")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 128], help="ranks of the section linear")
     parser.add_argument("--rounds", type=int, default=7, help="rounds over all methods")
     parser.add_argument("--repeats", type=int, default=2, help="training steps in a row in one round")
     parser.add_argument("--out", type=Path, help="write all rows as JSON")
     args = parser.parse_args()
+    METHODS[:] = args.methods
     facts = environment()
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     rows = [row | facts for section in args.sections for row in SECTIONS[section](args)]

@@ -101,6 +101,22 @@ def test_hopper_kernel_is_used():
     assert dispatch.use_down_kernel(x) and dispatch.use_linear_kernel(x, weight, g, B)
 
 
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-{}x{}-k{}-r{}-h{}".format(*s))
+def test_delta_weight_on_gpu(shape):
+    """dW and its gradients by the kernel are as exact as float32 products are."""
+    from gralora import ops
+
+    A, B = (t.requires_grad_() for t in make(shape, torch.float32, "cuda")[3:5])
+    dW, exact = ops.delta_weight(A, B, 0.5), reference.delta_weight(A.double(), B.double(), 0.5)
+    weights = torch.randn_like(dW)
+    grads = torch.autograd.grad(dW, [A, B], weights)
+    exact_grads = torch.autograd.grad(exact, [A, B], weights.double())
+    for value, truth in zip([dW.detach(), *grads], [exact.detach(), *exact_grads], strict=True):
+        assert relative(value, truth.double()) < 1e-6
+
+
 INTERPRETED = """
 import torch
 from gralora.ops import kernels, reference
@@ -114,12 +130,16 @@ for tokens, n_in, k, r in [(33, 40, 2, 4), (130, 96, 4, 8), (5, 63, 3, 3), (64, 
     strided = torch.full((k, tokens, r + 2), torch.nan)[..., :r]
     kernels.down(x, A.transpose(1, 2).contiguous().transpose(1, 2), 0.5, strided)
     assert torch.equal(g, strided)
+for n_in, n_out, k, r in [(40, 60, 2, 4), (63, 99, 3, 3), (160, 96, 4, 8), (64, 70, 1, 20)]:
+    A, B = torch.randn(k, n_in // k, r), torch.randn(k, r, n_out // k)
+    exact = reference.delta_weight(A.double(), B.double(), 0.5)
+    assert (kernels.delta_weight(A, B, 0.5) - exact).abs().max() < 1e-5 * exact.abs().max(), (n_in, n_out, k, r)
 print("interpreted")
 """
 
 
-def test_down_kernel_interpreted():
-    """Triton's interpreter runs the down kernel's code on the CPU: odd sizes, and factors of any strides."""
+def test_kernels_interpreted():
+    """Triton's interpreter runs the portable kernels' code on the CPU: odd sizes, and factors of any strides."""
     pytest.importorskip("triton")
     env = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True)

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from .ops import reference
 
 
@@ -104,7 +105,7 @@ def delta_weight(down: GranularDown, up: GranularUp, scaling: float | Tensor) ->
     """
     dtype = torch.promote_types(up.weight.dtype, torch.float32)
     scaling = float(scaling)  # a tensor after prepare_model_for_compiled_hotswap
-    dW = reference.delta_weight(down.weight.to(dtype), up.weight.to(dtype), scaling)
+    dW = ops.delta_weight(down.weight.to(dtype), up.weight.to(dtype), scaling)
     if down.hybrid_weight is not None and up.hybrid_weight is not None:
         dW.addmm_(up.hybrid_weight.to(dtype), down.hybrid_weight.to(dtype), alpha=scaling)
     return dW

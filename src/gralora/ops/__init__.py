@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import fused, reference
+from . import dispatch, fused, reference
 
 
 def gralora_linear(
@@ -61,6 +61,30 @@ class GraloraLinearFunction(torch.autograd.Function):
             dy, x, weight, A, B, hybrid_A, hybrid_B, g, ctx.scaling, needs
         )
         return dx, None, None, dA, dB, d_hybrid_A, d_hybrid_B, None
+
+
+def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """`reference.delta_weight`, by a kernel where there is one: A `[k, I/k, r]`, B `[k, r, O/k]` -> `[O, I]`."""
+    if dispatch.use_delta_weight_kernel(A):
+        return DeltaWeightFunction.apply(A, B, scaling)
+    return reference.delta_weight(A, B, scaling)
+
+
+class DeltaWeightFunction(torch.autograd.Function):
+    """The kernel forward; backward through the definition, for those who regularise delta weights."""
+
+    @staticmethod
+    def forward(ctx, A, B, scaling):
+        ctx.save_for_backward(A, B)
+        ctx.scaling = scaling
+        return dispatch.kernels().delta_weight(A.contiguous(), B.contiguous(), scaling)
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+            dW = reference.delta_weight(*inputs, ctx.scaling)
+        return *torch.autograd.grad(dW, inputs, grad), None
 
 
 def _needs(needs_input_grad):

@@ -53,13 +53,13 @@ def hopper(device: int | None = None) -> ModuleType | None:
     return hopper
 
 
-MIN_TOKENS = 256  # below, a launch costs more than the pass over memory that it saves
+MIN_SIZE = 2**22  # elements of x; below, Triton's launch costs more than the pass over memory that it saves
 
 
 def use_down_kernel(x: Tensor) -> bool:
     return (
         x.is_cuda
-        and x.shape[0] >= MIN_TOKENS
+        and x.numel() >= MIN_SIZE
         and choice in ("auto", "triton")
         and x.dtype in (torch.bfloat16, torch.float16)
         and x.stride(1) == 1
@@ -70,11 +70,15 @@ def use_down_kernel(x: Tensor) -> bool:
 def use_linear_kernel(x: Tensor, weight: Tensor, g: Tensor, B: Tensor) -> bool:
     return (
         x.is_cuda
-        and x.shape[0] >= MIN_TOKENS
+        and x.numel() >= MIN_SIZE
         and choice in ("auto", "triton")
         and hopper(x.device.index) is not None
         and hopper(x.device.index).wins(x, weight, g, B)
     )
+
+
+def use_delta_weight_kernel(A: Tensor) -> bool:
+    return A.is_cuda and A.dtype == torch.float32 and choice in ("auto", "triton") and kernels() is not None
 
 
 def describe(device: torch.device | str | None = None) -> str:

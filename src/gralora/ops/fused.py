@@ -53,8 +53,7 @@ def down(x: Tensor, A: Tensor, hybrid_r: int, scaling: float) -> Tensor:
         if hybrid_r:
             g[..., r:] = scaling * (x @ A[..., r:].flatten(0, 1))
         return g
-    h = torch.bmm(chunks(x, k), A[..., :r] if hybrid_r else A)
-    g = exchange(h if scaling == 1 else h.mul_(scaling))
+    g = exchange(x.new_empty(k, T, r).baddbmm_(chunks(x, k), A[..., :r], beta=0, alpha=scaling))
     if not hybrid_r:
         return g
     return torch.cat([g, (scaling * (x @ A[..., r:].flatten(0, 1))).expand(k, -1, -1)], dim=2)

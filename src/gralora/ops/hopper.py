@@ -9,7 +9,6 @@ lower level (Triton >= 3.6).
 import functools
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -247,6 +246,10 @@ def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(list(block), GLUON_DTYPES[dtype])
 
 
+def _tiles(T: int, N: int) -> int:
+    return -(-T // BLOCK_T) * -(-N // BLOCK_N)
+
+
 def _descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
     descriptor = TensorDescriptor.__new__(TensorDescriptor)  # its constructor checks again what `wins` has
     descriptor.base, descriptor.shape, descriptor.strides = tensor, tensor.shape, tensor.stride()
@@ -262,7 +265,7 @@ def wins(x: Tensor, weight: Tensor, g: Tensor, B: Tensor) -> bool:
     (T, _), N = x.shape, weight.shape[0]
     stride_w = weight.stride(0) if weight.stride(1) == 1 else weight.stride(1)
     return (
-        triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N) >= _processors(x.device.index)
+        _tiles(T, N) >= _processors(x.device.index)
         and x.dtype in GLUON_DTYPES
         and weight.dtype == B.dtype == x.dtype
         and x.stride(1) == 1
@@ -290,7 +293,7 @@ def linear_up(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tens
     y = x.new_empty(T, N)
     w_transposed, b_transposed = weight.stride(1) == 1, B.stride(2) != 1
     b_block = (BLOCK_N, BLOCK_K) if b_transposed else (BLOCK_K, BLOCK_N)
-    programs = min(triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N), _processors(x.device.index))
+    programs = min(_tiles(T, N), _processors(x.device.index))
     _linear_up(
         (x.dtype, w_transposed, b_transposed, None if bias is None else (bias.dtype, bias.data_ptr() % 16)),
         (programs, 1, 1),

@@ -60,7 +60,62 @@ def down(x: Tensor, A: Tensor, scaling: float, g: Tensor) -> None:
     """
     (T, _), (k, chunk, r) = x.shape, A.shape
     block_t = 64 if r > 64 else 128
-    block_r = max(16, triton.next_power_of_2(r))
+    block_r = _dot_size(r)
     constants = (chunk, r, r // k, x.stride(0), *A.stride(), g.stride(1), block_t, 64, block_r)
     aligned = tuple(t.data_ptr() % 16 == 0 for t in (x, A, g))
-    _down((x.dtype, constants, aligned), (triton.cdiv(T, block_t), k, 1), x, x, A, g, float(scaling), T, *constants)
+    _down((x.dtype, constants, aligned), (-(-T // block_t), k, 1), x, x, A, g, float(scaling), T, *constants)
+
+
+def _dot_size(n: int) -> int:
+    """The power of two, at least tl.dot's 16, that holds n."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+@triton.jit
+def _delta_weight_kernel(
+    A_ptr,
+    B_ptr,
+    dW_ptr,
+    scaling,
+    CHUNK_IN: tl.constexpr,
+    CHUNK_OUT: tl.constexpr,
+    RANK: tl.constexpr,
+    SUB_RANK: tl.constexpr,
+    FEATURES_IN: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """One tile of block (j, i) of dW: rows of the i-th part of B_j against the j-th columns of A_i."""
+    i = tl.program_id(0) // tl.cdiv(CHUNK_IN, BLOCK_I)
+    j = tl.program_id(1) // tl.cdiv(CHUNK_OUT, BLOCK_O)
+    n = tl.program_id(0) % tl.cdiv(CHUNK_IN, BLOCK_I) * BLOCK_I + tl.arange(0, BLOCK_I)
+    o = tl.program_id(1) % tl.cdiv(CHUNK_OUT, BLOCK_O) * BLOCK_O + tl.arange(0, BLOCK_O)
+    c = tl.arange(0, BLOCK_Q)
+    in_q, in_n, in_o = c < SUB_RANK, n < CHUNK_IN, o < CHUNK_OUT
+    p_B = B_ptr + (j * RANK + i * SUB_RANK + c[None, :]) * CHUNK_OUT + o[:, None]
+    p_A = A_ptr + (i * CHUNK_IN + n[None, :]) * RANK + j * SUB_RANK + c[:, None]
+    b_B = tl.load(p_B, mask=in_o[:, None] & in_q[None, :], other=0.0)
+    b_A = tl.load(p_A, mask=in_q[:, None] & in_n[None, :], other=0.0)
+    b_dW = tl.dot(b_B, b_A, input_precision="ieee") * scaling
+    p_dW = dW_ptr + (j * CHUNK_OUT + o[:, None]).to(tl.int64) * FEATURES_IN + i * CHUNK_IN + n[None, :]
+    tl.store(p_dW, b_dW, mask=in_o[:, None] & in_n[None, :])
+
+
+def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """`reference.delta_weight` in one pass over dW.
+
+    Args:
+        A: `[k, I/k, r]`, float32, contiguous.
+        B: `[k, r, O/k]`, float32, contiguous.
+        scaling: factor on dW.
+
+    Returns:
+        dW `[O, I]`, float32, with float32 products.
+    """
+    (k, chunk_in, r), chunk_out = A.shape, B.shape[2]
+    dW = A.new_empty(k * chunk_out, k * chunk_in)
+    grid = (k * -(-chunk_in // 64), k * -(-chunk_out // 64))
+    sizes = (chunk_in, chunk_out, r, r // k, k * chunk_in, 64, 64, _dot_size(r // k))
+    _delta_weight_kernel[grid](A, B, dW, scaling, *sizes, num_warps=4)
+    return dW
