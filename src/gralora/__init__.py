@@ -1,8 +1,26 @@
 """GraLoRA (Granular Low-Rank Adaptation, arXiv 2505.20355) as a LoRA variant for Hugging Face PEFT."""
 
+import importlib
+from typing import Any
+
 from .config import LoraConfig
 from .layers import install
 
-__all__ = ["LoraConfig"]
+_LAZY = {  # name -> module, imported when the name is first used
+    "convert_adapter": "adapters",
+    "inspect_adapter": "inspection",
+    "load_adapter": "load",
+    "merge_adapter": "merge",
+    "to_lora": "export",
+}
+
+__all__ = ["LoraConfig", "convert_adapter", "inspect_adapter", "load_adapter", "merge_adapter", "to_lora"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 install()

@@ -68,8 +68,7 @@ class LoraConfig(peft.LoraConfig):
         if not self.use_gralora:
             self._warn_about_unused_fields()
             return
-        self._check_compatible_fields()
-        self._check_ranks()
+        self.check()
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's; a plain LoRA's dictionary has none of gralora's keys, so it is saved as PEFT would save it."""
@@ -78,6 +77,11 @@ class LoraConfig(peft.LoraConfig):
             for name in GRALORA_FIELDS:
                 del config[name]
         return config
+
+    def check(self) -> None:
+        """Raise ValueError if use_gralora=True does not fit the other fields."""
+        self._check_compatible_fields()
+        self._check_ranks()
 
     def ranks(self) -> dict[str, int]:
         """The total ranks that layers can get, by the name of what sets them: `r` and the rank_pattern entries."""
@@ -119,8 +123,8 @@ class LoraConfig(peft.LoraConfig):
             value = getattr(self, name, None)
             if value:
                 raise ValueError(
-                    f"{name}={value!r} cannot be combined with use_gralora=True; leave {name} at its default, or set "
-                    "use_gralora=False."
+                    f"{name}={value!r} cannot be combined with GraLoRA (use_gralora=True); leave it at its default, "
+                    "or set use_gralora=False."
                 )
         if self.init_lora_weights not in SUPPORTED_INITS:
             raise ValueError(

@@ -22,8 +22,9 @@ def grid_to_lora(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     A_lora = A.new_zeros(k, k, q, k, chunk_in)
     B_lora = B.new_zeros(k, chunk_out, k, k, q)
     for i in range(k):
-        A_lora[:, i, :, i] = A[i].unflatten(1, (k, q)).permute(1, 2, 0)  # [k_j, q, I/k]
-        B_lora[i, :, i] = B[i].unflatten(0, (k, q)).permute(2, 0, 1)  # [O/k, k_i, q]
+        # transposed to contiguous memory first, since torch does that faster than a strided copy
+        A_lora[:, i, :, i] = A[i].T.contiguous().unflatten(0, (k, q))  # [k_j, q, I/k]
+        B_lora[i, :, i] = B[i].T.contiguous().unflatten(1, (k, q))  # [O/k, k_i, q]
     return A_lora.reshape(k * r, k * chunk_in), B_lora.reshape(k * chunk_out, k * r)
 
 
@@ -44,26 +45,9 @@ def hybrid_to_lora(
     if hybrid_A is not None and hybrid_B is not None:
         A_lora, B_lora = torch.cat([A_lora, hybrid_A]), torch.cat([B_lora, hybrid_B], dim=1)
     padding = 0 if rank is None else rank - A_lora.shape[0]
+    if padding == 0:
+        return A_lora, B_lora
     return torch.nn.functional.pad(A_lora, (0, 0, 0, padding)), torch.nn.functional.pad(B_lora, (0, padding))
-
-
-def lora_to_grid(A_lora: Tensor, B_lora: Tensor, k: int, r: int) -> tuple[Tensor, Tensor]:
-    """The inverse of `grid_to_lora`, on the first `k * r` ranks: read a grid's blocks back from where it copies them.
-
-    Args:
-        A_lora, B_lora: `[R, I]` and `[O, R]`, R at least `k * r`.
-        k: blocks per side.
-        r: rank of the grid.
-
-    Returns:
-        A `[k, I/k, r]` and B `[k, r, O/k]`. Entries outside the blocks, zeros if `grid_to_lora` wrote them, are lost.
-    """
-    q = r // k
-    A_blocks = A_lora[: k * r].unflatten(1, (k, -1)).unflatten(0, (k, k, q))  # [k_j, k_i, q, k_i', I/k]
-    B_blocks = B_lora[:, : k * r].unflatten(0, (k, -1)).unflatten(2, (k, k, q))  # [k_j', O/k, k_j, k_i, q]
-    A = A_blocks.diagonal(dim1=1, dim2=3).permute(3, 2, 0, 1).flatten(2)  # [k_i, I/k, k_j * q]
-    B = B_blocks.diagonal(dim1=0, dim2=2).permute(3, 1, 2, 0).flatten(1, 2)  # [k_j, k_i * q, O/k]
-    return A, B
 
 
 def compact_lora(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,10 +92,18 @@ def truncate_lora(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, Tens
 
 
 def singular_values(A: Tensor, B: Tensor) -> Tensor:
-    """Singular values of `B @ A`, `[O, I]`, descending, float64, from QR decompositions of the factors."""
-    R_A = torch.linalg.qr(A.double().T, mode="r").R
-    R_B = torch.linalg.qr(B.double(), mode="r").R
-    return torch.linalg.svdvals(R_B @ R_A.T)
+    """The R singular values of `B @ A`, descending, float64, from the factors' Gram matrices.
+
+    That is several times faster than QR decompositions, and the error is some 1e-8 of the largest value: right for
+    norms and numerical ranks, not for values far below the largest.
+
+    Args:
+        A, B: `[R, I]` and `[O, R]`.
+    """
+    A, B = A.double(), B.double()
+    values, vectors = torch.linalg.eigh(A @ A.T)
+    root = vectors * values.clamp(min=0).sqrt()  # root root^T = A A^T, so |B A|^2 has the spectrum of |B root|^2
+    return torch.linalg.eigvalsh(root.T @ (B.T @ B) @ root).clamp(min=0).sqrt().flip(0)
 
 
 def block_norms(A: Tensor, B: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from .ops import reference
 
 REPORT = "export_report.json"
 PROBES = 8
+PIECE = 1 << 18  # elements of a weight that are converted to float64 at a time
 
 
 @dataclass
@@ -53,13 +54,15 @@ class PlainLora:
         return functools.lru_cache(maxsize=1)(self._factors)
 
     def _factors(self, layer: str) -> tuple[Tensor, Tensor]:
-        f, rank = self.adapter.factors(layer), self.adapter.lora_rank(layer)
-        if rank <= self.rank:
-            A, B = hybrid_to_lora(f.A, f.B, f.hybrid_A, f.hybrid_B, self.rank)
-            return A.to(self.dtype), fold(B, self.adapter.scaling(layer), self.dtype)
-        wide = torch.promote_types(self.dtype, torch.float32)
-        A, B = hybrid_to_lora(*(t if t is None else t.to(wide) for t in f[:4]))
-        B = fold(B, self.adapter.scaling(layer), wide)
+        f, scaling = self.adapter.factors(layer), self.adapter.scaling(layer)
+        is_copied = self.adapter.lora_rank(layer) <= self.rank
+        dtype = self.dtype if is_copied else torch.promote_types(self.dtype, torch.float32)
+        hybrid_A = None if f.hybrid_A is None else f.hybrid_A.to(dtype)
+        hybrid_B = None if f.hybrid_B is None else fold(f.hybrid_B, scaling, dtype)
+        rank = self.rank if is_copied else None
+        A, B = hybrid_to_lora(f.A.to(dtype), fold(f.B, scaling, dtype), hybrid_A, hybrid_B, rank)
+        if is_copied:
+            return A, B
         if self.truncate and min(self.adapter.features(layer)) > self.rank:
             A, B, values = truncate_lora(A, B, self.rank)
             self.errors[layer] = (values[self.rank :].norm() / values.norm()).item()
@@ -109,9 +112,9 @@ def plain_lora(
     if bound < compact and not lossy:
         whose = f"max_rank={max_rank}" if max_rank is not None and max_rank == bound else f"the target's limit {limit}"
         raise ValueError(
-            f"the exact plain LoRA has rank {compact} (k * r_g + hybrid_r, or the layer's features if fewer), more than "
-            f"{whose}. Merge the adapter into the model (`gralora merge`), which is exact, or allow an approximation: "
-            f"--max-rank {bound} --lossy."
+            f"the exact plain LoRA has rank {compact} (k * r_g + hybrid_r, or the layer's features if fewer), more "
+            f"than {whose}. Merge the adapter into the model (`gralora merge`), which is exact, or allow an "
+            f"approximation: --max-rank {bound} --lossy."
         )
     rank = copied if bound == copied else min(bound, compact)
     return PlainLora(adapter, rank, dtype or folded_dtype(adapter), truncate=bound < compact)
@@ -137,7 +140,8 @@ def check_exportable(adapter: Adapter, target: str, kept: frozenset[str]) -> dic
     if adapter.others and not kept:
         raise ValueError(
             f"{target} takes nothing but A and B of linear layers, and the adapter also has "
-            f"{', '.join(map(repr, adapter.others[:3]))}; `gralora merge` writes them into the model."
+            f"{', '.join(map(repr, adapter.others[:3]))}; `gralora merge` writes them into the model. (If they are "
+            "unchanged embeddings of the base: save_pretrained(..., save_embedding_layers=False) leaves them out.)"
         )
     return extra
 
@@ -162,11 +166,17 @@ def parity(plain: PlainLora, read_back: Callable[[str], tuple[Tensor, Tensor]]) 
         x = torch.randn(PROBES, plain.adapter.features(layer)[0], generator=generator, dtype=torch.float64)
         expected = plain.adapter.scaling(layer) * update(x, plain.adapter.factors(layer))
         A, B = read_back(layer)
-        difference = (x @ A.double().T) @ B.double().T - expected
+        difference = times(times(x, A), B) - expected
         parts = [difference.square().sum().item(), expected.square().sum().item()]
         layers[layer] = relative(*parts)
         squares = [a + b for a, b in zip(squares, parts, strict=True)]
     return {"relative_difference": relative(*squares), "layers": layers}
+
+
+def times(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T` in float64, without a copy of all of `weight` in float64."""
+    rows = max(1, PIECE // weight.shape[1])
+    return torch.cat([x @ piece.double().T for piece in weight.split(rows)], dim=-1)
 
 
 def relative(difference: float, expected: float) -> float:
@@ -279,7 +289,8 @@ def summary(report: dict[str, Any]) -> str:
     """The report in a few lines, for people."""
     difference = report["parity"]["relative_difference"]
     lines = [*report["notices"]]
-    lines += [f"rank {report['rank']}, {report['dtype']}, {report['method']}: dW differs by {difference:.1e} (relative)"]
+    what = f"rank {report['rank']}, {report['dtype']}, {report['method']}"
+    lines += [f"{what}: dW differs by {difference:.1e} (relative)"]
     if report["truncation_errors"]:
         worst = max(report["truncation_errors"], key=report["truncation_errors"].__getitem__)
         lines += [f"approximated {len(report['truncation_errors'])} layers; relative error of dW by layer:"]
@@ -311,10 +322,9 @@ def plain_config(plain: PlainLora, extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def target_modules(adapter: Adapter) -> list[str]:
-    """A list that selects the adapter's layers: the config's own if it is a plain list, else the layers' full names."""
+    """A list that selects the adapter's layers: the config's own if it is a plain one, else their full names."""
     config = adapter.config
     restricted = config.layers_to_transform is not None or config.exclude_modules
     if isinstance(config.target_modules, str) or not config.target_modules or restricted:
         return sorted(adapter.layers)
     return sorted(config.target_modules)
-

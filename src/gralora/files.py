@@ -80,7 +80,7 @@ def read_safetensors(path: Path) -> LazyTensors:
     try:
         file = safe_open(path, framework="pt")
         specs = {}
-        for name in file.keys():  # noqa: SIM118: not a dict
+        for name in list(file.keys()):
             entry = file.get_slice(name)
             if entry.get_dtype() not in DTYPES:
                 raise ValueError(f"tensor {name!r} in {str(path)!r} has the unsupported dtype {entry.get_dtype()}.")
@@ -90,13 +90,13 @@ def read_safetensors(path: Path) -> LazyTensors:
     return LazyTensors(specs, file.get_tensor)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], done: Callable[[int], Any] | None = None) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], done: Callable[[], Any] | None = None) -> None:
     """Write `tensors` to a file, holding one of them at a time.
 
     Args:
         path: the file; written in place, so put it into a folder from `new_folder`.
         tensors: e.g. LazyTensors.
-        done: called after each tensor with its size in bytes.
+        done: called after each tensor.
 
     Raises:
         ValueError: if a tensor is not what its spec says.
@@ -123,7 +123,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], done: Callable[
                 )
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
             if done is not None:
-                done(tensor.numel() * tensor.element_size())
+                done()
         sync(file)
 
 

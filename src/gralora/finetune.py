@@ -4,6 +4,7 @@ Also what one wants to know of a run: held-out loss and a sample before and afte
 the saved adapter, reloaded by another process and merged, still gives the logits that training ended with.
 """
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -11,6 +12,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +42,12 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 
 from .config import LoraConfig
-from .data import IGNORED, Example, encode, file_examples, prompt_ids, split, stdlib_examples
+from .data import IGNORED, Example, encode, file_examples, split, stdlib_examples
 from .embedded import embedded_model
 
 EMBEDDED = "embedded"
 SAMPLE_TOKENS = 48
+TEXT_PROMPT_TOKENS = 16
 PROBES = 4  # held-out examples whose logits are recorded
 METRICS, LOSS_PLOT, LOGITS = "metrics.json", "loss.png", "logits.safetensors"
 # how far logits may be off after reloading and merging, as a share of their root mean square; merging rounds weights
@@ -143,6 +146,9 @@ class FinetuneArguments:
         )
 
     def training_arguments(self) -> TrainingArguments:
+        gpu = torch.accelerator.is_available()
+        if self.fp16 and not gpu:
+            raise ValueError("fp16=True needs a GPU, and none is found; use bf16 or neither.")
         training = TrainingArguments(
             output_dir=self.output_dir,
             seed=self.seed,
@@ -161,6 +167,8 @@ class FinetuneArguments:
             save_steps=self.save_steps,
             bf16=self.bf16,
             fp16=self.fp16,
+            use_cpu=not gpu,
+            dataloader_pin_memory=gpu,
             report_to="none",
         )
         devices = training.world_size * max(1, training.n_gpu)
@@ -187,23 +195,23 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
     """
     check_packages("accelerate", "matplotlib")
     started = time.monotonic()
-    training = args.training_arguments()
+    training, lora_config = args.training_arguments(), args.lora_config()
     train_examples, held_out_examples = examples(args)
     model, tokenizer = load_base(args.base_model, args.dtype)
-
+    check_length(args, model)
     train = encode(tokenizer, train_examples, args.max_seq_length)
-    held_out = encode(tokenizer, held_out_examples, args.max_seq_length)
-    for name, kept, given in (("train", train, train_examples), ("held out", held_out, held_out_examples)):
-        if given and not kept:
-            raise ValueError(f"max_seq_length={args.max_seq_length} has no room for any prompt with an answer.")
-        left_out = f", {len(given) - len(kept)} left out: prompt too long" if len(kept) < len(given) else ""
-        print(f"{name}: {len(kept)} examples of up to {args.max_seq_length} tokens{left_out}")
+    held_out = encode(tokenizer, held_out_examples, args.max_seq_length)[: args.val_set_size]
+    if not train or (args.val_set_size and not held_out):
+        raise ValueError(f"max_seq_length={args.max_seq_length} has no room for any prompt with an answer.")
+    print(
+        f"{len(train)} examples to train on ({len(train_examples) - len(train)} more have prompts of "
+        f"{args.max_seq_length} tokens or more), {len(held_out)} held out"
+    )
 
     set_seed(args.seed)
-    model = get_peft_model(model, args.lora_config())
+    model = get_peft_model(model, lora_config)
     check_checkpoint(args, model)
     model.print_trainable_parameters()
-
     trainer = Trainer(
         model=model,
         args=training,
@@ -212,20 +220,11 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
         processing_class=tokenizer,
     )
-    prompt = held_out_examples[0].prompt if held_out_examples else None
-    sample = {"prompt": prompt, "before": complete(model, tokenizer, prompt)} if prompt else {}
-    with SaveOnInterrupt() as interrupt:
-        trainer.add_callback(interrupt)
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if trainer.state.global_step < trainer.state.max_steps:
-        checkpoint = Path(args.output_dir, f"checkpoint-{trainer.state.global_step}")
-        raise KeyboardInterrupt(
-            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, checkpoint saved in "
-            f"{checkpoint}; to go on, repeat the command with --resume_from_checkpoint {checkpoint}"
-        )
+    prompt = prompt_of(held_out[0]) if held_out else []
+    sample_before = complete(model, tokenizer, prompt)
+    train_or_interrupt(trainer, args.resume_from_checkpoint)
     trainer.save_model()
-    if prompt:
-        sample["after"] = complete(model, tokenizer, prompt)
+    model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward without autocast again
 
     losses = history(trainer.state.log_history)
     held_out_losses = [row["held_out_loss"] for row in losses if "held_out_loss" in row]
@@ -237,15 +236,15 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "held_out_loss": {"before": held_out_losses[0], "after": held_out_losses[-1]} if held_out_losses else None,
         "history": losses,
-        "sample": sample,
+        "sample": {
+            "prompt": tokenizer.decode(prompt),
+            "before": sample_before,
+            "after": complete(model, tokenizer, prompt),
+        },
         "time_s": round(time.monotonic() - started, 1),
         "device": str(training.device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-        },
+        "versions": {package.__name__: package.__version__ for package in (torch, transformers, peft)}
+        | {"python": platform.python_version()},
     }
     if trainer.is_world_process_zero():
         output = Path(args.output_dir)
@@ -254,8 +253,9 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
         report(metrics, output)
         if args.verify:
             record_logits(model, [row["input_ids"] for row in (held_out or train)[:PROBES]], output / LOGITS)
+            # a process of its own: nothing of the trained model but the files can be what is compared
             subprocess.run([sys.executable, "-m", "gralora.cli", "verify", str(output)], check=True)
-            metrics = json.loads((output / METRICS).read_text())
+            metrics = json.loads((output / METRICS).read_text(encoding="utf-8"))
     return metrics
 
 
@@ -266,11 +266,8 @@ def check_packages(*names: str) -> None:
 
 
 def examples(args: FinetuneArguments) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples, as many held out as `val_set_size` says (or there are)."""
-    if args.data_path:
-        return split(file_examples(args.data_path), args.val_set_size)
-    train, held_out = stdlib_examples()
-    return train, held_out[: args.val_set_size]
+    """Training and held-out examples: `val_set_size` of a file are held out, whole modules of the standard library."""
+    return split(file_examples(args.data_path), args.val_set_size) if args.data_path else stdlib_examples()
 
 
 def load_base(base_model: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -285,9 +282,21 @@ def load_base(base_model: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
             f"base_model={base_model!r} could not be loaded; give a local folder, a hub id that can be reached, or "
             f"{EMBEDDED!r}. {error}"
         ) from error
+    if tokenizer.eos_token is None:
+        raise ValueError(f"base_model={base_model!r} has a tokenizer without an end token (eos_token); set one.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def check_length(args: FinetuneArguments, model: PreTrainedModel) -> None:
+    """Raise ValueError if `max_seq_length` is more than the model has positions for."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and args.max_seq_length > positions:
+        raise ValueError(
+            f"max_seq_length={args.max_seq_length} is more than the {positions} tokens that "
+            f"base_model={args.base_model!r} can take."
+        )
 
 
 def check_checkpoint(args: FinetuneArguments, model: PeftModel) -> None:
@@ -313,11 +322,14 @@ class SaveOnInterrupt(TrainerCallback):
 
     def __enter__(self) -> "SaveOnInterrupt":
         self.requested = False
-        self.previous = signal.signal(signal.SIGINT, self.request)
+        self.handles = threading.current_thread() is threading.main_thread()  # Python allows no other to
+        if self.handles:
+            self.previous = signal.signal(signal.SIGINT, self.request)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGINT, self.previous)
+        if self.handles:
+            signal.signal(signal.SIGINT, self.previous)
 
     def request(self, *_: Any) -> None:
         if self.requested:
@@ -330,9 +342,31 @@ class SaveOnInterrupt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def complete(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The model's greedy continuation of a prompt, up to `SAMPLE_TOKENS` tokens."""
-    ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)  # [1, T]
+def train_or_interrupt(trainer: Trainer, checkpoint: str | None) -> None:
+    """Train, from a checkpoint if one is given; raise KeyboardInterrupt if Ctrl-C ended it early."""
+    with SaveOnInterrupt() as interrupt:
+        trainer.add_callback(interrupt)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    state = trainer.state
+    if state.global_step < state.max_steps:
+        saved = Path(trainer.args.output_dir, f"checkpoint-{state.global_step}")
+        raise KeyboardInterrupt(
+            f"stopped at step {state.global_step} of {state.max_steps}, checkpoint saved in {saved}; to go on, repeat "
+            f"the command with --resume_from_checkpoint {saved}"
+        )
+
+
+def prompt_of(row: dict[str, list[int]]) -> list[int]:
+    """Token ids of an encoded example's prompt; of plain text, which has none, the beginning."""
+    prompt = row["labels"].count(IGNORED)
+    return row["input_ids"][: prompt if prompt > 1 else TEXT_PROMPT_TOKENS]
+
+
+def complete(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
+    """The model's greedy continuation of a prompt's token ids, up to `SAMPLE_TOKENS` tokens; "" of an empty one."""
+    if not prompt:
+        return ""
+    ids = torch.tensor([prompt], device=model.device)  # [1, T]
     model.eval()
     with torch.no_grad():
         output = model.generate(
@@ -371,9 +405,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def report(metrics: dict[str, Any], output: Path) -> None:
-    if sample := metrics["sample"]:
-        for name in ("prompt", "before", "after"):
-            print(f"---- sample, {name}:\n{sample[name].rstrip()}")
+    if metrics["sample"]["prompt"]:
+        for name, text in metrics["sample"].items():
+            print(f"---- sample, {name}:\n{text.rstrip()}")
         print("----")
     if loss := metrics["held_out_loss"]:
         print(f"held-out loss: {loss['before']:.4f} before, {loss['after']:.4f} after {metrics['steps']} steps")
@@ -426,22 +460,22 @@ def verify(adapter: str | Path) -> dict[str, float]:
     logits["merged"] = last_logits(model.merge_and_unload(), texts)
 
     differences = {name: (values - recorded).abs().max().item() for name, values in logits.items()}
-    metrics = json.loads((adapter / METRICS).read_text())
+    metrics = json.loads((adapter / METRICS).read_text(encoding="utf-8"))
     write_json(adapter / METRICS, metrics | {"max_logit_difference": differences})
     allowed = TOLERANCE[dtype] * recorded.square().mean().sqrt().item()
     for name in ("reloaded", "merged"):
         error = (logits[name] - recorded).square().mean().sqrt().item()
         if not error <= allowed:  # also for NaN
             raise ValueError(
-                f"the {name} adapter of {str(adapter)!r} gives other logits than at the end of training: they differ by "
-                f"{error:.3g} (root mean square; up to {differences[name]:.3g}), {allowed:.3g} is allowed."
+                f"the {name} adapter of {str(adapter)!r} gives other logits than at the end of training: they differ "
+                f"by {error:.3g} (root mean square; up to {differences[name]:.3g}), {allowed:.3g} is allowed."
             )
     return differences
 
 
 def verify_main(argv: list[str]) -> None:
     """The command `gralora verify`."""
-    parser = HfArgumentParser(prog="gralora verify", description=verify.__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="gralora verify", description=verify.__doc__.split("\n")[0])
     parser.add_argument("adapter", help="the output_dir of gralora finetune --verify")
     differences = verify(parser.parse_args(argv).adapter)
     print("largest difference of logits from the end of training:")

@@ -161,7 +161,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str |
     lazy = LazyTensors.of(tensors)
     unused = [t for t in lazy if t.endswith(known.unused)] if known.unused else []
     if unused:
-        notices.append(f"dropped {len(unused)} tensors that the {name} format saves but does not use: {unused[0]}, ...")
+        notices.append(f"dropped {len(unused)} tensors that this format saves and never uses: {unused[0]}, ...")
     sources = {known.to_ours(t): t for t in lazy if t not in unused}
     ours, more_notices = known.read_config(dict(config))
     notices += more_notices
@@ -225,9 +225,9 @@ def _check_shapes(layer: str, f: Factors, adapter: Adapter) -> None:
         )
     if f.A.shape[2] != rank - hybrid_r:
         raise ValueError(
-            f"layer {layer!r}: factors have shapes {shapes}, so a grid rank of {f.A.shape[2]}, but the {adapter.format} "
-            f"config gives r={rank} in total less hybrid_r={hybrid_r}, {rank - hybrid_r}. Formats count r differently: "
-            "a SqueezeBits adapter that PEFT has read and saved again has lost its gralora_alpha, and with it its scale."
+            f"layer {layer!r}: factors have shapes {shapes}, so a grid rank of {f.A.shape[2]}, but the config, read "
+            f"as {adapter.format}, gives r={rank} in total less hybrid_r={hybrid_r}, {rank - hybrid_r}. (A "
+            "SqueezeBits adapter that PEFT has read and saved again has lost its gralora_alpha, so its scale.)"
         )
     in_features, out_features = adapter.features(layer)
     expected = {"hybrid_A": (hybrid_r, in_features), "hybrid_B": (out_features, hybrid_r), "bias": (out_features,)}

@@ -72,7 +72,7 @@ class GraloraLayer(Promoted):
             return None
         if dropout.training and type(dropout) is not nn.Identity:
             return None
-        if _has_hooks(base) or _has_hooks(A) or _has_hooks(B):
+        if _has_hooks(base) or _has_hooks(A) or _has_hooks(B) or _has_hooks(dropout):
             return None
         weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
         if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
@@ -138,6 +138,7 @@ class GraloraModel(Promoted):
         biased = [name for name in granular if self.peft_config[name].lora_bias]
         if biased:
             raise ValueError(f"adapter(s) {biased} have lora_bias=True; the combination would lose their biases.")
+        kwargs["svd_full_matrices"] = False  # the same leading vectors, and ranks above a layer's features work
         plain = {name: f"{name}_as_plain_lora" for name in granular}
         try:
             for name, plain_name in plain.items():
@@ -149,6 +150,13 @@ class GraloraModel(Promoted):
             for plain_name in plain.values():
                 if plain_name in self.peft_config:
                     self.delete_adapter(plain_name)
+        for layer in self.model.modules():
+            if isinstance(layer, lora.LoraLayer) and adapter_name in layer.lora_A:
+                _pad_rank(layer, adapter_name, self.peft_config[adapter_name].r)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._gralora_plan = None  # an adapter added under this name next is planned anew
+        super().delete_adapter(adapter_name)
 
     def _add_as_plain_lora(self, adapter_name: str, plain_name: str) -> None:
         """Add a plain LoRA adapter with the delta weights of a GraLoRA adapter, of one rank for all layers."""
@@ -171,6 +179,13 @@ class GraloraModel(Promoted):
                 "does not change the base weights, so save it without."
             )
         return super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
+
+
+def _pad_rank(layer: lora.LoraLayer, adapter_name: str, r: int) -> None:
+    """Zeros up to rank r, where PEFT's SVD gave fewer: it cannot give more than a layer has features."""
+    A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    A.data = nn.functional.pad(A.data, (0, 0, 0, r - A.shape[0]))
+    B.data = nn.functional.pad(B.data, (0, r - B.shape[1]))
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -239,7 +254,7 @@ def create_and_replace(
     Raises:
         ValueError: before anything is changed, if a targeted layer does not fit the config.
     """
-    plan(tuner, config)
+    plan(tuner, adapter_name, config)
     check_kind(current_key, target)  # with a state_dict, PEFT adapts layers that the config does not name
     check_features(config, current_key, target)
     if isinstance(tuner, lora.LoraModel):
@@ -255,9 +270,10 @@ def create_and_replace(
     layer.lora_B[adapter_name] = GranularUp.from_linear(B, k, hybrid_r).requires_grad_(B.weight.requires_grad)
 
 
-def plan(tuner: BaseTuner, config: LoraConfig) -> None:
+def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> None:
     """Before the first layer is changed: check every targeted layer, and settle `gralora_k="auto"` for all of them."""
-    if getattr(tuner, "_gralora_plan", None) is config:
+    config.check()  # fields may have been set since it was made
+    if getattr(tuner, "_gralora_plan", None) == (adapter_name, id(config)):
         return
     if (getattr(tuner.model, "_tp_size", None) or 1) > 1:
         raise ValueError("GraLoRA does not support tensor-parallel base models (tp_plan); load the model without.")
@@ -275,7 +291,7 @@ def plan(tuner: BaseTuner, config: LoraConfig) -> None:
             )
     for name, layer in layers.items():
         check_features(config, name, layer)
-    tuner._gralora_plan = config
+    tuner._gralora_plan = (adapter_name, id(config))
 
 
 def targeted_layers(tuner: BaseTuner, config: LoraConfig) -> Iterator[tuple[str, nn.Module]]:

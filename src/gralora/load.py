@@ -1,4 +1,4 @@
-"""Load a saved GraLoRA adapter into a model and raise where PEFT warns: nothing missing, nothing left over, not zero."""
+"""Load a saved GraLoRA adapter into a model; raise where PEFT warns: nothing missing, left over, or all zero."""
 
 import os
 from typing import Any

@@ -1,7 +1,7 @@
 """Merge an adapter into its base model on disk, one file (shard) after the other, without loading the model.
 
-Every weight is added to in float32 and rounded once. What is finished stays in a hidden folder beside the output, so an
-interrupted merge goes on where it stopped; the output folder appears when all is written and checked.
+Every weight is added to in float32 and rounded once. What is finished stays in a hidden folder beside the output, so
+an interrupted merge goes on where it stopped; the output folder appears when all is written and checked.
 """
 
 import hashlib
@@ -91,7 +91,11 @@ def merge_adapter(
                 write_safetensors(partial / f"{name}.tmp", tensors, done=bar.update)
                 os.replace(partial / f"{name}.tmp", partial / name)
     copy_other_files(model, partial, dtype)
-    verified = merges.verify(BaseModel(partial), VERIFIED)
+    try:
+        verified = merges.verify(BaseModel(partial), VERIFIED)
+    except ValueError:
+        shutil.rmtree(partial)
+        raise
     (partial / STATE).unlink()
     publish(partial, out)
     return {
@@ -106,11 +110,8 @@ def merge_adapter(
 def _progress_bar(model: "BaseModel", resumed: list[str], show: bool) -> Any:
     from tqdm import tqdm
 
-    sizes = {name: sum(t.numel() * t.element_size() for t in f.specs.values()) for name, f in model.files.items()}
-    done = sum(sizes[name] for name in resumed)
-    return tqdm(
-        total=sum(sizes.values()), initial=done, desc="merge", unit="B", unit_scale=True, disable=not show
-    )
+    done = sum(len(model.files[name]) for name in resumed)
+    return tqdm(total=len(model.file_of), initial=done, desc="merge", unit=" tensors", disable=not show)
 
 
 def base_folder(base: str | os.PathLike[str] | None) -> Path:
@@ -166,6 +167,9 @@ class BaseModel:
     def __getitem__(self, name: str) -> Tensor:
         return self.files[self.file_of[name]][name]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self.file_of
+
 
 class Merges:
     """What an adapter changes in a base model: updates to add, and tensors to replace, by the base's names."""
@@ -176,11 +180,10 @@ class Merges:
             raise ValueError(f"{name}={getattr(adapter.config, name)!r} cannot be merged into the base's files.")
         strip = self._prefix_to_strip()
         self.weights = {f"{layer.removeprefix(strip)}.weight": layer for layer in adapter.layers}
-        self.biases = (
-            {f"{layer.removeprefix(strip)}.bias": layer for layer in adapter.layers} if adapter.config.lora_bias else {}
-        )
+        biased = adapter.layers if adapter.config.lora_bias else []
+        self.biases = {f"{layer.removeprefix(strip)}.bias": layer for layer in biased}
         self.replaced = {self._base_name(name, strip): name for name in adapter.others}
-        missing = [name for name in [*self.weights, *self.biases, *self.replaced] if name not in model.file_of]
+        missing = [name for name in [*self.weights, *self.biases, *self.replaced] if name not in model]
         if missing:
             raise ValueError(
                 f"the base model's files lack {len(missing)} tensors that the adapter changes: {listed(missing)}. (An "
@@ -191,7 +194,7 @@ class Merges:
             if model.spec(name).shape != adapter.tensors.specs[source].shape:
                 raise ValueError(
                     f"tensor {name!r} is {tuple(adapter.tensors.specs[source].shape)} in the adapter and "
-                    f"{tuple(model.spec(name).shape)} in the base model; resize the base's embedding and save it first."
+                    f"{tuple(model.spec(name).shape)} in the base; resize the base's embedding and save it first."
                 )
 
     def _prefix_to_strip(self) -> str:
@@ -199,16 +202,16 @@ class Merges:
         first = self.adapter.layers[0]
         parts = first.split(".")
         for i in range(len(parts)):
-            if ".".join(parts[i:]) + ".weight" in self.model.file_of:
+            if ".".join(parts[i:]) + ".weight" in self.model:
                 return first.removesuffix(".".join(parts[i:]))
         return ""
 
     def _base_name(self, name: str, strip: str) -> str:
         name = name.removeprefix(PREFIX).replace(".base_layer.", ".")
-        return name if name in self.model.file_of else name.removeprefix(strip)
+        return name if name in self.model else name.removeprefix(strip)
 
     def _is_transposed(self, name: str) -> bool:
-        """Whether the base stores the weight `[in, out]`, as Conv1D does. Shapes decide; for square ones the config."""
+        """Whether the base stores the weight `[in, out]`, as Conv1D does, by its shape; if square, by the config."""
         features = self.adapter.features(self.weights[name])
         shape = tuple(self.model.spec(name).shape)
         if shape not in (features, features[::-1]):
@@ -241,16 +244,21 @@ class Merges:
 
         return LazyTensors({name: spec(tuple(t.shape), new_dtype(name)) for name, t in tensors.specs.items()}, load)
 
+    def _base(self, name: str, tensors: "Mapping[str, Tensor] | BaseModel") -> Tensor:
+        return self.adapter.tensors[self.replaced[name]] if name in self.replaced else tensors[name]
+
     @torch.no_grad()
     def merged_tensor(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        base = self._base(name, tensors)
         if name in self.weights:
             dW = self._update(self.weights[name])
-            return tensors[name].to(dW).add_(dW.T if self.transposed[name] else dW)
+            # into dW, since what is read from a file shares memory with later reads of it
+            return (dW.T if self.transposed[name] else dW).add_(base.to(dW))
         if name in self.biases:
             layer = self.biases[name]
             bias = self.adapter.factors(layer).bias.to(self.device, torch.float32)
-            return tensors[name].to(bias) + self.adapter.scaling(layer) * bias
-        return self.adapter.tensors[self.replaced[name]] if name in self.replaced else tensors[name]
+            return base.to(bias) + self.adapter.scaling(layer) * bias
+        return base
 
     def _update(self, layer: str) -> Tensor:
         f = (None if t is None else t.to(self.device) for t in self.adapter.factors(layer)[:4])
@@ -275,12 +283,12 @@ class Merges:
             f = (None if t is None else t.double() for t in self.adapter.factors(layer)[:4])
             A, B = hybrid_to_lora(*f)
             dW = self.adapter.scaling(layer) * (B @ A)
-            exact = self.model[name].double() + (dW.T if self.transposed[name] else dW)
-            weight = written[name]
+            exact = self._base(name, self.model).double() + (dW.T if self.transposed[name] else dW)
+            weight, precision = written[name], torch.finfo(written.spec(name).dtype)
             # one rounding of the stored dtype, and those of the float32 sums behind it
-            rounding = torch.finfo(weight.dtype).eps * exact.abs() + 1e-5 * dW.abs().max() + torch.finfo(weight.dtype).tiny
+            rounding = precision.eps * exact.abs() + 1e-5 * dW.abs().max() + precision.tiny
             if not ((weight.double() - exact).abs() <= rounding).all():
-                raise ValueError(f"weight {name!r} is not base + dW after writing; NaN in the adapter, or a faulty disk?")
+                raise ValueError(f"weight {name!r} is not base + dW after writing: NaN in the adapter, or a bad disk.")
         return len(sample)
 
 
@@ -315,4 +323,3 @@ def copy_other_files(model: BaseModel, folder: Path, dtype: torch.dtype | None) 
         total = sum(t.numel() * t.element_size() for t in written)
         index["metadata"] = {**index.get("metadata", {}), "total_size": total}
         write_json(folder / INDEX, index)
-

@@ -38,12 +38,14 @@ def write_peft(plain: PlainLora, folder: Path, base_config: dict[str, Any] | Non
     specs, loads = {}, {}
     for layer in plain.layers:
         in_features, out_features = adapter.features(layer)
-        for suffix, shape, i in ((A, (plain.rank, in_features), 0), (B, (out_features, plain.rank), 1)):
+        shapes = ((A, (plain.rank, in_features)), (B, (out_features, plain.rank)))
+        for i, (suffix, shape) in enumerate(shapes):
             name = PREFIX + layer + suffix
             specs[name], loads[name] = spec(shape, plain.dtype), lambda layer=layer, i=i: plain.factors(layer)[i]
         if adapter.specs(layer).bias is not None:
             name = PREFIX + layer + BIAS
-            specs[name], loads[name] = spec((out_features,), plain.dtype), lambda layer=layer: folded_bias(plain, layer)
+            specs[name] = spec((out_features,), plain.dtype)
+            loads[name] = lambda layer=layer: folded_bias(plain, layer)
     for name in adapter.others:
         specs[name], loads[name] = adapter.tensors.specs[name], lambda name=name: adapter.tensors[name]
     write_safetensors(folder / WEIGHTS, LazyTensors(specs, lambda name: loads[name]()))
@@ -67,7 +69,8 @@ def write_mlx(plain: PlainLora, folder: Path, base_config: dict[str, Any] | None
     specs, loads = {}, {}
     for layer in plain.layers:
         in_features, out_features = plain.adapter.features(layer)
-        for suffix, shape, i in ((".lora_a", (in_features, plain.rank), 0), (".lora_b", (plain.rank, out_features), 1)):
+        shapes = ((".lora_a", (in_features, plain.rank)), (".lora_b", (plain.rank, out_features)))
+        for i, (suffix, shape) in enumerate(shapes):
             name = layer + suffix
             specs[name], loads[name] = spec(shape, plain.dtype), lambda layer=layer, i=i: plain.factors(layer)[i].T
     write_safetensors(folder / "adapters.safetensors", LazyTensors(specs, lambda name: loads[name]()))
@@ -83,7 +86,10 @@ def write_mlx(plain: PlainLora, folder: Path, base_config: dict[str, Any] | None
 
 def write_gguf(plain: PlainLora, folder: Path, base_config: dict[str, Any] | None, extra: dict[str, Any]) -> ReadBack:
     """llama.cpp's adapter: GGUF's names for the layers, and rows of q and k permuted as in the base model's file."""
-    import gguf
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError("GGUF files need the package gguf: pip install gguf") from error
 
     architecture, permuted, heads = gguf_base(base_config)
     blocks = 1 + max((int(n) for layer in plain.layers for n in re.findall(r"\.(\d+)\.", layer)), default=0)

@@ -53,7 +53,8 @@ def down(x: Tensor, A: Tensor, hybrid_r: int, scaling: float) -> Tensor:
         if hybrid_r:
             g[..., r:] = scaling * (x @ A[..., r:].flatten(0, 1))
         return g
-    g = exchange(x.new_empty(k, T, r).baddbmm_(chunks(x, k), A[..., :r], beta=0, alpha=scaling))
+    grid = A[..., :r] if hybrid_r else A
+    g = exchange(x.new_empty(k, T, r).baddbmm_(chunks(x, k), grid, beta=0, alpha=scaling))
     if not hybrid_r:
         return g
     return torch.cat([g, (scaling * (x @ A[..., r:].flatten(0, 1))).expand(k, -1, -1)], dim=2)
@@ -63,7 +64,7 @@ def linear_up(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tens
     """x W^T + bias + up(g, B): x `[T, I]`, weight `[O, I]`, g `[k, T, R]`, B `[k, R, O/k]` -> `[T, O]`."""
     if dispatch.use_linear_kernel(x, weight, g, B):
         return dispatch.hopper().linear_up(x, weight, bias, g, B)
-    if x.is_cuda and bias is None:
+    if bias is None and x.is_cuda and x.numel() >= dispatch.MIN_SIZE:
         # the product with W reads the adapter's output while it multiplies: cheaper than a pass of its own
         y = x.new_empty(x.shape[0], weight.shape[0])
         chunks(y, B.shape[0]).baddbmm_(g, B, beta=0)
@@ -88,7 +89,8 @@ def forward(
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     g = down(rows, A, hybrid_r, scaling)
     y = linear_up(rows, weight, bias, g, B)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], -1), g
+    # as matmul does: to autograd y is no view, so that callers may change it in place
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])), g
 
 
 def backward(

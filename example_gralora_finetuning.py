@@ -1,0 +1,11 @@
+"""Fine-tune a language model with GraLoRA; the same as the command `gralora finetune`.
+
+python example_gralora_finetuning.py --base_model "gpt2" --use_gralora --gralora_k 4
+"""
+
+import sys
+
+from gralora.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["finetune", *sys.argv[1:]]))

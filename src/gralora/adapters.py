@@ -1,0 +1,206 @@
+"""What one does with a saved adapter: `convert_adapter`, and the commands convert, export, merge and inspect."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import formats
+from .files import CONFIG, WEIGHTS, new_folder, read_adapter_folder, write_json, write_safetensors
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+READABLE = tuple(formats.FORMATS)
+WRITABLE = tuple(name for name, known in formats.FORMATS.items() if known.write_config is not None)
+
+
+def convert_adapter(
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    to: str = "gralora",
+    source: str | None = None,
+) -> formats.Adapter:
+    """Write an adapter in another GraLoRA format: tensors are renamed, byte for byte, and the config is rewritten.
+
+    Args:
+        adapter: folder of the adapter, in any format of `gralora.formats.FORMATS`.
+        out: folder to make.
+        to: "gralora", or "peft" for PEFT's GRALORA, which stock PEFT loads from 0.19 on.
+        source: format of `adapter`, needed only if its config leaves that open.
+
+    Returns:
+        The adapter as it was read, with notices of what was dropped.
+
+    Raises:
+        OSError, ValueError: if the input is missing, damaged or unclear, or `to` cannot express it.
+    """
+    read = formats.read(*read_adapter_folder(adapter), source=source)
+    config, tensors = formats.write(read, to)
+    with new_folder(out) as folder:
+        write_safetensors(folder / WEIGHTS, tensors)
+        write_json(folder / CONFIG, config)
+    return read
+
+
+# Commands
+
+
+def _parser(name: str, description: str, **positional: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"gralora {name}", description=description, allow_abbrev=False)
+    for argument, text in positional.items():
+        parser.add_argument(argument, type=Path, help=text)
+    parser.add_argument(
+        "--from",
+        dest="source",
+        choices=READABLE,
+        help="format of ADAPTER, where its config leaves open which program wrote it",
+    )
+    return parser
+
+
+def convert_command(argv: list[str]) -> None:
+    """`gralora convert`: any GraLoRA checkpoint into ours or PEFT's."""
+    parser = _parser(
+        "convert",
+        "Write a GraLoRA adapter in another format. Reads gralora's, PEFT's GRALORA, the SqueezeBits repository's and "
+        "the HaohanTsao/peft fork's.",
+        adapter="folder of the adapter",
+        out="folder to make",
+    )
+    parser.add_argument("--to", choices=WRITABLE, default="gralora", help="format of OUT (default: gralora)")
+    args = parser.parse_args(argv)
+    read = convert_adapter(args.adapter, args.out, args.to, args.source)
+    for notice in read.notices:
+        print(notice)
+    print(f"{read.format} -> {args.to}: {len(read.layers)} layers, written to {args.out}")
+
+
+def export_command(argv: list[str]) -> None:
+    """`gralora export`: the plain LoRA that an adapter equals, for a serving program."""
+    from . import export
+    from .targets import TARGETS
+
+    parser = _parser(
+        "export",
+        "Write a GraLoRA adapter as the plain LoRA that it equals, exactly, and print the line that serves it.",
+        adapter="folder of the adapter",
+        out="folder to make",
+    )
+    parser.add_argument("--for", dest="target", choices=TARGETS, required=True, help="the program that will serve it")
+    parser.add_argument("--base", type=Path, help="folder of the base model, to read its config and compare logits")
+    parser.add_argument("--arch", help="llamacpp, ollama without --base: the base's model_type, e.g. llama")
+    parser.add_argument("--heads", type=int, help="llamacpp, ollama without --base: the base's num_attention_heads")
+    parser.add_argument("--kv-heads", type=int, help="llamacpp, ollama without --base: its num_key_value_heads")
+    parser.add_argument("--max-rank", type=int, help="highest rank wanted; a higher one needs --lossy")
+    parser.add_argument("--lossy", action="store_true", help="approximate layers of a rank above the limit, by SVD")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the factors (default: the adapter's, if that is exact)")
+    args = parser.parse_args(argv)
+    base_config: dict[str, Any] | None = None
+    if args.arch or args.heads or args.kv_heads:
+        base_config = {
+            "model_type": args.arch,
+            "num_attention_heads": args.heads,
+            "num_key_value_heads": args.kv_heads,
+        }
+    report = export.to_lora(
+        args.adapter,
+        args.out,
+        args.target,
+        base=args.base,
+        base_config=base_config,
+        source=args.source,
+        max_rank=args.max_rank,
+        lossy=args.lossy,
+        dtype=DTYPES.get(args.dtype),
+    )
+    print(export.summary(report))
+
+
+def merge_command(argv: list[str]) -> None:
+    """`gralora merge`: the base model with the adapter in its weights."""
+    from .merge import merge_adapter
+
+    parser = _parser(
+        "merge",
+        "Write the base model with the adapter merged in, file by file. Run it again to resume after an interruption.",
+        adapter="folder of the adapter",
+        out="folder to make",
+    )
+    parser.add_argument("--base", type=Path, help="folder of the base model (default: what the adapter names)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the merged weights (default: each keeps its own)")
+    parser.add_argument("--device", default="cpu", help="where updates are computed (default: cpu)")
+    args = parser.parse_args(argv)
+    result = merge_adapter(
+        args.adapter,
+        args.out,
+        args.base,
+        dtype=DTYPES.get(args.dtype),
+        device=args.device,
+        source=args.source,
+        progress=True,
+    )
+    for notice in result["notices"]:
+        print(notice)
+    if result["resumed"]:
+        print(f"resumed: {len(result['resumed'])} files were there already")
+    replaced = f", replaced {len(result['replaced'])} tensors" if result["replaced"] else ""
+    print(f"merged {result['layers']} layers{replaced}, checked {result['verified']}; written to {args.out}")
+
+
+def inspect_command(argv: list[str]) -> None:
+    """`gralora inspect`: what is in an adapter."""
+    from .inspection import draw_block_norms, inspect_adapter
+
+    parser = _parser(
+        "inspect", "Show format, sizes, norms and ranks of an adapter, and anomalies.", adapter="folder of the adapter"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--png", type=Path, help="also draw the norms of the k x k blocks into this file")
+    parser.add_argument("--layers", default=".*", help="regular expression that selects the layers to draw")
+    args = parser.parse_args(argv)
+    description = inspect_adapter(args.adapter, args.source)
+    if args.json:
+        print(json.dumps(description, indent=2))
+    else:
+        print_tables(description)
+    if args.png:
+        drawn = draw_block_norms(args.adapter, args.png, args.layers, args.source)
+        if not args.json:
+            print(f"drew {len(drawn)} layers into {args.png}")
+
+
+def print_tables(description: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    head = Table(show_header=False, box=None)
+    plain = ("format", "base", "r", "gralora_k", "hybrid_r", "lora_alpha", "use_rslora", "target_modules", "dtype")
+    for name in plain:
+        value = description[name]
+        head.add_row(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+    head.add_row("parameters", f"{description['parameters']:,}")
+    head.add_row("as plain LoRA", f"rank {description['lora_rank']}")
+    head.add_row("norm of dW", f"{description['norm']:.4g}")
+    for name, shape in description["others"].items():
+        head.add_row("also saved", f"{name} {shape}")
+    console.print(head)
+
+    table = Table("layer", "in", "out", "r", "scaling", "norm", "2-norm", "rank", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.columns[0].no_wrap = True
+    for layer, d in description["layers"].items():
+        sizes = map(str, (d["in_features"], d["out_features"], d["r"]))
+        numbers = (f"{d[name]:.3g}" for name in ("scaling", "norm", "spectral_norm"))
+        table.add_row(layer.removeprefix("model."), *sizes, *numbers, f"{d['rank']}/{d['lora_rank']}")
+    console.print(table)
+    for notice in description["notices"]:
+        console.print(f"notice: {notice}", style="yellow", markup=False)
+    for anomaly in description["anomalies"]:
+        console.print(f"anomaly: {anomaly}", style="bold red", markup=False)
+    if not description["anomalies"]:
+        console.print("no anomalies", style="green")

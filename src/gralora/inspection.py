@@ -1,0 +1,156 @@
+"""What is in an adapter: format, sizes, norms and ranks of its updates, anomalies. Without the base model.
+
+Norms and singular values come from the factors; no dW is formed.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import formats
+from .convert import block_norms, hybrid_to_lora, singular_values
+from .files import read_adapter_folder
+from .formats import Adapter
+
+PANELS = 16  # in one heat map
+
+
+def inspect_adapter(adapter: str | os.PathLike[str], source: str | None = None) -> dict[str, Any]:
+    """Describe a saved adapter of any GraLoRA format.
+
+    Args:
+        adapter: its folder.
+        source: its format, needed only if its config leaves that open.
+
+    Returns:
+        `format`, `base`, `r` (total), `gralora_k`, `hybrid_r`, `parameters`, `dtype`, `lora_rank` (of the plain LoRA
+        that equals it), `layers` (see `describe_layer`), `norm` (of all updates together), `others` (names of tensors
+        that are no factors), `notices`, and `anomalies`, a list of sentences.
+
+    Raises:
+        OSError, ValueError: as `gralora.formats.read`.
+    """
+    read = formats.read(*read_adapter_folder(adapter), source=source)
+    layers = {layer: describe_layer(read, layer) for layer in read.layers}
+    specs = read.tensors.specs
+    factors = [t for layer in read.layers for t in read.specs(layer) if t is not None]
+    return {
+        "format": read.format,
+        "base": read.config.base_model_name_or_path,
+        "r": read.config.r,
+        "gralora_k": read.config.gralora_k,
+        "hybrid_r": read.config.hybrid_r,
+        "lora_alpha": read.config.lora_alpha,
+        "use_rslora": read.config.use_rslora,
+        "target_modules": formats.plain(read.config.target_modules),
+        "dtype": sorted({str(t.dtype).removeprefix("torch.") for t in factors}),
+        "parameters": sum(t.numel() for t in factors),
+        "lora_rank": max(map(read.lora_rank, read.layers)),
+        "norm": sum(d["norm"] ** 2 for d in layers.values()) ** 0.5,
+        "layers": layers,
+        "others": {name: list(specs[name].shape) for name in read.others},
+        "notices": list(read.notices),
+        "anomalies": anomalies(read, layers),
+    }
+
+
+def describe_layer(adapter: Adapter, layer: str) -> dict[str, Any]:
+    """One layer's sizes and dW, scaling included.
+
+    Returns:
+        `in_features`, `out_features`, `r`, `scaling`, `norm` (Frobenius), `spectral_norm`, `rank` (numerical: singular
+        values above float32's precision times the largest and the greater side, as `torch.linalg.matrix_rank`),
+        `lora_rank` (the most it can be), `norm_A`, `norm_B`, `finite`.
+    """
+    f, scaling = adapter.factors(layer), adapter.scaling(layer)
+    in_features, out_features = adapter.features(layer)
+    finite = all(bool(t.isfinite().all()) for t in f if t is not None)
+    values = scaling * singular_values(*hybrid_to_lora(*f[:4])) if finite else torch.tensor([torch.nan])
+    tolerance = max(in_features, out_features) * torch.finfo(torch.float32).eps * values.max()
+    norm_A, norm_B = (
+        sum(t.double().square().sum().item() for t in ts if t is not None) ** 0.5
+        for ts in ((f.A, f.hybrid_A), (f.B, f.hybrid_B))
+    )
+    return {
+        "in_features": in_features,
+        "out_features": out_features,
+        "r": adapter.rank(layer),
+        "scaling": scaling,
+        "norm": values.norm().item(),
+        "spectral_norm": values.max().item(),
+        "rank": int((values > tolerance).sum()),
+        "lora_rank": min(adapter.lora_rank(layer), in_features, out_features),
+        "norm_A": norm_A,
+        "norm_B": norm_B,
+        "finite": finite,
+    }
+
+
+def anomalies(adapter: Adapter, layers: dict[str, dict[str, Any]]) -> list[str]:
+    """What should not be in a trained adapter, as sentences."""
+    found = [f"{layer}: NaN or infinite values" for layer, d in layers.items() if not d["finite"]]
+    zero = [layer for layer, d in layers.items() if d["norm_B"] == 0]
+    if len(zero) == len(layers):
+        found.append("all B factors are zero: the adapter was not trained, and does nothing")
+    else:
+        found += [f"{layer}: B is zero, so its update is" for layer in zero]
+    found += [f"{layer}: A is zero, so its update is" for layer, d in layers.items() if d["norm_A"] == 0]
+    config = adapter.config
+    explained = config.modules_to_save or config.trainable_token_indices or config.bias != "none"
+    if adapter.others and not explained:
+        found.append(f"tensors that the config does not explain: {', '.join(adapter.others)}")
+    for module in config.modules_to_save or []:
+        if not any(f".{module}." in name for name in adapter.others):
+            found.append(f"modules_to_save names {module!r}, and no tensor is of it")
+    return found
+
+
+def draw_block_norms(
+    adapter: str | os.PathLike[str], png: str | os.PathLike[str], layers: str = ".*", source: str | None = None
+) -> list[str]:
+    """Draw the norms of the k x k blocks of the grid's updates, one heat map a layer, into a PNG file.
+
+    Args:
+        adapter: its folder.
+        png: the file to write.
+        layers: regular expression that selects layers by name; at most PANELS, spread evenly, are drawn.
+        source: its format, needed only if its config leaves that open.
+
+    Returns:
+        The names of the layers drawn.
+
+    Raises:
+        ValueError: if no layer matches.
+    """
+    from matplotlib.figure import Figure
+
+    read = formats.read(*read_adapter_folder(adapter), source=source)
+    names = [layer for layer in read.layers if re.search(layers, layer)]
+    if not names:
+        raise ValueError(f"--layers {layers!r} matches none of the adapter's layers, e.g. {read.layers[0]!r}.")
+    names = names[:: -(-len(names) // PANELS)]
+    norms = {}
+    for name in names:
+        f = read.factors(name)
+        norms[name] = (read.scaling(name) * block_norms(f.A, f.B)).numpy()
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3 * rows), layout="constrained")
+    panels = iter(figure.subplots(rows, columns, squeeze=False).flat)
+    top = max(n.max() for n in norms.values())
+    image = None
+    for name, panel in zip(names, panels, strict=False):
+        image = panel.imshow(norms[name], vmin=0, vmax=top, cmap="viridis")
+        panel.set_title(name.removeprefix("model."), fontsize=7)
+        panel.set_xticks(range(len(norms[name])))
+        panel.set_yticks(range(len(norms[name])))
+    for panel in panels:
+        panel.set_axis_off()
+    figure.colorbar(image, ax=figure.axes, label="norm of the block")
+    figure.supxlabel("input block")
+    figure.supylabel("output block")
+    figure.savefig(Path(png), format="png", dpi=120)
+    return names

@@ -1,0 +1,353 @@
+"""Merging on disk, inspecting, and the four commands."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import MODELS, tiny_gpt2, tiny_llama
+from safetensors.torch import load_file
+from saved import FORMATS, edit, logits, read, save, save_gralora, write
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import gralora
+from gralora import adapters, cli, files, merge
+from gralora.files import LazyTensors, new_folder, read_safetensors, write_safetensors
+
+
+def save_base(folder: Path, model: nn.Module, shards: bool = False) -> Path:
+    model.save_pretrained(folder, max_shard_size="4KB" if shards else "1GB")
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+# Merge
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+def test_merged_model_gives_the_adapters_logits(tmp_path: Path, model: str, shards: bool) -> None:
+    expected = save_gralora(tmp_path / "in", model)
+    save_base(tmp_path / "base", MODELS[model](), shards)
+    result = gralora.merge_adapter(tmp_path / "in", tmp_path / "out", tmp_path / "base")
+    torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=0, atol=1e-4)
+    assert (expected - logits(load(tmp_path / "base"))).abs().max() > 0.1
+    assert result["layers"] == result["verified"] > 0
+    names = {path.name for path in (tmp_path / "base").iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert (len([name for name in names if name.endswith(".safetensors")]) > 2) == shards
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_can_be_merged(tmp_path: Path, name: str) -> None:
+    expected = save(tmp_path / "in", name)
+    gralora.merge_adapter(tmp_path / "in", tmp_path / "out", save_base(tmp_path / "base", tiny_llama()))
+    torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chosen", [False, True])
+def test_merged_weights_are_rounded_once(tmp_path: Path, dtype: torch.dtype, chosen: bool) -> None:
+    """From a base of the dtype, or from a float32 base with --dtype: the float32 sum, cast."""
+    save_gralora(tmp_path / "in")
+    base = tiny_llama() if chosen else tiny_llama(dtype)
+    save_base(tmp_path / "base", base, shards=True)
+    gralora.merge_adapter(tmp_path / "in", tmp_path / "out", tmp_path / "base", dtype=dtype if chosen else None)
+    merged = load(tmp_path / "out", "auto")
+    assert merged.dtype == dtype
+    with_adapter = gralora.load_adapter(base.float(), tmp_path / "in")
+    expected = with_adapter.merge_and_unload().state_dict()
+    for name, t in merged.state_dict().items():
+        assert torch.equal(t, expected[name].to(dtype)), name
+    index = json.loads((tmp_path / "out" / merge.INDEX).read_text())
+    tensors = [t for path in (tmp_path / "out").glob("*.safetensors") for t in load_file(path).values()]
+    assert index["metadata"]["total_size"] == sum(t.numel() * 2 for t in tensors)
+
+
+def test_modules_to_save_replace_the_bases(tmp_path: Path) -> None:
+    save_gralora(tmp_path / "in", modules_to_save=["lm_head"])
+    config, tensors = read(tmp_path / "in")
+    write(tmp_path / "in", config, {n: 2 * t if "lm_head" in n else t for n, t in tensors.items()})
+    save_base(tmp_path / "base", tiny_llama())
+    result = gralora.merge_adapter(tmp_path / "in", tmp_path / "out", tmp_path / "base")
+    expected = logits(gralora.load_adapter(tiny_llama(), tmp_path / "in"))
+    torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=0, atol=1e-4)
+    assert result["replaced"] == ["lm_head.weight"]
+
+
+def test_output_layer_with_its_saved_base_weight(tmp_path: Path) -> None:
+    expected = save_gralora(tmp_path / "in", target_modules=["lm_head", "q_proj"])
+    gralora.merge_adapter(tmp_path / "in", tmp_path / "out", save_base(tmp_path / "base", tiny_llama()))
+    torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=0, atol=1e-4)
+
+
+def test_bias_of_an_adapter_is_merged(tmp_path: Path) -> None:
+    expected = save_gralora(tmp_path / "in", "gpt2", lora_bias=True)
+    gralora.merge_adapter(tmp_path / "in", tmp_path / "out", save_base(tmp_path / "base", tiny_gpt2()))
+    torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=0, atol=1e-4)
+    biases = [name for name in read(tmp_path / "in")[1] if name.endswith("lora_B.bias")]
+    assert len(biases) == 6
+
+
+def test_square_weight_of_unclear_orientation_is_refused(tmp_path: Path) -> None:
+    """GPT-2's attn.c_proj is square; c_attn shows that the base stores weights the other way than the config says."""
+    save_gralora(tmp_path / "in", "gpt2")
+    save_base(tmp_path / "base", tiny_gpt2())
+    edit(tmp_path / "in", fan_in_fan_out=False)
+    with pytest.raises(ValueError, match="c_proj.*orientation is ambiguous"):
+        gralora.merge_adapter(tmp_path / "in", tmp_path / "out", tmp_path / "base")
+
+
+def test_interrupted_merge_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = save_gralora(tmp_path / "in")
+    save_base(tmp_path / "base", tiny_llama(), shards=True)
+    calls = []
+
+    def stops_at_third(path: Path, tensors: LazyTensors, done: object) -> None:
+        calls.append(path.name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        write_safetensors(path, tensors, done)
+
+    monkeypatch.setattr(merge, "write_safetensors", stops_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        gralora.merge_adapter(tmp_path / "in", tmp_path / "out", tmp_path / "base")
+    assert not (tmp_path / "out").exists()
+    result = gralora.merge_adapter(tmp_path / "in", tmp_path / "out", tmp_path / "base")
+    assert len(result["resumed"]) == 2 and calls[2] == calls[3]
+    torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=0, atol=1e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "in", "out"]
+
+
+def test_interrupted_merge_of_another_adapter_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_gralora(tmp_path / "other", lora_alpha=1)
+    expected = save_gralora(tmp_path / "in")
+    save_base(tmp_path / "base", tiny_llama(), shards=True)
+    monkeypatch.setattr(merge, "copy_other_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        gralora.merge_adapter(tmp_path / "other", tmp_path / "out", tmp_path / "base")
+    monkeypatch.undo()
+    assert gralora.merge_adapter(tmp_path / "in", tmp_path / "out", tmp_path / "base")["resumed"] == []
+    torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=0, atol=1e-4)
+
+
+def test_wrong_weights_on_disk_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_gralora(tmp_path / "in")
+    save_base(tmp_path / "base", tiny_llama())
+
+    def damaged(path: Path, tensors: LazyTensors, done: object) -> None:
+        write_safetensors(path, {n: t + 0.01 * (n.endswith("1.self_attn.k_proj.weight")) for n, t in tensors.items()})
+
+    monkeypatch.setattr(merge, "write_safetensors", damaged)
+    with pytest.raises(ValueError, match="layers.1.self_attn.k_proj.weight' is not base"):
+        gralora.merge_adapter(tmp_path / "in", tmp_path / "out", tmp_path / "base")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "in"]
+
+
+def test_merge_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    save_gralora(tmp_path / "in")
+    with pytest.raises(FileNotFoundError, match="--base FOLDER"):
+        gralora.merge_adapter(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="not in the local Hub cache"):
+        gralora.merge_adapter(tmp_path / "in", tmp_path / "out", "nobody/nothing")
+    wide = save_base(tmp_path / "wide", tiny_llama(intermediate_size=48))
+    with pytest.raises(ValueError, match=r"down_proj.weight' is \(16, 48\)"):
+        gralora.merge_adapter(tmp_path / "in", tmp_path / "out", wide)
+    short = save_base(tmp_path / "short", tiny_llama(num_hidden_layers=1))
+    with pytest.raises(ValueError, match=r"lack 3 tensors.*layers\.1"):
+        gralora.merge_adapter(tmp_path / "in", tmp_path / "out", short)
+    save_gralora(tmp_path / "tied", target_modules=["lm_head", "q_proj"])
+    tied = save_base(tmp_path / "tied_base", tiny_llama(tie_word_embeddings=True))
+    with pytest.raises(ValueError, match="shares its weight with the embedding"):
+        gralora.merge_adapter(tmp_path / "tied", tmp_path / "out", tied)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
+    with pytest.raises(ValueError, match="quantised"):
+        gralora.merge_adapter(tmp_path / "in", tmp_path / "out", short)
+    save_gralora(tmp_path / "tokens", trainable_token_indices=[1])
+    with pytest.raises(ValueError, match="lack .*trainable_tokens"):
+        gralora.merge_adapter(tmp_path / "tokens", tmp_path / "out", save_base(tmp_path / "base", tiny_llama()))
+
+
+# Inspect
+
+
+def test_inspect_measures_the_updates(tmp_path: Path) -> None:
+    save_gralora(tmp_path, r=10, hybrid_r=2, lora_alpha=5, rank_pattern={"q_proj": 4})
+    description = gralora.inspect_adapter(tmp_path)
+    assert description["format"] == "gralora" and description["anomalies"] == []
+    assert description["parameters"] == sum(t.numel() for t in read(tmp_path)[1].values())
+    model = gralora.load_adapter(tiny_llama().double(), tmp_path)
+    squares = 0.0
+    for layer, d in description["layers"].items():
+        dW = model.base_model.model.get_submodule(layer).get_delta_weight("default").double()
+        assert d["norm"] == pytest.approx(dW.norm().item(), rel=1e-5)
+        assert d["spectral_norm"] == pytest.approx(torch.linalg.matrix_norm(dW, 2).item(), rel=1e-5)
+        assert d["rank"] == torch.linalg.matrix_rank(dW, rtol=1e-4) == d["lora_rank"]
+        squares += d["norm"] ** 2
+    assert {d["rank"] for d in description["layers"].values()} == {6, 8, 16}  # 2 * 2 + 2; 8 features; of 2 * 8 + 2
+    assert description["norm"] == pytest.approx(squares**0.5)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_can_be_inspected(tmp_path: Path, name: str) -> None:
+    save(tmp_path, name)
+    description = gralora.inspect_adapter(tmp_path)
+    assert (description["format"], description["r"], description["hybrid_r"]) == (name, 8, 2)
+    assert description["anomalies"] == [] and bool(description["notices"]) == (name == "fork")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, n: t[n].view(-1)[0:1].fill_(torch.nan), "q_proj: NaN or infinite"),
+        (lambda t, n: [t[x].zero_() for x in (n, n.replace(".weight", ".hybrid_weight"))], "q_proj: B is zero"),
+        (lambda t, n: [t[x].zero_() for x in t if "lora_B" in x], "all B factors are zero"),
+        (lambda t, n: t.update({"base_model.model.extra.weight": torch.ones(1)}), "does not explain.*extra"),
+    ],
+)
+def test_anomalies_are_found(tmp_path: Path, change, message: str) -> None:
+    save_gralora(tmp_path)
+    config, tensors = read(tmp_path)
+    change(tensors, "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight")
+    write(tmp_path, config, tensors)
+    (anomaly,) = gralora.inspect_adapter(tmp_path)["anomalies"]
+    assert re.search(message, anomaly)
+
+
+def test_missing_module_to_save_is_an_anomaly(tmp_path: Path) -> None:
+    save_gralora(tmp_path)
+    edit(tmp_path, modules_to_save=["lm_head"])
+    assert "'lm_head'" in gralora.inspect_adapter(tmp_path)["anomalies"][0]
+
+
+# Files
+
+
+def as_bytes(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous().reshape(-1).view(torch.uint8)
+
+
+def test_safetensors_round_trip_of_every_dtype(tmp_path: Path) -> None:
+    floats = {str(d): torch.randn(3, 5).to(d) for d in files.DTYPES.values() if d.is_floating_point}
+    integers = {str(d): torch.randint(0, 2, (7,)).to(d) for d in files.DTYPES.values() if not d.is_floating_point}
+    tensors = (
+        floats | integers | {"transposed": torch.randn(4, 6).T, "scalar": torch.tensor(2.0), "empty": torch.ones(0)}
+    )
+    write_safetensors(tmp_path / "file", tensors)
+    content = (tmp_path / "file").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    assert size % 8 == 0
+    assert all(header[name]["data_offsets"][0] % t.element_size() == 0 for name, t in tensors.items())  # aligned
+    for result in (dict(read_safetensors(tmp_path / "file")), load_file(tmp_path / "file")):
+        assert result.keys() == tensors.keys()
+        for name, t in tensors.items():
+            assert result[name].dtype == t.dtype and result[name].shape == t.shape
+            assert torch.equal(as_bytes(result[name]), as_bytes(t)), name
+
+
+def test_tensor_that_is_not_as_announced_is_refused(tmp_path: Path) -> None:
+    tensors = LazyTensors({"a": torch.ones(2)}, lambda name: torch.ones(3))
+    with pytest.raises(ValueError, match=r"'a' is \(3,\)"):
+        write_safetensors(tmp_path / "file", tensors)
+
+
+def test_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out") as folder:
+        (folder / "file").touch()
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "file").touch()
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
+
+
+# Commands
+
+
+def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    save(tmp_path / "in", "fork")
+    adapters.convert_command([str(tmp_path / "in"), str(tmp_path / "out"), "--to", "peft"])
+    out = capsys.readouterr().out
+    assert "dropped 12 tensors" in out and "fork -> peft: 6 layers" in out
+    assert read(tmp_path / "out")[0]["peft_type"] == "GRALORA"
+
+
+def test_export_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    save_gralora(tmp_path / "in")
+    arguments = ["--for", "llamacpp", "--arch", "llama", "--heads", "2", "--kv-heads", "1"]
+    adapters.export_command([str(tmp_path / "in"), str(tmp_path / "out"), *arguments])
+    out = capsys.readouterr().out
+    assert "rank 14, float32, copied" in out
+    assert out.endswith(f"llama-server --model BASE_MODEL.gguf --lora {tmp_path / 'out' / 'adapter.gguf'}\n")
+    adapters.export_command(
+        [
+            str(tmp_path / "in"),
+            str(tmp_path / "lossy"),
+            "--for",
+            "peft",
+            "--max-rank",
+            "3",
+            "--lossy",
+            "--dtype",
+            "float16",
+        ]
+    )
+    out = capsys.readouterr().out
+    assert "rank 3, float16, truncated" in out and "relative error of dW by layer" in out and "worst: 0." in out
+
+
+def test_merge_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    save_gralora(tmp_path / "in")
+    base = save_base(tmp_path / "base", tiny_llama())
+    edit(tmp_path / "in", base_model_name_or_path=str(base))
+    adapters.merge_command([str(tmp_path / "in"), str(tmp_path / "out"), "--dtype", "bfloat16"])
+    captured = capsys.readouterr()
+    assert "merged 6 layers, checked 6" in captured.out and "merge: 100%" in captured.err
+    assert load(tmp_path / "out", "auto").dtype == torch.bfloat16
+
+
+def test_inspect_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    save_gralora(tmp_path / "in")
+    adapters.inspect_command([str(tmp_path / "in"), "--json"])
+    assert json.loads(capsys.readouterr().out) == gralora.inspect_adapter(tmp_path / "in")
+    png = tmp_path / "norms.png"
+    adapters.inspect_command([str(tmp_path / "in"), "--png", str(png), "--layers", "q_proj"])
+    out = capsys.readouterr().out
+    assert "no anomalies" in out and "drew 2 layers" in out and "q_proj" in out
+    assert png.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="matches none"):
+        adapters.inspect_command([str(tmp_path / "in"), "--png", str(png), "--layers", "nothing"])
+
+
+def test_commands_are_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    save(tmp_path / "in", "squeezebits")
+    assert cli.main(["inspect", str(tmp_path / "in")]) == 0
+    assert cli.main(["convert", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    assert cli.main(["export", str(tmp_path / "out"), str(tmp_path / "plain"), "--for", "mlx"]) == 0
+    save_base(tmp_path / "base", tiny_llama())
+    assert cli.main(["merge", str(tmp_path / "out"), str(tmp_path / "merged"), "--base", str(tmp_path / "base")]) == 0
+    assert cli.main(["inspect", str(tmp_path / "plain")]) == cli.USER_ERROR
+    assert "adapter_model.safetensors" in capsys.readouterr().err
+
+
+def test_public_names_are_lazy_and_complete() -> None:
+    assert all(callable(getattr(gralora, name)) for name in gralora.__all__)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = gralora.nothing
+
+
+def test_inputs_are_not_changed(tmp_path: Path) -> None:
+    save_gralora(tmp_path / "in")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()}
+    gralora.to_lora(tmp_path / "in", tmp_path / "out")
+    gralora.merge_adapter(tmp_path / "in", tmp_path / "merged", save_base(tmp_path / "base", tiny_llama()))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before

@@ -1,0 +1,110 @@
+"""The command line: which commands there are, and how it ends."""
+
+import importlib
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gralora import cli
+
+EXAMPLE = Path(__file__).parents[1] / "example_gralora_finetuning.py"
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Add a command `try` that calls a function given by the test."""
+
+    def add(function) -> None:
+        module = type(sys)("gralora_try")
+        module.run = function
+        monkeypatch.setitem(sys.modules, "gralora_try", module)
+        monkeypatch.setitem(cli.COMMANDS, "try", ("gralora_try", "run", "what it does"))
+
+    return add
+
+
+def failing(error: BaseException):
+    def run(arguments: list[str]) -> None:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(name, capsys):
+    module, function, _ = cli.COMMANDS[name]
+    assert callable(getattr(importlib.import_module(module), function))
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: gralora {name}" in capsys.readouterr().out
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    output = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(name in output and what in output for name, (_, _, what) in cli.COMMANDS.items())
+
+
+def test_help_imports_no_command():
+    code = "import sys, gralora.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert not {m for m, _, _ in c.COMMANDS.values()} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("argv", [[], ["nonsense"], ["finetune", "--no_such_flag", "1"], ["finetune", "--seed", "x"]])
+def test_wrong_usage_ends_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == cli.USER_ERROR == 2
+    assert "usage: gralora" in capsys.readouterr().err
+
+
+def test_arguments_reach_the_command(command):
+    given = []
+    command(given.append)
+    assert cli.main(["try", "--r", "8", "folder"]) == 0
+    assert cli.main(["try", "--debug", "--r"]) == 0
+    assert given == [["--r", "8", "folder"], ["--r"]]
+
+
+@pytest.mark.parametrize("error", [ValueError("r=3 is odd"), OSError("no such file"), ImportError("install it")])
+def test_user_errors_have_no_trace(command, capsys, error):
+    command(failing(error))
+    assert cli.main(["try"]) == cli.USER_ERROR
+    output = capsys.readouterr().err
+    assert output == f"gralora try: error: {error} (--debug shows where)\n"
+
+
+@pytest.mark.parametrize("argv", [["--debug", "try"], ["try", "--debug"]])
+def test_debug_shows_the_trace(command, capsys, argv):
+    command(failing(ValueError("r=3 is odd")))
+    assert cli.main(argv) == cli.USER_ERROR
+    output = capsys.readouterr().err
+    assert "Traceback" in output and "in run" in output and output.endswith("gralora try: error: r=3 is odd\n")
+
+
+def test_faults_of_the_program_are_not_hidden(command):
+    command(failing(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["try"])
+
+
+@pytest.mark.parametrize("message, shown", [("saved in x", "saved in x"), ("", "interrupted")])
+def test_interrupt(command, capsys, message, shown):
+    command(failing(KeyboardInterrupt(message)))
+    assert cli.main(["try"]) == cli.INTERRUPTED == 130
+    assert capsys.readouterr().err == f"gralora try: {shown}\n"
+
+
+def test_example_script_is_the_finetune_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--base_model", "gpt2", "--batch_size", "5"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert stop.value.code == cli.USER_ERROR
+    assert "gralora finetune: error: batch_size=5 must be divisible" in capsys.readouterr().err

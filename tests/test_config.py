@@ -1,0 +1,266 @@
+"""`LoraConfig`: what it refuses and what it advises, the choice of k, and what is written to disk."""
+
+import copy
+import dataclasses
+import json
+import re
+import warnings
+
+import peft
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftConfig, PeftType
+
+from gralora import LoraConfig
+from gralora.config import FORMAT, GRALORA_FIELDS, auto_k, divisors
+
+law = settings(deadline=None, max_examples=100)
+
+
+def advice(message: str, field: str) -> list[int]:
+    """The values of `field` that an error advises: `field=8 or 12`, or `one of field=[1, 2, 4]`."""
+    found = re.search(rf"use .*?{re.escape(field)}=(\[[\d, ]+\]|\d+(?: or \d+)?)", message)
+    assert found, f"no advice on {field} in: {message}"
+    return [int(n) for n in re.findall(r"\d+", found.group(1))]
+
+
+# What is refused
+
+REFUSED = {
+    "k-zero": ({"gralora_k": 0}, ["gralora_k=0", "positive integer or 'auto'"]),
+    "k-negative": ({"gralora_k": -2}, ["gralora_k=-2", "positive integer or 'auto'"]),
+    "k-float": ({"gralora_k": 2.0}, ["gralora_k=2.0", "positive integer or 'auto'"]),
+    "k-bool": ({"gralora_k": True}, ["gralora_k=True", "positive integer or 'auto'"]),
+    "k-word": ({"gralora_k": "many"}, ["gralora_k='many'", "positive integer or 'auto'"]),
+    "k-does-not-divide-r": ({"r": 10, "gralora_k": 4}, ["r=10", "hybrid_r=0", "gralora_k=4", "r=8 or 12"]),
+    "k-does-not-divide-grid": ({"r": 8, "hybrid_r": 1, "gralora_k": 2}, ["r=8", "hybrid_r=1", "r=7 or 9"]),
+    "k-exceeds-grid": ({"r": 4, "hybrid_r": 2, "gralora_k": 4}, ["r=4", "hybrid_r=2", "gralora_k=4", "r=6"]),
+    "hybrid-negative": ({"hybrid_r": -1}, ["hybrid_r=-1", "from 0", "r - 1"]),
+    "hybrid-float": ({"hybrid_r": 2.0}, ["hybrid_r=2.0", "integer"]),
+    "hybrid-equals-r": ({"r": 8, "hybrid_r": 8}, ["hybrid_r=8", "r=8", "smaller", "use_gralora=False"]),
+    "hybrid-exceeds-r": ({"r": 8, "hybrid_r": 9}, ["hybrid_r=9", "r=8", "smaller", "use_gralora=False"]),
+    "rank-pattern-k": ({"rank_pattern": {"q": 6}, "gralora_k": 4}, ["rank_pattern['q']=6", "gralora_k=4", "=4 or 8"]),
+    "rank-pattern-hybrid": ({"rank_pattern": {"q": 2}, "hybrid_r": 2}, ["hybrid_r=2", "rank_pattern['q']=2"]),
+    "target-parameters": ({"target_parameters": ["experts.up"]}, ["target_parameters=['experts.up']"]),
+    "megatron": ({"megatron_config": {"a": 1}}, ["megatron_config={'a': 1}"]),
+}
+
+
+@pytest.mark.parametrize("fields, parts", REFUSED.values(), ids=REFUSED)
+def test_error_names_field_value_and_remedy(fields, parts):
+    """Fields that do not fit together are refused with a message that says which, and what would work."""
+    with pytest.raises(ValueError) as error:
+        LoraConfig(use_gralora=True, **fields)
+    for part in parts:
+        assert part in str(error.value)
+
+
+VARIANTS = {
+    "use_dora": True,
+    "velora_config": {},
+    "alora_invocation_tokens": [1],
+    "monteclora_config": peft.tuners.lora.config.MontecloraConfig(),
+    "use_bdlora": {},
+    "arrow_config": {},
+    "kasa_config": {},
+    "use_qalora": True,
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_other_variants_are_refused(name):
+    """GraLoRA does not combine with another variant of LoRA; the error names it."""
+    with pytest.raises(ValueError, match=f"(?s){name}=.*use_gralora=True.*leave {name} at its default"):
+        LoraConfig(use_gralora=True, task_type="CAUSAL_LM", **{name: VARIANTS[name]})
+
+
+def test_table_of_variants_is_complete():
+    """Every field that PEFT marks as a variant is in the table above."""
+    marked = {f.name for f in dataclasses.fields(peft.LoraConfig) if f.metadata.get("is_lora_variant")}
+    assert marked <= set(VARIANTS)
+
+
+@pytest.mark.filterwarnings("ignore:`init_lora_weights` is '(eva|corda)' but")
+@pytest.mark.parametrize(
+    "init",
+    ["pissa", "pissa_niter_4", "olora", "eva", "loftq", "corda", "lora_ga", "mica", "orthogonal", "gauss", None],
+)
+def test_initialisations_that_decompose_the_weight_are_refused(init, monkeypatch):
+    """Only True, False and "gaussian" mean something for a grid; the error says so."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)  # "loftq" asks for scipy first
+    extra = {"loftq_config": {"loftq_bits": 4}} if init == "loftq" else {}
+    with pytest.raises(ValueError, match=f"init_lora_weights={init!r}.*use True, False or 'gaussian'"):
+        LoraConfig(use_gralora=True, init_lora_weights=init, **extra)
+
+
+@pytest.mark.parametrize("fields", [f for f, _ in REFUSED.values() if "target_parameters" not in f], ids=str)
+def test_plain_lora_is_not_checked(fields):
+    """Without use_gralora nothing is refused that PEFT accepts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        LoraConfig(**fields)
+
+
+@law
+@given(r=st.integers(1, 64), hybrid_r=st.integers(0, 63), k=st.integers(1, 16))
+def test_advice_works(r, hybrid_r, k):
+    """A config is accepted exactly if k divides r - hybrid_r, and every value that the error advises is accepted."""
+    if hybrid_r < r and (r - hybrid_r) % k == 0:
+        LoraConfig(use_gralora=True, r=r, hybrid_r=hybrid_r, gralora_k=k)
+        return
+    with pytest.raises(ValueError) as error:
+        LoraConfig(use_gralora=True, r=r, hybrid_r=hybrid_r, gralora_k=k)
+    if hybrid_r >= r:
+        return
+    ranks, ks = advice(str(error.value), "r"), advice(str(error.value), "gralora_k")
+    assert ks == [d for d in range(1, r - hybrid_r + 1) if (r - hybrid_r) % d == 0]
+    for rank in ranks:
+        LoraConfig(use_gralora=True, r=rank, hybrid_r=hybrid_r, gralora_k=k)
+    for d in ks:
+        LoraConfig(use_gralora=True, r=r, hybrid_r=hybrid_r, gralora_k=d)
+
+
+@pytest.mark.parametrize("fields", [{"gralora_k": 2}, {"hybrid_r": 3}, {"gralora_k": 4, "hybrid_r": 2}], ids=str)
+def test_unused_fields_warn(fields):
+    """gralora_k or hybrid_r without use_gralora=True warn, by name, at the line that made the config."""
+    with pytest.warns(UserWarning, match="has no effect without use_gralora=True") as warned:
+        LoraConfig(**fields)
+    message = str(warned[0].message)
+    assert all(f"{name}={value}" in message for name, value in fields.items())
+    assert warned[0].filename == __file__
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_gralora": True}, {"use_gralora": True, "gralora_k": 1}], ids=str)
+def test_valid_configs_do_not_warn(fields):
+    """Nothing is warned of that is as it should be."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LoraConfig(r=8, **fields)
+
+
+# The choice of k
+
+
+@law
+@given(r=st.integers(1, 256), sizes=st.lists(st.integers(1, 512), min_size=1, max_size=5))
+def test_auto_k_is_the_best_common_divisor(r, sizes):
+    """ "auto" is the largest number that divides all sizes and is at most 2 below rank 64, at most 4 from there on."""
+    k, limit = auto_k(r, *sizes), 4 if r >= 64 else 2
+    fitting = [d for d in range(1, limit + 1) if all(size % d == 0 for size in sizes)]
+    assert k == max(fitting)
+
+
+@pytest.mark.parametrize("r, expected", [(8, 2), (63, 2), (64, 4), (128, 4)])
+def test_auto_k_where_everything_divides(r, expected):
+    """The paper's choice: 2 below rank 64, 4 from 64."""
+    assert auto_k(r, 4096, 11008) == expected
+
+
+@law
+@given(n=st.integers(1, 500))
+def test_divisors(n):
+    """All divisors, ascending."""
+    assert divisors(n) == [d for d in range(1, n + 1) if n % d == 0]
+
+
+# Reading and writing
+
+GRALORA = {"use_gralora": True, "gralora_k": 4, "hybrid_r": 4, "r": 12, "lora_alpha": 5, "target_modules": ["q", "v"]}
+
+
+@pytest.mark.parametrize("reader", [PeftConfig, LoraConfig, peft.LoraConfig], ids=lambda cls: cls.__module__)
+def test_saved_config_is_read_back(tmp_path, reader):
+    """Any of PEFT's ways to read a config gives the same `gralora.LoraConfig` again."""
+    config = LoraConfig(**GRALORA)
+    config.save_pretrained(tmp_path)
+    assert (
+        json.loads((tmp_path / "adapter_config.json").read_text()).items()
+        >= {
+            "use_gralora": True,
+            "gralora_k": 4,
+            "hybrid_r": 4,
+            "gralora_format": FORMAT,
+            "peft_type": "LORA",
+            "r": 12,
+        }.items()
+    )
+    loaded = reader.from_pretrained(tmp_path)
+    assert type(loaded) is LoraConfig and loaded == config
+
+
+def test_plain_config_is_saved_as_peft_saves_it(tmp_path):
+    """With use_gralora=False the file is byte for byte that of `peft.LoraConfig`, and reading it back is silent."""
+    fields = {"r": 4, "target_modules": ["q"], "rank_pattern": {"q": 2}, "lora_dropout": 0.1}
+    for name, cls in [("ours", LoraConfig), ("stock", peft.LoraConfig)]:
+        cls(**fields).save_pretrained(tmp_path / name)
+    ours, stock = ((tmp_path / name / "adapter_config.json").read_bytes() for name in ("ours", "stock"))
+    assert ours == stock
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = PeftConfig.from_pretrained(tmp_path / "stock")
+    assert type(loaded) is LoraConfig and not loaded.use_gralora
+
+
+def write_config(path, **changes):
+    config = LoraConfig(**GRALORA)
+    content = config.to_dict() | {"target_modules": ["q"]} | changes
+    content = {key: value for key, value in content.items() if value is not ...}
+    (path / "adapter_config.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("value", [..., None], ids=["missing", "null"])
+def test_file_without_format_is_refused(tmp_path, value):
+    """A config with use_gralora that gralora did not write is refused, and the error names the conversion."""
+    write_config(tmp_path, gralora_format=value)
+    with pytest.raises(ValueError, match=r"no gralora_format.*gralora convert ADAPTER OUT"):
+        PeftConfig.from_pretrained(tmp_path)
+
+
+def test_file_of_a_newer_format_is_refused(tmp_path):
+    """A format that this version does not know is refused by number."""
+    write_config(tmp_path, gralora_format=FORMAT + 1)
+    with pytest.raises(ValueError, match=f"gralora_format={FORMAT + 1} .*which reads {FORMAT}; update gralora"):
+        PeftConfig.from_pretrained(tmp_path)
+
+
+def test_plain_file_needs_no_format(tmp_path):
+    """A plain LoRA's file has no gralora_format and is accepted."""
+    write_config(tmp_path, use_gralora=False, gralora_k=..., hybrid_r=..., gralora_format=...)
+    assert PeftConfig.from_pretrained(tmp_path).use_gralora is False
+
+
+@pytest.mark.parametrize(
+    "make_copy",
+    [copy.copy, copy.deepcopy, dataclasses.replace, lambda c: LoraConfig(**c.to_dict())],
+    ids=["copy", "deepcopy", "replace", "dict"],
+)
+@pytest.mark.parametrize("fields", [GRALORA, {"r": 4}], ids=["gralora", "plain"])
+def test_copies_are_equal(make_copy, fields):
+    """Every way to copy a config gives an equal one, in which the fields are still checked."""
+    config = LoraConfig(**fields)
+    assert make_copy(config) == config
+    if config.use_gralora:
+        with pytest.raises(ValueError, match="hybrid_r=12"):
+            dataclasses.replace(make_copy(config), hybrid_r=12)
+
+
+def test_config_is_a_lora_config():
+    """It is PEFT's LoRA with three fields more and a format, so whatever handles a LoRA handles it."""
+    config = LoraConfig(use_gralora=True)
+    assert isinstance(config, peft.LoraConfig) and config.peft_type is PeftType.LORA
+    assert set(GRALORA_FIELDS) == {"use_gralora", "gralora_k", "hybrid_r", "gralora_format"}
+    assert all(f.metadata["help"] for f in dataclasses.fields(LoraConfig) if f.name in GRALORA_FIELDS)
+
+
+def test_as_plain_lora_has_scaling_one():
+    """The plain counterpart has the given rank for all layers, scaling 1, and the other fields unchanged."""
+    config = LoraConfig(
+        **GRALORA, use_rslora=True, rank_pattern={"q": 8}, alpha_pattern={"v": 3}, lora_dropout=0.1, bias="all"
+    )
+    plain = config.as_plain_lora(52)
+    assert (plain.r, plain.lora_alpha, plain.use_rslora, plain.use_gralora) == (52, 52, False, False)
+    assert plain.rank_pattern == plain.alpha_pattern == {}
+    assert (plain.target_modules, plain.lora_dropout, plain.bias) == ({"q", "v"}, 0.1, "all")
+    assert not set(GRALORA_FIELDS) & set(plain.to_dict())
+    assert config.r == 12 and config.use_gralora  # the original is untouched

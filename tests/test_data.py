@@ -1,0 +1,231 @@
+"""Training text: where it comes from, how it is split, and which tokens carry the loss."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from gralora import data
+from gralora.data import IGNORED, Example, encode, file_examples, prompt_ids, split, stdlib_examples
+
+
+@pytest.fixture(scope="module")
+def stdlib() -> tuple[list[Example], list[Example]]:
+    return stdlib_examples()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def function(name: str, answer: str) -> str:
+    return f'def {name}(x):\n    """Do {name}."""\n    {answer}\n\n\n'
+
+
+# ---- the standard library
+
+
+def test_stdlib_is_large_and_every_pair_is_a_function(stdlib):
+    train, held_out = stdlib
+    assert len(train) > 2000 and len(held_out) > 200
+    for prompt, completion in train[:300] + held_out[:100]:
+        (node,) = ast.parse(prompt + completion).body
+        assert ast.get_docstring(node) is not None
+        (docstring,) = ast.parse(prompt).body[0].body
+        assert isinstance(docstring.value, ast.Constant), "the prompt must end with the docstring"
+
+
+def test_no_held_out_answer_was_trained_on(stdlib):
+    train, held_out = stdlib
+    trained = {completion for _, completion in train}
+    assert not [completion for _, completion in held_out if completion in trained]
+
+
+def test_split_is_by_module(tmp_path):
+    """All functions of one module are on one side, whatever file of the package they are in."""
+    names = ["json", "email", "logging", "tarfile", "asyncio", "enum"]
+    for name in names:
+        for file in ("__init__.py", "part.py"):
+            write(tmp_path / name / file, function(f"{name}_{file[:4]}", f"return {name!r} + {file!r}"))
+    train, held_out = stdlib_examples(tmp_path)
+    owners = [{example.completion.split("'")[1] for example in side} for side in (train, held_out)]
+    assert len(train) + len(held_out) == 2 * len(names)
+    assert owners[0] and owners[1] and not owners[0] & owners[1]
+    assert stdlib_examples(tmp_path) == (train, held_out)
+
+
+def test_private_module_goes_with_the_public_one():
+    assert data.is_held_out("_tarfile.py") == data.is_held_out("tarfile") is True
+    assert data.is_held_out("_json.py") == data.is_held_out("json") is False
+
+
+def test_a_function_occurs_once(tmp_path):
+    """Equal code with another name, comment or layout is the same answer, within a side and across."""
+    write(tmp_path / "json.py", function("a", "return x + 1") + function("b", "return (x+1)  # again"))
+    write(tmp_path / "tarfile.py", function("c", "return x+1") + function("d", "return x + 2"))
+    train, held_out = stdlib_examples(tmp_path)
+    assert [example.completion for example in train] == ["    return x + 1"]
+    assert [example.completion for example in held_out] == ["    return x + 2"]
+
+
+def test_what_is_no_function_to_learn_is_left_out(tmp_path):
+    write(
+        tmp_path / "json.py",
+        function("kept", "return x")
+        + function("placeholder", "pass")
+        + 'def on_one_line(x): "Doc."; return x\n'
+        + 'def docstring_only(x):\n    "Doc."\n'
+        + "def no_docstring(x):\n    return x + 5\n",
+    )
+    write(tmp_path / "tarfile.py", function("held_out", "return -x"))
+    write(tmp_path / "csv.py", "def broken(:\n")
+    write(tmp_path / "bdb.py", "").write_bytes(b"# \xff\n")
+    write(tmp_path / "ctypes" / "test" / "cases.py", function("test", "return 7"))
+    write(tmp_path / "site_module.py", function("foreign", "return 8"))
+    train, held_out = stdlib_examples(tmp_path)
+    assert [example.completion for example in train + held_out] == ["    return x", "    return -x"]
+
+
+def test_methods_are_cut_after_the_docstring_and_dedented(tmp_path):
+    source = (
+        "class A:\n"
+        "    @property\n"
+        "    def f(self):\n"
+        '        """One.\n\n        Two.\n        """\n'
+        "        # a comment\n"
+        "        def inner():\n"
+        '            """Not a pair of its own."""\n'
+        "            return 1\n"
+        "        return inner\n"
+    )
+    ((example, _),) = data.function_examples(write(tmp_path / "a.py", source))
+    assert example.prompt == 'def f(self):\n    """One.\n\n    Two.\n    """\n'
+    assert example.completion.startswith("    # a comment\n    def inner():\n")
+    assert example.completion.endswith("\n    return inner")
+
+
+def test_missing_source_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="--data_path"):
+        stdlib_examples(tmp_path)
+
+
+# ---- files
+
+
+RECORDS = [
+    {"instruction": "Add.", "input": "1 and 2", "output": "3", "note": "ignored"},
+    {"instruction": "Greet.", "input": "", "output": "Hello"},
+    {"prompt": "a", "completion": "b"},
+    {"text": "plain"},
+]
+EXAMPLES = [
+    Example("### Instruction:\nAdd.\n\n1 and 2\n\n### Response:\n", "3"),
+    Example("### Instruction:\nGreet.\n\n### Response:\n", "Hello"),
+    Example("a", "b"),
+    Example("", "plain"),
+]
+
+
+def test_jsonl_and_json_records(tmp_path):
+    lines = write(tmp_path / "a.jsonl", "\n\n".join(map(json.dumps, RECORDS)) + "\n")
+    assert file_examples(lines) == EXAMPLES
+    for indent in (None, 2):
+        assert file_examples(write(tmp_path / "a.json", json.dumps(RECORDS, indent=indent))) == EXAMPLES
+
+
+def test_text_paragraphs(tmp_path):
+    path = write(tmp_path / "a.txt", "\n  first\nstill first\n\n \n\nsecond")
+    assert [example.completion for example in file_examples(path)] == ["  first\nstill first", "second"]
+
+
+GOOD = json.dumps({"text": "x"})
+
+
+@pytest.mark.parametrize(
+    "name, text, line, reason",
+    [
+        ("a.jsonl", f'{GOOD}\n\n{{"text": }}\n', 3, "not JSON"),
+        ("a.jsonl", f"{GOOD}\n[1]\n", 2, "must be an object"),
+        ("a.jsonl", f'{GOOD}\n{GOOD}\n{{"instruction": "x"}}\n', 3, "instruction+output"),
+        ("a.jsonl", '{"instruction": "x", "output": null}\n', 1, "'output' must be text"),
+        ("a.jsonl", '{"instruction": "x", "input": 3, "output": "y"}\n', 1, "'input' must be text"),
+        ("a.jsonl", f'{GOOD}\n{{"instruction": "x", "output": " "}}\n', 2, "'output' is empty"),
+        ("a.json", f"[\n{GOOD},\n{GOOD} 3]", 3, "not JSON"),
+        ("a.json", f'[\n\n{GOOD},\n\n{{"txt":\n"x"}}]', 5, "txt"),
+        ("a.json", '\n{"text": "x"}', 1, "must be a list"),
+    ],
+)
+def test_broken_rows_name_file_and_line(tmp_path, name, text, line, reason):
+    path = write(tmp_path / name, text)
+    with pytest.raises(ValueError) as error:
+        file_examples(path)
+    assert f"{path}, line {line}:" in str(error.value) and reason in str(error.value)
+
+
+def test_text_that_is_not_utf8_names_file_and_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD.encode() + b"\n\xff\n")
+    with pytest.raises(ValueError, match="line 2: not UTF-8"):
+        file_examples(path)
+
+
+@pytest.mark.parametrize("name, reason", [("a.csv", ".jsonl, .json, .txt"), ("a.jsonl", "no records")])
+def test_unusable_files(tmp_path, name, reason):
+    with pytest.raises(ValueError, match=reason):
+        file_examples(write(tmp_path / name, "\n"))
+
+
+def test_split_keeps_copies_together_and_order():
+    examples = [Example("", str(i % 10)) for i in range(30)]
+    train, held_out = split(examples, 3)
+    assert len(held_out) == 3 and len(train) == 21 and not set(train) & set(held_out)
+    assert train == [example for example in examples if example not in held_out]
+    assert split(examples, 3) == (train, held_out)
+    assert split(examples, 0) == (examples, [])
+    with pytest.raises(ValueError, match="val_set_size=10 .* 10 different"):
+        split(examples, 10)
+
+
+# ---- tokens
+
+
+def test_only_the_answer_and_the_end_carry_loss(tokenizer):
+    ((row),) = encode(tokenizer, [Example("def add(a, b):\n", "    return a + b")], 100)
+    learnt = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
+    assert tokenizer.decode(learnt) == "    return a + b<end>"
+    assert tokenizer.decode(row["input_ids"]) == "def add(a, b):\n    return a + b<end>"
+    assert row["labels"][: -len(learnt)] == [IGNORED] * len(prompt_ids(tokenizer, "def add(a, b):\n"))
+    assert row["attention_mask"] == [1] * len(row["input_ids"])
+
+
+def test_long_examples_are_cut_and_those_without_answer_left_out(tokenizer):
+    prompt = len(prompt_ids(tokenizer, "xyzxyz"))
+    examples = [Example("xyzxyz", "a" * 50), Example("xyzxyz" * 2, "lost"), Example("", "abc")]
+    rows = encode(tokenizer, examples, prompt + 2)
+    assert [len(row["input_ids"]) for row in rows] == [prompt + 2, 4]
+    assert tokenizer.eos_token_id not in rows[0]["labels"]
+    assert encode(tokenizer, examples[:1], prompt) == []
+
+
+def test_begin_token_only_where_the_tokenizer_sets_one(tokenizer, tiny_model):
+    assert prompt_ids(tokenizer, "") == []
+    from tokenizers.processors import TemplateProcessing
+
+    other = AutoTokenizer.from_pretrained(tiny_model, bos_token="<begin>")
+    begin, end = other.bos_token_id, other.eos_token_id
+    other.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<begin> $A <end>", special_tokens=[("<begin>", begin), ("<end>", end)]
+    )
+    assert other("a").input_ids[0] == begin and other("a").input_ids[-1] == end
+    assert prompt_ids(other, "a") == [begin, *other("a", add_special_tokens=False).input_ids]
+    (row,) = encode(other, [Example("", "a")], 10)
+    assert row["input_ids"].count(end) == 1 and row["labels"][0] == IGNORED

@@ -1,0 +1,266 @@
+"""Fine-tuning a tiny model: what is trained, what is written, interruption, and the check of the saved adapter."""
+
+import itertools
+import json
+import os
+import signal
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel, load_peft_weights
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, HfArgumentParser, set_seed
+
+from gralora import finetune as module
+from gralora.data import encode, file_examples, split
+from gralora.finetune import FinetuneArguments, finetune, verify
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*has no effect without use_gralora"),
+]
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    """Forty records with one simple rule: say the word three times."""
+    path = tmp_path_factory.mktemp("data") / "words.jsonl"
+    words = ["".join(letters) for letters in itertools.product("abcd", repeat=3)][:40]
+    path.write_text("\n".join(json.dumps({"instruction": f"Repeat {x}", "output": x * 3}) for x in words))
+    return path
+
+
+@pytest.fixture
+def arguments(tiny_model, dataset, tmp_path):
+    """Arguments of a run of few steps, with changes."""
+
+    def make(**changes) -> FinetuneArguments:
+        defaults = {"base_model": str(tiny_model), "data_path": str(dataset), "output_dir": str(tmp_path / "out")}
+        defaults |= {"max_steps": 6, "batch_size": 4, "micro_batch_size": 2, "max_seq_length": 100, "val_set_size": 5}
+        defaults |= {"lora_r": 8, "lora_alpha": 16, "learning_rate": 3e-2, "use_gralora": True, "logging_steps": 2}
+        return FinetuneArguments(**defaults | {"lora_target_modules": ["q_proj", "up_proj"]} | changes)
+
+    return make
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load_peft_weights(str(folder))
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_gralora_run(arguments, capsys):
+    """The loss falls, and what is printed and written is what the saved adapter does."""
+    args = arguments(gralora_k="4", hybrid_r=4)
+    metrics = finetune(args)
+    output = Path(args.output_dir)
+
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert (config["use_gralora"], config["gralora_k"], config["r"], config["hybrid_r"]) == (True, 4, 8, 4)
+    assert {key.split(".")[-2] for key in weights(output)} == {"lora_A", "lora_B"}
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((output / "metrics.json").read_text()) == metrics
+    assert metrics["examples"] == {"train": 35, "held_out": 5} and metrics["steps"] == 6
+    assert [row["step"] for row in metrics["history"] if "loss" in row] == [1, 2, 4, 6]
+    assert [row["step"] for row in metrics["history"] if "held_out_loss" in row] == [0, 2, 4, 6]
+
+    loss = metrics["held_out_loss"]
+    assert loss["after"] < loss["before"] - 0.05
+    model = AutoPeftModelForCausalLM.from_pretrained(output).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.base_model)
+    held_out = encode(tokenizer, split(file_examples(args.data_path), 5)[1], 100)
+    for adapter, name in ((True, "after"), (False, "before")):
+        model.base_model.enable_adapter_layers() if adapter else model.base_model.disable_adapter_layers()
+        with torch.no_grad():
+            losses = [model(**{key: torch.tensor([ids]) for key, ids in row.items()}).loss for row in held_out]
+        torch.testing.assert_close(torch.stack(losses).mean().item(), loss[name], rtol=1e-5, atol=0)
+
+    printed = capsys.readouterr().out
+    assert f"held-out loss: {loss['before']:.4f} before, {loss['after']:.4f} after 6 steps" in printed
+    assert metrics["sample"]["prompt"] in printed and metrics["sample"]["prompt"].startswith(
+        "### Instruction:\nRepeat"
+    )
+    assert str(output) in printed
+
+
+def test_without_use_gralora_it_is_plain_lora_of_the_same_size(arguments, tmp_path):
+    plain = finetune(arguments(use_gralora=False, max_steps=1, val_set_size=0))
+    assert "use_gralora" not in json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert {tensor.dim() for tensor in weights(tmp_path / "out").values()} == {2}
+    assert plain["held_out_loss"] is None and plain["sample"]["before"] == ""
+    granular = finetune(arguments(max_steps=1, val_set_size=0))
+    assert plain["parameters"] == granular["parameters"] and plain["parameters"]["trainable"] > 0
+    assert granular["arguments"]["gralora_k"] == 2, "the number that auto stands for"
+
+
+def test_seed_and_accumulation(arguments, tmp_path):
+    """The same seed gives the same adapter, however the batch is divided; another seed does not."""
+    runs = {
+        "first": {},
+        "again": {},
+        "whole": {"micro_batch_size": 4},
+        "other seed": {"seed": 1},
+        "other batch": {"batch_size": 2},
+    }
+    saved = {}
+    for name, changes in runs.items():
+        finetune(arguments(output_dir=str(tmp_path / name), max_steps=3, val_set_size=0, **changes))
+        saved[name] = weights(tmp_path / name)
+    assert equal(saved["first"], saved["again"])
+    torch.testing.assert_close(saved["first"], saved["whole"], rtol=1e-3, atol=1e-5)
+    for name in ("other seed", "other batch"):
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(saved["first"], saved[name], rtol=1e-3, atol=1e-5)
+
+
+class CtrlC(module.SaveOnInterrupt):
+    """Ctrl-C during step 3."""
+
+    times = 1
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_interrupted_run_resumes_as_if_nothing_had_happened(arguments, tmp_path, monkeypatch):
+    changes = {"lora_dropout": 0.2}
+    whole = finetune(arguments(output_dir=str(tmp_path / "whole"), **changes))
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match=f"step 3 of 6.*{checkpoint}"):
+        patched.setattr(module, "SaveOnInterrupt", CtrlC)
+        finetune(arguments(**changes))
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not (tmp_path / "out" / WEIGHTS).exists() and not equal(weights(checkpoint), weights(tmp_path / "whole"))
+
+    set_seed(99)
+    resumed = finetune(arguments(resume_from_checkpoint=str(checkpoint), **changes))
+    assert equal(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+    assert resumed["held_out_loss"] == whole["held_out_loss"]
+
+
+def test_second_interrupt_stops_at_once(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SaveOnInterrupt", CtrlC)
+    monkeypatch.setattr(CtrlC, "times", 2)
+    with pytest.raises(KeyboardInterrupt, match="without a checkpoint"):
+        finetune(arguments())
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_resuming_another_adapter_is_refused(arguments, tmp_path):
+    finetune(arguments(max_steps=1, val_set_size=0))
+    checkpoint = str(tmp_path / "out" / "checkpoint-1")
+    with pytest.raises(ValueError, match="lora_alpha=16, this run 32"):
+        finetune(arguments(resume_from_checkpoint=checkpoint, lora_alpha=32))
+    with pytest.raises(ValueError, match="use_gralora=True, this run False"):
+        finetune(arguments(resume_from_checkpoint=checkpoint, use_gralora=False))
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["float32", "bfloat16"])
+def test_verify(arguments, tmp_path, monkeypatch, precision):
+    """The saved adapter gives the logits of the end of training; a changed one, or a wrong merge, is noticed."""
+    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: None)
+    finetune(arguments(verify=True, **precision))
+    output = tmp_path / "out"
+    differences = verify(output)
+    assert differences["reloaded"] == 0 and differences["base"] > 20 * differences["merged"]
+    assert json.loads((output / "metrics.json").read_text())["max_logit_difference"] == differences
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
+        with pytest.raises(ValueError, match="the merged adapter"):
+            verify(output)
+    changed = load_file(output / WEIGHTS)
+    save_file({name: -tensor for name, tensor in changed.items() if "lora_A" in name} | changed, output / WEIGHTS)
+    assert verify(output)["reloaded"] == 0, "writing the file again changes nothing"
+    for name, tensor in changed.items():
+        changed[name] = tensor * 0.5 if "lora_B" in name else tensor
+    save_file(changed, output / WEIGHTS)
+    with pytest.raises(ValueError, match="the reloaded adapter"):
+        verify(output)
+
+
+def test_verify_runs_in_another_process(arguments, capfd):
+    metrics = finetune(arguments(verify=True))
+    assert 0 <= metrics["max_logit_difference"]["merged"] < 1e-4 < metrics["max_logit_difference"]["base"]
+    assert "adapter merged: " in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch_size": 6, "micro_batch_size": 4}, "batch_size=6 .* micro_batch_size=4 .*use batch_size=4 or 8"),
+        ({"batch_size": 2, "micro_batch_size": 4}, "use batch_size=4,"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"gralora_k": "many"}, "gralora_k='many' must be a whole number or 'auto'"),
+        ({"bf16": True, "fp16": True}, "exclude each other"),
+    ],
+)
+def test_arguments_that_contradict(changes, message):
+    with pytest.raises(ValueError, match=message):
+        FinetuneArguments(**changes)
+
+
+def test_batch_is_divided_among_devices():
+    args = FinetuneArguments(batch_size=24, micro_batch_size=4)
+    assert [args.gradient_accumulation_steps(devices) for devices in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    with pytest.raises(ValueError, match="4 device.*use batch_size=16 or 32"):
+        args.gradient_accumulation_steps(4)
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"gralora_k": 3}, ValueError, "gralora_k=3"),
+        ({"lora_target_modules": ["nonsense"]}, ValueError, "nonsense"),
+        ({"max_seq_length": 4}, ValueError, "max_seq_length=4 has no room"),
+        ({"max_seq_length": 129}, ValueError, "max_seq_length=129 is more than the 128 tokens"),
+        ({"val_set_size": 40}, ValueError, "val_set_size=40"),
+        ({"data_path": "missing.jsonl"}, OSError, "missing.jsonl"),
+        ({"base_model": "./missing"}, OSError, "base_model='./missing' could not be loaded.*'embedded'"),
+        ({"resume_from_checkpoint": "missing"}, ValueError, "resume_from_checkpoint='missing'"),
+    ],
+)
+def test_what_does_not_fit_is_named(arguments, changes, error, message):
+    with pytest.raises(error, match=message):
+        finetune(arguments(**changes))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes in float16")
+def test_fp16_needs_a_gpu(arguments):
+    with pytest.raises(ValueError, match="fp16=True needs a GPU"):
+        finetune(arguments(fp16=True))
+
+
+def test_missing_packages_are_named(monkeypatch):
+    with pytest.raises(ImportError, match=r"no_such_package: pip install 'gralora\[finetune\]'"):
+        module.check_packages("torch", "no_such_package")
+
+
+def test_flags_of_the_research_scripts():
+    flags = "--base_model gpt2 --output_dir o --use_gralora --lora_r 64 --lora_alpha 128 --lora_dropout 0.1 "
+    flags += "--lora_target_modules c_attn c_proj --gralora_k 4 --hybrid_r 16 --seed 1 --num_train_epochs 2 "
+    flags += "--max_steps 5 --batch_size 8 --micro_batch_size 2 --learning_rate 1e-4 --cutoff_len 512 "
+    flags += "--logging_steps 1 --save_steps 2 --bf16"
+    expected = {"base_model": "gpt2", "output_dir": "o", "use_gralora": True, "lora_r": 64, "lora_alpha": 128}
+    expected |= {"lora_dropout": 0.1, "lora_target_modules": ["c_attn", "c_proj"], "gralora_k": 4, "hybrid_r": 16}
+    expected |= {"seed": 1, "num_train_epochs": 2, "max_steps": 5, "batch_size": 8, "micro_batch_size": 2}
+    expected |= {"learning_rate": 1e-4, "max_seq_length": 512, "logging_steps": 1, "save_steps": 2, "bf16": True}
+    (args,) = HfArgumentParser(FinetuneArguments).parse_args_into_dataclasses(flags.split())
+    assert {name: asdict(args)[name] for name in expected} == expected
+
+
+def test_every_flag_is_explained():
+    for field in FinetuneArguments.__dataclass_fields__.values():
+        assert field.metadata["help"].endswith(".")
+
+
+def test_all_linear_is_passed_as_one_word():
+    assert FinetuneArguments(lora_target_modules=["all-linear"]).lora_config().target_modules == "all-linear"

@@ -1,0 +1,324 @@
+"""Every checkpoint format is read right or refused, and what is written loads where it should."""
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from helpers import MODELS, tiny_llama
+from saved import CONFIG, FORMATS, WEIGHTS, edit, logits, read, save, save_gralora, save_peft, write
+
+import gralora
+from gralora import formats
+from gralora.files import read_adapter_folder
+
+
+def recognise(folder: Path) -> str:
+    return formats.recognise(json.loads((folder / CONFIG).read_text()))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_its_own_logits(tmp_path: Path, name: str) -> None:
+    expected = save(tmp_path / "in", name)
+    assert recognise(tmp_path / "in") == name
+    loaded = gralora.load_adapter(tiny_llama(), tmp_path / "in")
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-10)
+    assert (expected - logits(tiny_llama())).abs().max() > 0.1  # the adapter does something
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_converted_adapter_loads_with_from_pretrained(tmp_path: Path, name: str) -> None:
+    expected = save(tmp_path / "in", name)
+    gralora.convert_adapter(tmp_path / "in", tmp_path / "out")
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-10)
+    config = loaded.peft_config["default"]
+    assert (config.r, config.hybrid_r, config.gralora_k, config.use_gralora) == (8, 2, 2, True)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("hybrid_r", [0, 2])
+def test_written_peft_format_gives_the_same_logits_in_peft(tmp_path: Path, model: str, hybrid_r: int) -> None:
+    """PEFT's own GRALORA layers, which share no code with ours, compute the same."""
+    expected = save_gralora(tmp_path / "in", model, hybrid_r=hybrid_r)
+    gralora.convert_adapter(tmp_path / "in", tmp_path / "out", to="peft")
+    loaded = peft.PeftModel.from_pretrained(MODELS[model](), tmp_path / "out")
+    assert loaded.peft_config["default"].peft_type == "GRALORA"
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-10)
+
+
+def test_round_trip_from_peft_is_exact(tmp_path: Path) -> None:
+    save_peft(tmp_path / "a", modules_to_save=["lm_head"], gralora_dropout=0.1, layers_to_transform=[1])
+    gralora.convert_adapter(tmp_path / "a", tmp_path / "b")
+    gralora.convert_adapter(tmp_path / "b", tmp_path / "c", to="peft")
+    (config_a, a), (config_c, c) = read(tmp_path / "a"), read(tmp_path / "c")
+    assert config_a | {"target_modules": None} == config_c | {"target_modules": None}
+    assert set(config_a["target_modules"]) == set(config_c["target_modules"])
+    assert a.keys() == c.keys() and all(torch.equal(a[name], c[name]) for name in a)
+    assert any("lm_head" in name for name in a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_round_trip_from_ours_is_exact(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_gralora(tmp_path / "a")
+    config, tensors = read(tmp_path / "a")
+    write(tmp_path / "a", config, {name: t.to(dtype) for name, t in tensors.items()})
+    gralora.convert_adapter(tmp_path / "a", tmp_path / "b", to="peft")
+    gralora.convert_adapter(tmp_path / "b", tmp_path / "c")
+    a, c = read(tmp_path / "a")[1], read(tmp_path / "c")[1]
+    assert a.keys() == c.keys()
+    assert all(torch.equal(a[name], c[name]) and c[name].dtype == dtype for name in a)
+
+
+def test_patterns_give_each_layer_its_rank_and_scaling(tmp_path: Path) -> None:
+    fields = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"layers.1.mlp.down_proj": 3}, "use_rslora": True}
+    save_gralora(tmp_path, r=8, hybrid_r=0, lora_alpha=10, **fields)
+    adapter = formats.read(*read_adapter_folder(tmp_path))
+    loaded = gralora.load_adapter(tiny_llama(), tmp_path)
+    for layer in adapter.layers:
+        module = loaded.base_model.model.get_submodule(layer)
+        assert adapter.rank(layer) == module.r["default"]
+        assert adapter.scaling(layer) == module.scaling["default"]
+    assert {adapter.rank(layer) for layer in adapter.layers} == {4, 8}
+    assert len({adapter.scaling(layer) for layer in adapter.layers}) == 3
+
+
+# Ambiguous and contradictory files
+
+
+def test_config_with_both_alphas_is_refused(tmp_path: Path) -> None:
+    save_peft(tmp_path)
+    edit(tmp_path, gralora_alpha=16)
+    with pytest.raises(ValueError, match="both alpha=20 .* gralora_alpha=16 .* ambiguous"):
+        recognise(tmp_path)
+
+
+def test_config_without_alpha_is_asked_about(tmp_path: Path) -> None:
+    save_peft(tmp_path / "in", hybrid_r=0)
+    edit(tmp_path / "in", alpha=...)
+    with pytest.raises(ValueError, match="--from peft or --from squeezebits"):
+        gralora.convert_adapter(tmp_path / "in", tmp_path / "out")
+    for source, alpha in {"peft": 64, "squeezebits": 8}.items():
+        read_as = gralora.convert_adapter(tmp_path / "in", tmp_path / source, source=source)
+        assert read_as.config.lora_alpha == alpha
+        assert any("took its default" in notice for notice in read_as.notices)
+
+
+def test_rank_that_tensors_contradict_is_refused(tmp_path: Path) -> None:
+    """A SqueezeBits adapter that went through PEFT: r still counts hybrid_r, alpha is PEFT's default."""
+    save_peft(tmp_path)
+    edit(tmp_path, r=8, alpha=64)
+    with pytest.raises(ValueError, match="lost its gralora_alpha"):
+        formats.read(*read_adapter_folder(tmp_path))
+
+
+def test_source_that_fields_contradict_is_refused(tmp_path: Path) -> None:
+    save_peft(tmp_path)
+    with pytest.raises(ValueError, match="'peft', not 'squeezebits'"):
+        formats.read(*read_adapter_folder(tmp_path), source="squeezebits")
+
+
+def test_fork_notices_what_it_drops(tmp_path: Path) -> None:
+    save(tmp_path / "in", "fork")
+    adapter = gralora.convert_adapter(tmp_path / "in", tmp_path / "out")
+    assert any("dropped 12 tensors" in notice for notice in adapter.notices)
+    assert all(t.ndim == 3 for name, t in read(tmp_path / "out")[1].items() if name.endswith("lora_A.weight"))
+
+
+def test_other_adapters_are_refused(tmp_path: Path) -> None:
+    peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    ia3 = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    peft.get_peft_model(tiny_llama(), ia3).save_pretrained(tmp_path / "ia3")
+    with pytest.raises(ValueError, match="plain LoRA"):
+        recognise(tmp_path / "lora")
+    with pytest.raises(ValueError, match="IA3.*no GraLoRA"):
+        recognise(tmp_path / "ia3")
+
+
+def test_unknown_field_of_a_tuner_is_refused_unless_empty(tmp_path: Path) -> None:
+    save_peft(tmp_path)
+    edit(tmp_path, new_thing=None)
+    formats.read(*read_adapter_folder(tmp_path))
+    edit(tmp_path, new_thing=3)
+    with pytest.raises(ValueError, match="new_thing=3"):
+        formats.read(*read_adapter_folder(tmp_path))
+
+
+DAMAGES = {
+    "missing B": (lambda t, n: t.pop(n.replace("_A", "_B")), "factor B is missing"),
+    "missing hybrid": (lambda t, n: t.pop(n.replace(".weight", ".hybrid_weight")), "factor hybrid_A is missing"),
+    "k": (lambda t, n: t.update({n: t[n].reshape(4, -1, t[n].shape[2])}), "gralora_k=2"),
+    "integer": (lambda t, n: t.update({n: t[n].to(torch.int32)}), "floating point"),
+    "empty": (lambda t, n: t.update({n: t[n][:, :0]}), "not empty"),
+    "hybrid shape": (lambda t, n: t.update({n.replace(".weight", ".hybrid_weight"): torch.ones(2, 5)}), "expected"),
+    "two-dimensional": (lambda t, n: t.update({n: t[n].flatten(0, 1)}), "must be"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_tensors_are_refused_by_layer(tmp_path: Path, damage: str) -> None:
+    save_gralora(tmp_path)
+    config, tensors = read(tmp_path)
+    change, message = DAMAGES[damage]
+    change(tensors, "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight")
+    write(tmp_path, config, tensors)
+    with pytest.raises(ValueError, match=f"model.layers.1.self_attn.q_proj.*{message}"):
+        formats.read(*read_adapter_folder(tmp_path))
+
+
+@pytest.mark.parametrize(("field", "value"), [("r", "8"), ("gralora_k", "auto"), ("lora_alpha", None)])
+def test_config_values_of_a_wrong_type_are_refused(tmp_path: Path, field: str, value: object) -> None:
+    save_gralora(tmp_path)
+    edit(tmp_path, **{field: value})
+    with pytest.raises(ValueError, match=field):
+        formats.read(*read_adapter_folder(tmp_path))
+
+
+# Files
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    save_gralora(tmp_path)
+    (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model\.bin.*can run code"):
+        read_adapter_folder(tmp_path)
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    save_gralora(tmp_path)
+    content = (tmp_path / WEIGHTS).read_bytes()
+    (tmp_path / WEIGHTS).write_bytes(content[:-7])
+    with pytest.raises(ValueError, match=WEIGHTS):
+        read_adapter_folder(tmp_path)
+    (tmp_path / CONFIG).write_text("[1]")
+    with pytest.raises(ValueError, match=CONFIG):
+        read_adapter_folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match="not a folder"):
+        read_adapter_folder(tmp_path / "nowhere")
+
+
+def test_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
+    save_gralora(tmp_path / "in", use_rslora=True)
+    with pytest.raises(ValueError, match="use_rslora"):
+        gralora.convert_adapter(tmp_path / "in", tmp_path / "out", to="peft")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(FileExistsError, match="choose another name"):
+        gralora.convert_adapter(tmp_path / "in", tmp_path / "full")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "in"]
+
+
+# What PEFT's format cannot express
+
+
+def test_rslora_is_folded_where_exact(tmp_path: Path) -> None:
+    """sqrt(16) = 4, so alpha / sqrt(16) = 4 alpha / 16; sqrt(8) is irrational, so r=8 is refused."""
+    expected = save_gralora(tmp_path / "in", r=16, hybrid_r=2, use_rslora=True, lora_alpha=3)
+    gralora.convert_adapter(tmp_path / "in", tmp_path / "out", to="peft")
+    assert read(tmp_path / "out")[0]["alpha"] == 12
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"use_rslora": True}, "r is a square"),
+    ],
+)
+def test_what_peft_cannot_express_is_refused(tmp_path: Path, fields: dict, message: str) -> None:
+    save_gralora(tmp_path / "in", **fields)
+    with pytest.raises(ValueError, match=message):
+        gralora.convert_adapter(tmp_path / "in", tmp_path / "out", to="peft")
+
+
+def test_patterns_that_make_no_difference_are_expressed(tmp_path: Path) -> None:
+    fields = {"r": 4, "hybrid_r": 0, "rank_pattern": {".*": 8}, "alpha_pattern": {"q_proj": 6, ".*_proj": 6}}
+    expected = save_gralora(tmp_path / "in", **fields)
+    gralora.convert_adapter(tmp_path / "in", tmp_path / "out", to="peft")
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-10)
+
+
+def test_excluded_modules_become_a_list_of_layers(tmp_path: Path) -> None:
+    expected = save_gralora(tmp_path / "in", exclude_modules=["model.layers.0.self_attn.q_proj"])
+    gralora.convert_adapter(tmp_path / "in", tmp_path / "out", to="peft")
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "out")
+    assert sum(hasattr(module, "gralora_A") for module in loaded.modules()) == 5
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-10)
+
+
+# Strict loading
+
+
+def test_two_adapters_of_different_formats_in_one_model(tmp_path: Path) -> None:
+    expected = {name: save(tmp_path / name, name) for name in FORMATS}
+    model = tiny_llama()
+    for name in FORMATS:
+        model = gralora.load_adapter(model, tmp_path / name, adapter_name=name)
+        assert model.active_adapter == name
+    for name in FORMATS:
+        model.set_adapter(name)
+        torch.testing.assert_close(logits(model), expected[name], rtol=0, atol=1e-10)
+
+
+def test_modules_to_save_are_loaded(tmp_path: Path) -> None:
+    expected = save_peft(tmp_path, modules_to_save=["lm_head"])
+    config, tensors = read(tmp_path)
+    head = "base_model.model.lm_head.weight"
+    write(tmp_path, config, tensors | {head: 2 * tensors[head]})
+    torch.testing.assert_close(logits(gralora.load_adapter(tiny_llama(), tmp_path)), 2 * expected, rtol=0, atol=1e-10)
+
+
+def remove_layer(tensors: dict) -> dict:
+    return {name: t for name, t in tensors.items() if "layers.1.mlp.down_proj" not in name}
+
+
+@pytest.mark.parametrize("loaded_before", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove_layer, "4 tensors are missing from the file: model.layers.1.mlp.down_proj"),
+        (lambda t: t | {"base_model.model.extra.weight": torch.ones(1)}, "no place in the model: extra.weight"),
+        (lambda t: {n.replace("layers.1", "layers.7"): x for n, x in t.items()}, "lacks 3 of the 6 .*layers.7"),
+        (lambda t: {n: torch.zeros_like(x) if "lora_B" in n else x for n, x in t.items()}, "B factors .* zero"),
+    ],
+    ids=["missing", "unexpected", "no such layer", "zero"],
+)
+def test_misfits_raise_and_leave_the_model_alone(tmp_path: Path, change, message: str, loaded_before: bool) -> None:
+    save_gralora(tmp_path)
+    model = gralora.load_adapter(tiny_llama(), tmp_path) if loaded_before else tiny_llama()
+    before = logits(model)
+    names = [name for name, _ in model.named_modules()]
+    config, tensors = read(tmp_path)
+    write(tmp_path, config, change(tensors))
+    with pytest.raises(ValueError, match=message):
+        gralora.load_adapter(model, tmp_path, adapter_name="second")
+    assert torch.equal(logits(model), before)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_base_of_other_features_is_refused(tmp_path: Path) -> None:
+    save_gralora(tmp_path)
+    with pytest.raises(ValueError, match=r"down_proj.*\(48, 16\) in the base model and \(24, 16\)"):
+        gralora.load_adapter(tiny_llama(intermediate_size=48), tmp_path)
+
+
+def test_taken_name_is_refused(tmp_path: Path) -> None:
+    save_gralora(tmp_path)
+    model = gralora.load_adapter(tiny_llama(), tmp_path)
+    with pytest.raises(ValueError, match="'default' is taken"):
+        gralora.load_adapter(model, tmp_path)
+
+
+def test_trainable_and_frozen(tmp_path: Path) -> None:
+    save_gralora(tmp_path)
+    for is_trainable in (False, True):
+        model = gralora.load_adapter(tiny_llama(), tmp_path, is_trainable=is_trainable)
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert bool(trainable) == is_trainable == model.training
+        assert all("lora_" in name for name in trainable)

