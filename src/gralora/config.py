@@ -123,8 +123,8 @@ class LoraConfig(peft.LoraConfig):
             value = getattr(self, name, None)
             if value:
                 raise ValueError(
-                    f"{name}={value!r} cannot be combined with GraLoRA (use_gralora=True); leave it at its default, "
-                    "or set use_gralora=False."
+                    f"{name}={value!r} cannot be combined with GraLoRA (use_gralora=True); "
+                    f"leave {name} at its default, or set use_gralora=False."
                 )
         if self.init_lora_weights not in SUPPORTED_INITS:
             raise ValueError(
