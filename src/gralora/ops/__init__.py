@@ -93,7 +93,12 @@ def _needs(needs_input_grad):
     return x, A or hybrid_A, B or hybrid_B
 
 
-@torch.library.custom_op("gralora::linear", mutates_args=())
+@torch.library.custom_op(
+    "gralora::linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor? hybrid_A, Tensor? hybrid_B, "
+    "float scaling) -> (Tensor, Tensor)",
+)
 def _linear_op(
     x: Tensor,
     weight: Tensor,
@@ -114,7 +119,12 @@ def _(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling):
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(A.shape[0], T, R)
 
 
-@torch.library.custom_op("gralora::linear_backward", mutates_args=())
+@torch.library.custom_op(
+    "gralora::linear_backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? hybrid_A, Tensor? hybrid_B, Tensor g, "
+    "float scaling, bool[] needs) -> Tensor[]",
+)
 def _linear_backward_op(
     dy: Tensor,
     x: Tensor,

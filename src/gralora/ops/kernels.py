@@ -115,7 +115,7 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """
     (k, chunk_in, r), chunk_out = A.shape, B.shape[2]
     dW = A.new_empty(k * chunk_out, k * chunk_in)
-    grid = (k * -(-chunk_in // 64), k * -(-chunk_out // 64))
-    sizes = (chunk_in, chunk_out, r, r // k, k * chunk_in, 64, 64, _dot_size(r // k))
+    grid = (k * -(-chunk_in // 128), k * -(-chunk_out // 64))
+    sizes = (chunk_in, chunk_out, r, r // k, k * chunk_in, 64, 128, _dot_size(r // k))
     _delta_weight_kernel[grid](A, B, dW, scaling, *sizes, num_warps=4)
     return dW
