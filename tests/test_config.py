@@ -71,6 +71,8 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_other_variants_are_refused(name):
     """GraLoRA does not combine with another variant of LoRA; the error names it."""
+    if name not in {f.name for f in dataclasses.fields(peft.LoraConfig)}:
+        pytest.skip(f"PEFT {peft.__version__} has no {name}")
     with pytest.raises(ValueError, match=f"(?s){name}=.*use_gralora=True.*leave {name} at its default"):
         LoraConfig(use_gralora=True, task_type="CAUSAL_LM", **{name: VARIANTS[name]})
 

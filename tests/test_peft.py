@@ -415,6 +415,8 @@ def test_weighted_cat_is_exact(names, kind):
 @pytest.mark.parametrize("rank", [None, 5, 16])
 def test_weighted_svd_is_the_best_approximation(names, kind, rank):
     """add_weighted_adapter "svd" gives the best approximation of the weighted sum that its rank allows."""
+    if peft.__version__.startswith("0.20.") and {"stock", "plain"} & set(names):
+        pytest.skip("PEFT 0.20 applies the scaling of a plain LoRA twice in svd")
     model, x = pair(names, kind), random_input(7, 40)
     ranks = {"k2": 2 * 4, "k4-hybrid": 4 * 8 + 2, "stock": 3, "plain": 5}
     expected = low_rank(total_delta(model, {"first": 0.5, "second": -2.0}), rank or max(ranks[n] for n in names))

@@ -121,7 +121,7 @@ class LoraConfig(peft.LoraConfig):
         variants = [f.name for f in dataclasses.fields(self) if f.metadata.get("is_lora_variant")]
         for name in [*variants, "use_qalora", "target_parameters", "megatron_config"]:
             value = getattr(self, name, None)
-            if value:
+            if value or isinstance(value, dict):  # {} asks for a variant with its defaults
                 raise ValueError(
                     f"{name}={value!r} cannot be combined with GraLoRA (use_gralora=True); "
                     f"leave {name} at its default, or set use_gralora=False."

@@ -120,7 +120,7 @@ def base_folder(base: str | os.PathLike[str] | None) -> Path:
     Raises:
         FileNotFoundError: if it is neither.
     """
-    if base is None:
+    if not base:
         raise FileNotFoundError("the adapter's config names no base model; give --base FOLDER.")
     if Path(base).is_dir():
         return Path(base)
