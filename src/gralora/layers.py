@@ -22,16 +22,22 @@ import torch
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners import lora
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _get_in_out_features
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _ExcludedModule,
+    _get_in_out_features,
+    check_adapters_to_merge,
+)
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from . import blocks
 from .blocks import GranularDown, GranularUp
 from .config import LoraConfig, auto_k, divisors
 from .convert import hybrid_to_lora
+from .kinds import base_layer, check_kind, keep_bias, keep_weights_unpacked
 from .ops import dispatch, gralora_linear
 
 
@@ -56,8 +62,7 @@ class GraloraLayer(Promoted):
     def _fusible_operands(self, x: Tensor) -> tuple[Any, ...] | None:
         """The arguments of `gralora_linear` if that is all there is to do, else None.
 
-        That is: one active adapter, a plain frozen base layer without hooks, no dropout, and one dtype that base and
-        adapter compute in.
+        That is: one active adapter, a plain frozen base layer without hooks, and one dtype for base and adapter.
         """
         if self._disable_adapters or self.merged_adapters or dispatch.choice == "reference" or not x.numel():
             return None
@@ -70,7 +75,7 @@ class GraloraLayer(Promoted):
         A, B, dropout = downs[name], ups[name], modules["lora_dropout"]._modules[name]
         if type(A) is not GranularDown or type(B) is not GranularUp or B._parameters["bias"] is not None:
             return None
-        if dropout.training and type(dropout) is not nn.Identity:
+        if type(dropout) not in (nn.Identity, nn.Dropout):
             return None
         if _has_hooks(base) or _has_hooks(A) or _has_hooks(B) or _has_hooks(dropout):
             return None
@@ -95,7 +100,9 @@ class GraloraLayer(Promoted):
         if isinstance(scaling, Tensor):  # prepare_model_for_compiled_hotswap: a number would be compiled in
             B_weight, B_hybrid = B_weight * scaling, None if B_hybrid is None else B_hybrid * scaling
             scaling = 1.0
-        return x, weight.t() if transposed else weight, bias, A_weight, B_weight, A_hybrid, B_hybrid, scaling
+        weight = weight.t() if transposed else weight
+        dropped = dropout(x) if dropout.training and type(dropout) is nn.Dropout else None
+        return x, weight, bias, A_weight, B_weight, A_hybrid, B_hybrid, scaling, dropped
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """dW of one adapter, scaling included, in the layout of the base weight (`[out, in]`, Conv1D: `[in, out]`).
@@ -105,7 +112,25 @@ class GraloraLayer(Promoted):
         if not self.is_gralora(adapter):
             return super().get_delta_weight(adapter)
         dW = blocks.delta_weight(self.lora_A[adapter], self.lora_B[adapter], self.scaling[adapter])
-        return dW.T if self.fan_in_fan_out else dW
+        return dW.T if getattr(self, "fan_in_fan_out", False) else dW  # not all of PEFT's classes have it
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's, one adapter at a time: some of its classes fail on a second one, or on one that a layer lacks.
+
+        Raises:
+            ValueError: with safe_merge, if the result would not be finite; not all of PEFT's classes look.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.lora_A:
+                if safe_merge and self.is_gralora(name) and not self.get_delta_weight(name).isfinite().all():
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+                with keep_bias(self), warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Already following adapters were merged")  # said once, above
+                    super().merge(safe_merge=safe_merge, adapter_names=[name])
+
+    def unmerge(self) -> None:
+        with keep_bias(self):
+            super().unmerge()
 
 
 class GraloraModel(Promoted):
@@ -255,13 +280,14 @@ def create_and_replace(
         ValueError: before anything is changed, if a targeted layer does not fit the config.
     """
     plan(tuner, adapter_name, config)
-    check_kind(current_key, target)  # with a state_dict, PEFT adapts layers that the config does not name
+    check_kind(current_key, target, tuner.model)  # with a state_dict, PEFT adapts layers that the config does not name
     check_features(config, current_key, target)
     if isinstance(tuner, lora.LoraModel):
         promote(tuner, GraloraModel)
     stock(tuner, config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs)
 
     layer = getattr(parent, target_name)
+    check_kind(current_key, layer, tuner.model)  # that PEFT chose the class that it was expected to
     promote(layer, GraloraLayer)
     A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     k, hybrid_r = config.gralora_k, config.hybrid_r
@@ -279,7 +305,7 @@ def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> None:
         raise ValueError("GraLoRA does not support tensor-parallel base models (tp_plan); load the model without.")
     layers = dict(targeted_layers(tuner, config))
     for name, layer in layers.items():
-        check_kind(name, layer)
+        check_kind(name, layer, tuner.model)
     if config.gralora_k == "auto":
         sizes = [size for layer in layers.values() for size in features(layer)]
         config.gralora_k = auto_k(config.r, *sizes, *(r - config.hybrid_r for r in config.ranks().values()))
@@ -291,6 +317,7 @@ def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> None:
             )
     for name, layer in layers.items():
         check_features(config, name, layer)
+    keep_weights_unpacked(tuner.model)
     tuner._gralora_plan = (adapter_name, id(config))
 
 
@@ -307,31 +334,9 @@ def targeted_layers(tuner: BaseTuner, config: LoraConfig) -> Iterator[tuple[str,
             yield name, module
 
 
-def base_layer(layer: nn.Module) -> nn.Module:
-    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-
-
 def features(layer: nn.Module) -> tuple[int, int]:
     """Input and output features of a supported layer, which may carry adapters already."""
     return _get_in_out_features(base_layer(layer))
-
-
-def check_kind(name: str, layer: nn.Module) -> None:
-    """Raise ValueError, naming the layer, if it is of a kind that GraLoRA does not adapt."""
-    base = base_layer(layer)
-    supported = (
-        isinstance(base, (nn.Linear, Conv1D))
-        and type(base.weight) is nn.Parameter  # quantised weights are subclasses, also below an nn.Linear
-        and not isinstance(base, NonDynamicallyQuantizableLinear)  # in nn.MultiheadAttention, which never calls it
-        and (isinstance(layer, lora.Linear) or not isinstance(layer, lora.LoraLayer))
-    )
-    if not supported:
-        raise ValueError(
-            f"target module {name!r} is a {type(base).__name__} with a weight of type "
-            f"{type(getattr(base, 'weight', None)).__name__}, which GraLoRA does not adapt; it adapts nn.Linear and "
-            "transformers' Conv1D that are not quantised. Take the module out of target_modules, or set "
-            "use_gralora=False."
-        )
 
 
 def check_features(config: LoraConfig, name: str, layer: nn.Module) -> None:

@@ -74,7 +74,7 @@ def check_layers(adapter: Adapter, base: nn.Module) -> None:
             f"adapter has: {listed(missing)}. It was trained on {adapter.config.base_model_name_or_path!r}."
         )
     for layer in adapter.layers:
-        layers.check_kind(layer, modules[layer])
+        layers.check_kind(layer, modules[layer], base)
         if layers.features(modules[layer]) != adapter.features(layer):
             raise ValueError(
                 f"layer {layer!r} has (in, out) features {layers.features(modules[layer])} in the base model and "

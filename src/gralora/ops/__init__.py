@@ -15,6 +15,7 @@ def gralora_linear(
     hybrid_A: Tensor | None,
     hybrid_B: Tensor | None,
     scaling: float,
+    dropped: Tensor | None = None,
 ) -> Tensor:
     """x W^T + bias + scaling * (grid + B_s A_s x), differentiable in x and the factors, not in weight and bias.
 
@@ -25,11 +26,12 @@ def gralora_linear(
         A, B: grid factors, `[k, I/k, r]` and `[k, r, O/k]`; computed with in the dtype of x.
         hybrid_A, hybrid_B: plain LoRA part, `[h, I]` and `[O, h]`, or None.
         scaling: factor on the adapter's output.
+        dropped: x after dropout, which the adapter then sees in place of x, shape and dtype of x; or None.
 
     Returns:
         y, `[..., O]`, dtype of x. Gradients have the dtype of what they belong to.
     """
-    args = x, weight, bias, A, B, hybrid_A, hybrid_B, scaling
+    args = x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, dropped
     if torch.compiler.is_compiling():
         return _linear_op(*args)[0]
     if not torch.is_grad_enabled():
@@ -41,26 +43,34 @@ class GraloraLinearFunction(torch.autograd.Function):
     """`fused.forward` and `fused.backward` for eager mode, where the dispatch of a custom op would cost more."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, hybrid_A, hybrid_B, scaling):
-        y, g = fused.forward(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling)
-        ctx.save_for_backward(x, weight, A, B, hybrid_A, hybrid_B, g)
+    def forward(ctx, x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, dropped):
+        y, g = fused.forward(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, dropped)
+        ctx.save_for_backward(x, weight, A, B, hybrid_A, hybrid_B, g, dropped)
         ctx.scaling = scaling
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, A, B, hybrid_A, hybrid_B, g = ctx.saved_tensors
+        x, weight, A, B, hybrid_A, hybrid_B, g, dropped = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated in turn
-            inputs = x, weight, None, A, B, hybrid_A, hybrid_B
-            y = reference.linear(*inputs, ctx.scaling)
-            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-            grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-            return *(next(grads) if needed else None for needed in ctx.needs_input_grad[:-1]), None
+            inputs = x, weight, None, A, B, hybrid_A, hybrid_B, ctx.scaling, dropped
+            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+            grads = iter(torch.autograd.grad(reference.linear(*inputs), wanted, dy, create_graph=True))
+            return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
         needs = _needs(ctx.needs_input_grad)
-        dx, dA, dB, d_hybrid_A, d_hybrid_B = fused.backward(
-            dy, x, weight, A, B, hybrid_A, hybrid_B, g, ctx.scaling, needs
-        )
-        return dx, None, None, dA, dB, d_hybrid_A, d_hybrid_B, None
+        grads = fused.backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, ctx.scaling, dropped, needs)
+        return _in_place_of_inputs(grads)
+
+
+def _needs(needs_input_grad):
+    """Whether gradients are needed of x, of A or hybrid_A, of B or hybrid_B, of dropped, from those of all inputs."""
+    x, _, _, A, B, hybrid_A, hybrid_B, _, dropped = needs_input_grad
+    return x, A or hybrid_A, B or hybrid_B, dropped
+
+
+def _in_place_of_inputs(grads):
+    dx, dA, dB, d_hybrid_A, d_hybrid_B, d_dropped = grads
+    return dx, None, None, dA, dB, d_hybrid_A, d_hybrid_B, None, d_dropped
 
 
 def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -87,33 +97,18 @@ class DeltaWeightFunction(torch.autograd.Function):
         return *torch.autograd.grad(dW, inputs, grad), None
 
 
-def _needs(needs_input_grad):
-    """Whether gradients are needed of x, of A or hybrid_A, of B or hybrid_B, from those of all inputs."""
-    x, _, _, A, B, hybrid_A, hybrid_B, *_ = needs_input_grad
-    return x, A or hybrid_A, B or hybrid_B
-
-
 @torch.library.custom_op(
     "gralora::linear",
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor? hybrid_A, Tensor? hybrid_B, "
-    "float scaling) -> (Tensor, Tensor)",
+    "float scaling, Tensor? dropped) -> (Tensor, Tensor)",
 )
-def _linear_op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    hybrid_A: Tensor | None,
-    hybrid_B: Tensor | None,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    return fused.forward(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling)
+def _linear_op(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, dropped):
+    return fused.forward(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, dropped)
 
 
 @_linear_op.register_fake
-def _(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling):
+def _(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, dropped):
     R = A.shape[2] + (0 if hybrid_A is None else hybrid_A.shape[0])
     T = x.numel() // x.shape[-1]
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(A.shape[0], T, R)
@@ -123,46 +118,40 @@ def _(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling):
     "gralora::linear_backward",
     mutates_args=(),
     schema="(Tensor dy, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? hybrid_A, Tensor? hybrid_B, Tensor g, "
-    "float scaling, bool[] needs) -> Tensor[]",
+    "float scaling, Tensor? dropped, bool[] needs) -> Tensor[]",
 )
-def _linear_backward_op(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    hybrid_A: Tensor | None,
-    hybrid_B: Tensor | None,
-    g: Tensor,
-    scaling: float,
-    needs: list[bool],
-) -> list[Tensor]:
+def _linear_backward_op(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, dropped, needs):
     """The gradients that `needs` asks for, without the None entries: a custom op can return no None."""
-    grads = fused.backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, tuple(needs))
+    grads = fused.backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, dropped, tuple(needs))
     return [grad.contiguous() for grad in grads if grad is not None]
 
 
+def _wanted(x, A, B, hybrid_A, hybrid_B, dropped, needs):
+    """What the entries of `fused.backward`'s result are gradients of; None where there is none."""
+    needs_x, needs_A, needs_B, needs_dropped = needs
+    inputs = x, A, B, hybrid_A, hybrid_B, dropped
+    needed = needs_x, needs_A, needs_B, needs_A, needs_B, needs_dropped
+    return [t if need else None for t, need in zip(inputs, needed, strict=True)]
+
+
 @_linear_backward_op.register_fake
-def _(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, needs):
-    needs_x, needs_A, needs_B = needs
-    wanted = [(x, needs_x), (A, needs_A), (B, needs_B), (hybrid_A, needs_A), (hybrid_B, needs_B)]
-    return [t.new_empty(t.shape) for t, needed in wanted if needed and t is not None]
+def _(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, dropped, needs):
+    wanted = _wanted(x, A, B, hybrid_A, hybrid_B, dropped, needs)
+    return [t.new_empty(t.shape) for t in wanted if t is not None]
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, A, B, hybrid_A, hybrid_B, scaling = inputs
-    ctx.save_for_backward(x, weight, A, B, hybrid_A, hybrid_B, output[1])
+    x, weight, _, A, B, hybrid_A, hybrid_B, scaling, dropped = inputs
+    ctx.save_for_backward(x, weight, A, B, hybrid_A, hybrid_B, output[1], dropped)
     ctx.scaling = scaling
 
 
 def _op_backward(ctx, dy, _):
-    x, weight, A, B, hybrid_A, hybrid_B, g = ctx.saved_tensors
+    x, weight, A, B, hybrid_A, hybrid_B, g, dropped = ctx.saved_tensors
     needs = list(_needs(ctx.needs_input_grad))
-    grads = iter(_linear_backward_op(dy, x, weight, A, B, hybrid_A, hybrid_B, g, ctx.scaling, needs))
-    dx, dA, dB = (next(grads) if need else None for need in needs)
-    d_hybrid_A = next(grads) if needs[1] and hybrid_A is not None else None
-    d_hybrid_B = next(grads) if needs[2] and hybrid_B is not None else None
-    return dx, None, None, dA, dB, d_hybrid_A, d_hybrid_B, None
+    grads = iter(_linear_backward_op(dy, x, weight, A, B, hybrid_A, hybrid_B, g, ctx.scaling, dropped, needs))
+    wanted = _wanted(x, A, B, hybrid_A, hybrid_B, dropped, needs)
+    return _in_place_of_inputs([None if t is None else next(grads) for t in wanted])
 
 
 _linear_op.register_autograd(_op_backward, setup_context=_setup_context)

@@ -83,11 +83,12 @@ def forward(
     hybrid_A: Tensor | None,
     hybrid_B: Tensor | None,
     scaling: float,
+    dropped: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y `[..., O]`, and the exchanged sub-ranks g `[k, T, R]` for the backward. Factors are cast to the dtype of x."""
     A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B, x.dtype)
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    g = down(rows, A, hybrid_r, scaling)
+    rows = _rows(x)
+    g = down(rows if dropped is None else _rows(dropped), A, hybrid_r, scaling)
     y = linear_up(rows, weight, bias, g, B)
     # as matmul does: to autograd y is no view, so that callers may change it in place
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])), g
@@ -103,22 +104,30 @@ def backward(
     hybrid_B: Tensor | None,
     g: Tensor,
     scaling: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, A, B, hybrid_A, hybrid_B; `needs` says which of those of x, of (hybrid_)A and of (hybrid_)B."""
-    needs_x, needs_A, needs_B = needs
+    dropped: Tensor | None,
+    needs: tuple[bool, bool, bool, bool],
+) -> list[Tensor | None]:
+    """Gradients of x, A, B, hybrid_A, hybrid_B and dropped.
+
+    `needs` says which of those of x, of (hybrid_)A, of (hybrid_)B and of dropped; the others are None.
+    """
+    needs_x, needs_A, needs_B, needs_dropped = needs
     dtypes = A.dtype, B.dtype
     A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B, x.dtype)
     k, r, shape = A.shape[0], A.shape[2] - hybrid_r, x.shape
-    if x.dim() != 2:
-        x, dy = x.reshape(-1, shape[-1]), dy.reshape(-1, dy.shape[-1])
-    dx = dA = dB = d_hybrid_A = d_hybrid_B = None
-    if needs_x or needs_A:
+    dy, seen = _rows(dy), _rows(x if dropped is None else dropped)
+    dx = dA = dB = d_hybrid_A = d_hybrid_B = d_dropped = None
+    if needs_A or needs_dropped or (needs_x and dropped is None):
         dh = down(dy, B.mT, hybrid_r, scaling)
     if needs_x:
-        dx = linear_up(dy, weight.t(), None, dh, A.mT).view(shape)
+        dx = linear_up(dy, weight.t(), None, dh, A.mT) if dropped is None else dy @ weight
+        dx = dx.view(shape)
+    if needs_dropped:
+        d_dropped = torch.empty_like(seen, memory_format=torch.contiguous_format)
+        chunks(d_dropped, k).baddbmm_(dh, A.mT, beta=0)
+        d_dropped = d_dropped.view(shape)
     if needs_A:
-        dA = torch.bmm(chunks(x, k).mT, dh).to(dtypes[0])
+        dA = torch.bmm(chunks(seen, k).mT, dh).to(dtypes[0])
         if hybrid_r:
             dA, d_hybrid_A = dA.split([r, hybrid_r], dim=2)
             d_hybrid_A = d_hybrid_A.permute(2, 0, 1).flatten(1)
@@ -127,4 +136,8 @@ def backward(
         if hybrid_r:
             dB, d_hybrid_B = dB.split([r, hybrid_r], dim=1)
             d_hybrid_B = d_hybrid_B.mT.flatten(0, 1)
-    return dx, dA, dB, d_hybrid_A, d_hybrid_B
+    return [dx, dA, dB, d_hybrid_A, d_hybrid_B, d_dropped]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

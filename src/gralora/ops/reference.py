@@ -75,9 +75,14 @@ def linear(
     hybrid_A: Tensor | None,
     hybrid_B: Tensor | None,
     scaling: float,
+    dropped: Tensor | None = None,
 ) -> Tensor:
-    """The adapted layer: x W^T + bias + scaling * (up(down(x, A), B) + x A_s^T B_s^T). Shapes: `gralora_linear`."""
-    y = up(down(x, A), B)
+    """The adapted layer: x W^T + bias + scaling * (up(down(x, A), B) + x A_s^T B_s^T). Shapes: `gralora_linear`.
+
+    The adapter sees `dropped`, x after dropout, in place of x if it is given.
+    """
+    seen = x if dropped is None else dropped
+    y = up(down(seen, A), B)
     if hybrid_A is not None and hybrid_B is not None:
-        y = y + torch.nn.functional.linear(torch.nn.functional.linear(x, hybrid_A), hybrid_B)
+        y = y + torch.nn.functional.linear(torch.nn.functional.linear(seen, hybrid_A), hybrid_B)
     return torch.nn.functional.linear(x, weight, bias) + scaling * y

@@ -1,0 +1,159 @@
+"""Which layers GraLoRA adapts: one table. To support another kind, add a line.
+
+Classes are written "package.Class": so no quantisation library is imported here, or has to be installed, and it does
+not matter in which module of the package a class is defined.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+
+def _none(base: nn.Module) -> str:
+    return ""
+
+
+def _in_attention(base: nn.Module) -> str:
+    never_called = isinstance(base, NonDynamicallyQuantizableLinear)
+    return "which nn.MultiheadAttention reads the weight of, but never calls" if never_called else ""
+
+
+def _packed_for_cpu(base: Any) -> str:
+    if not hasattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu"):  # set by packing only
+        return ""
+    return (
+        "which bitsandbytes has repacked for inference, since it ran in evaluation mode on the CPU: now it passes no "
+        "gradient on, and merging would spoil it. Load the model anew, and add the adapter before running it"
+    )
+
+
+def _quantizes_activations(base: Any) -> str:
+    if base.weight.act_quant_kwargs is None:
+        return ""
+    return "which quantises activations too, so that no gradient passes through it"
+
+
+class Kind(NamedTuple):
+    """A kind of base layer, and the LoRA layer that PEFT makes of it.
+
+    Attributes:
+        name: in words.
+        base: class of the base layer, or one that it inherits from.
+        weight: class of its `weight`, and no subclass of it; empty if that does not matter.
+        lora: PEFT's class. A line belongs here if this class adds `lora_B(lora_A(dropout(x))) * scaling` to the base
+            layer's output, and merges through `get_delta_weight` or raises.
+        flag: attribute of the model without which PEFT chooses another class; empty if it needs none.
+        obstacle: what is wrong with one layer of this kind, in words; empty if nothing is.
+    """
+
+    name: str
+    base: str
+    weight: str
+    lora: str
+    flag: str = ""
+    obstacle: Callable[[Any], str] = _none
+
+
+KINDS = (
+    Kind("nn.Linear", "torch.Linear", "torch.Parameter", "peft.Linear", obstacle=_in_attention),
+    Kind("transformers' Conv1D", "transformers.Conv1D", "torch.Parameter", "peft.Linear"),
+    Kind(
+        "bitsandbytes 4-bit",
+        "bitsandbytes.Linear4bit",
+        "bitsandbytes.Params4bit",
+        "peft.Linear4bit",
+        flag="is_loaded_in_4bit",
+        obstacle=_packed_for_cpu,
+    ),
+    Kind(
+        "bitsandbytes 8-bit",
+        "bitsandbytes.Linear8bitLt",
+        "bitsandbytes.Int8Params",
+        "peft.Linear8bitLt",
+        flag="is_loaded_in_8bit",
+    ),
+    Kind(
+        "torchao int8 weight-only",
+        "torch.Linear",
+        "torchao.Int8Tensor",
+        "peft.TorchaoLoraLinear",
+        obstacle=_quantizes_activations,
+    ),
+    Kind("HQQ", "hqq.HQQLinear", "", "peft.HqqLoraLinear"),
+    # tested without the library: PEFT's classes over a stand-in for the base layer
+    Kind("GPTQ", "gptqmodel.BaseQuantLinear", "", "peft.GPTQLoraLinear"),
+    Kind("AWQ", "gptqmodel.BaseQuantLinear", "", "peft.AwqLoraLinear"),
+)
+
+
+def base_layer(layer: nn.Module) -> nn.Module:
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
+def check_kind(name: str, layer: nn.Module, model: nn.Module) -> None:
+    """Raise ValueError, naming the layer, if GraLoRA cannot adapt it.
+
+    Args:
+        name: of the layer, for the message.
+        layer: a layer of the model, which may carry adapters already.
+        model: the base model.
+    """
+    base = base_layer(layer)
+    problem = _problem(base, layer, model)
+    if problem:
+        raise ValueError(
+            f"target module {name!r} is a {type(base).__name__} with a weight of type "
+            f"{type(getattr(base, 'weight', None)).__name__}, {problem}. GraLoRA adapts layers of these kinds: "
+            f"{', '.join(kind.name for kind in KINDS)}. Take the module out of target_modules, or set "
+            "use_gralora=False."
+        )
+
+
+def _problem(base: nn.Module, layer: nn.Module, model: nn.Module) -> str:
+    weight = getattr(base, "weight", None)
+    kinds = [k for k in KINDS if _inherits(base, k.base) and k.weight in ("", _name(type(weight)))]
+    if not kinds:
+        return "which is not supported"
+    if isinstance(layer, lora.LoraLayer):
+        if not any(_inherits(layer, kind.lora) for kind in kinds):
+            classes = " or ".join(kind.lora.removeprefix("peft.") for kind in kinds)
+            return f"which PEFT has wrapped as {type(layer).__name__}, not as {classes}"
+    elif kinds[0].flag and not getattr(model, kinds[0].flag, False):
+        return (
+            f"but {type(model).__name__}.{kinds[0].flag} is not True, and PEFT would take it for an ordinary layer. "
+            "Load the model with a quantization_config, or set this attribute"
+        )
+    return kinds[0].obstacle(base)
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
+
+
+def _inherits(obj: object, name: str) -> bool:
+    return any(_name(cls) == name for cls in type(obj).__mro__)
+
+
+def keep_weights_unpacked(model: nn.Module) -> None:
+    """Make bitsandbytes' 4-bit layers keep their weights as they are when they run in evaluation mode on a CPU.
+
+    They repack them on CPUs with AVX512-BF16, and from then on pass no gradient on, also when trained again, while
+    PEFT goes on to read the weights as if they were not packed.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+
+
+@contextmanager
+def keep_bias(layer: Any) -> Iterator[None]:
+    """Keep the base layer's bias where PEFT replaces the base layer by a new one: it forgets that of HQQ layers."""
+    before = layer.base_layer
+    yield
+    if layer.base_layer is not before:
+        layer.base_layer.bias = before.bias

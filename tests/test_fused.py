@@ -1,0 +1,147 @@
+"""The fused linear against its definition, in float64, and as torch's own checks see it."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gralora.ops import _linear_op, dispatch, gralora_linear, reference
+
+# k, r, hybrid_r
+GRIDS = [(1, 3, 0), (2, 4, 0), (4, 8, 3), (3, 3, 2), (2, 2, 5)]
+grids = pytest.mark.parametrize("grid", GRIDS, ids=lambda g: "k{}-r{}-h{}".format(*g))
+dropout = pytest.mark.parametrize("with_dropped", [False, True], ids=["plain", "dropout"])
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Every test compiles anew: the others' shapes would count against the limit of recompilations."""
+    torch._dynamo.reset()
+
+
+def operands(grid, with_dropped, tokens=(2, 5), bias=True):
+    """Arguments of `gralora_linear`; all float tensors but weight and bias require gradients."""
+    k, r, h = grid
+    n_in, n_out = 6 * k, 4 * k
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size, grad=True):
+        return torch.randn(*size, generator=generator, dtype=torch.float64).requires_grad_(grad)
+
+    hybrid = (draw(h, n_in), draw(n_out, h)) if h else (None, None)
+    frozen = draw(n_out, n_in, grad=False), draw(n_out, grad=False) if bias else None
+    dropped = draw(*tokens, n_in) if with_dropped else None
+    return [draw(*tokens, n_in), *frozen, draw(k, n_in // k, r), draw(k, r, n_out // k), *hybrid, 0.7, dropped]
+
+
+def trainable(args):
+    return [t for t in args if isinstance(t, torch.Tensor) and t.requires_grad]
+
+
+def rebuild(args, leaves):
+    """`args` with its trainable tensors replaced, in order, by `leaves`."""
+    leaves = iter(leaves)
+    return [next(leaves) if isinstance(t, torch.Tensor) and t.requires_grad else t for t in args]
+
+
+@grids
+@dropout
+def test_gradcheck(grid, with_dropped):
+    """Numerical and analytical gradients agree, the first and the second."""
+    args = operands(grid, with_dropped)
+
+    def function(*leaves):
+        return gralora_linear(*rebuild(args, leaves))
+
+    assert torch.autograd.gradcheck(function, trainable(args))
+    assert torch.autograd.gradgradcheck(function, trainable(args))
+
+
+@grids
+@dropout
+def test_equals_the_definition(grid, with_dropped):
+    """Output and all gradients are those of `reference.linear`."""
+    args = operands(grid, with_dropped)
+    ours, exact = gralora_linear(*args), reference.linear(*args)
+    dy = torch.randn_like(ours)
+    torch.testing.assert_close(ours, exact, atol=1e-12, rtol=0)
+    for a, b in zip(
+        torch.autograd.grad(ours, trainable(args), dy), torch.autograd.grad(exact, trainable(args), dy), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+@dropout
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_any_subset_of_gradients(with_dropped, compiled):
+    """With only some inputs trainable, their gradients are the same as with all."""
+    args = operands((2, 4, 3), with_dropped)
+    function = torch.compile(gralora_linear, fullgraph=True, backend="aot_eager") if compiled else gralora_linear
+    places = [i for i, t in enumerate(args) if isinstance(t, torch.Tensor) and t.requires_grad]
+    dy = torch.ones(2, 5, 8, dtype=torch.float64)
+    exact = dict(zip(places, torch.autograd.grad(reference.linear(*args), trainable(args), dy), strict=True))
+    for chosen in itertools.chain(itertools.combinations(places, 1), itertools.combinations(places, 2)):
+        torch._dynamo.reset()
+        some = [t.detach().requires_grad_(i in chosen) if i in places else t for i, t in enumerate(args)]
+        grads = torch.autograd.grad(function(*some), trainable(some), dy)
+        for place, grad in zip(chosen, grads, strict=True):
+            torch.testing.assert_close(grad, exact[place], atol=1e-12, rtol=0)
+
+
+@grids
+@dropout
+def test_custom_op(grid, with_dropped):
+    """torch's checks of a custom op: schema, fake tensors, autograd registration, AOT dispatch with dynamic shapes."""
+    torch.library.opcheck(_linear_op, tuple(operands(grid, with_dropped)))
+
+
+@grids
+@dropout
+def test_compiled_without_graph_breaks(grid, with_dropped):
+    """torch.compile(fullgraph=True) gives the same output and gradients."""
+    args = operands(grid, with_dropped)
+    compiled = torch.compile(gralora_linear, fullgraph=True, backend="aot_eager")
+    for tokens in [(2, 5), (3, 4)]:
+        args = operands(grid, with_dropped, tokens)
+        ours, eager = compiled(*args), gralora_linear(*args)
+        assert torch.equal(ours, eager)
+        dy = torch.randn_like(ours)
+        for a, b in zip(*(torch.autograd.grad(y, trainable(args), dy) for y in (ours, eager)), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_strided_inputs():
+    """Inputs, weights and incoming gradients of any strides give the result of their contiguous copies."""
+    args = operands((2, 4, 3), False)
+    x, weight, *rest = args
+    wide = torch.randn(5, 2, 24, dtype=torch.float64)[..., ::2].transpose(0, 1).requires_grad_()
+    ours = gralora_linear(wide, weight.t().contiguous().t(), *rest)
+    exact = gralora_linear(wide.contiguous(), weight, *rest)
+    assert not wide.is_contiguous() and torch.allclose(ours, exact, atol=1e-12)
+    dy = torch.randn(8, 5, 2, dtype=torch.float64).permute(2, 1, 0)
+    for a, b in zip(*(torch.autograd.grad(y, [wide, *trainable(rest)], dy) for y in (ours, exact)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_unknown_choice_of_kernels_is_refused():
+    """GRALORA_KERNELS with another value is an error that lists the values."""
+    result = run("import gralora", GRALORA_KERNELS="fastest")
+    assert result.returncode != 0 and "GRALORA_KERNELS='fastest'" in result.stderr and "reference" in result.stderr
+
+
+def test_choice_is_visible_and_import_starts_nothing():
+    """`describe` names what runs; importing gralora neither imports Triton nor starts CUDA."""
+    code = "import sys, gralora, torch; from gralora.ops import dispatch; print(dispatch.describe('cpu')); "
+    code += "assert 'triton' not in sys.modules and not torch.cuda.is_initialized()"
+    assert run(code, GRALORA_KERNELS="auto").stdout.strip() == "fused torch"
+    assert run(code, GRALORA_KERNELS="reference").stdout.strip() == "reference"
+    assert dispatch.describe("cpu") in ("fused torch", "reference")
