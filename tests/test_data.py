@@ -1,6 +1,8 @@
 """Training text: where it comes from, how it is split, and which tokens carry the loss."""
 
 import ast
+import csv
+import importlib.util
 import json
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from gralora import data
-from gralora.data import IGNORED, Example, encode, file_examples, prompt_ids, split, stdlib_examples
+from gralora.data import IGNORED, Chat, Example, encode, file_examples, marked, prompt_ids, split, stdlib_examples
 
 
 @pytest.fixture(scope="module")
@@ -125,26 +127,89 @@ RECORDS = [
     {"instruction": "Add.", "input": "1 and 2", "output": "3", "note": "ignored"},
     {"instruction": "Greet.", "input": "", "output": "Hello"},
     {"prompt": "a", "completion": "b"},
+    {"query": "2 + 2?", "response": "4", "type": "ignored"},
+    {"question": "3 + 3?", "answer": "6"},
     {"text": "plain"},
 ]
 EXAMPLES = [
     Example("### Instruction:\nAdd.\n\n1 and 2\n\n### Response:\n", "3"),
     Example("### Instruction:\nGreet.\n\n### Response:\n", "Hello"),
     Example("a", "b"),
+    Example("### Instruction:\n2 + 2?\n\n### Response:\n", "4"),
+    Example("### Instruction:\n3 + 3?\n\n### Response:\n", "6"),
     Example("", "plain"),
 ]
 
 
 def test_jsonl_and_json_records(tmp_path):
     lines = write(tmp_path / "a.jsonl", "\n\n".join(map(json.dumps, RECORDS)) + "\n")
-    assert file_examples(lines) == EXAMPLES
+    found = file_examples(lines)
+    assert found.examples == EXAMPLES
+    assert found.kinds == {kind: 2 if kind == "instruction+output" else 1 for kind in data.RECORD_NAMES[1:]}
     for indent in (None, 2):
-        assert file_examples(write(tmp_path / "a.json", json.dumps(RECORDS, indent=indent))) == EXAMPLES
+        assert file_examples(write(tmp_path / "a.json", json.dumps(RECORDS, indent=indent))).examples == EXAMPLES
+    assert file_examples(write(tmp_path / "b.json", lines.read_text())).examples == EXAMPLES, "lines in a .json"
+
+
+def test_csv_and_parquet_records(tmp_path):
+    """One kind per file, since all rows have the same columns; what parquet has as null counts as not there."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for record, example in zip(RECORDS, EXAMPLES, strict=True):
+        with (tmp_path / "a.csv").open("w", encoding="utf-8-sig", newline="") as file:
+            writer = csv.DictWriter(file, record)
+            writer.writeheader()
+            writer.writerow(record)
+        assert file_examples(tmp_path / "a.csv").examples == [example]
+        table = pyarrow.Table.from_pylist([{name: value or None for name, value in record.items()}])
+        parquet.write_table(table, tmp_path / "a.parquet")
+        assert file_examples(tmp_path / "a.parquet").examples == [example]
+    long = "x" * 200_000
+    assert file_examples(write(tmp_path / "a.csv", f'text\n"{long}\n"\n')).examples == [Example("", long + "\n")]
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="a.parquet needs the package pyarrow: pip install pyarrow"):
+        file_examples(write(tmp_path / "a.parquet", ""))
+
+
+def test_folder(tmp_path):
+    """Its files in order of their names; where some are named for training, only these."""
+    for name in ("b.jsonl", "a.txt", "c.md", "sub/d.txt"):
+        write(tmp_path / name, name if name.endswith("txt") else json.dumps({"text": name}))
+    assert [example.completion for example in file_examples(tmp_path).examples] == ["a.txt", "b.jsonl"]
+    write(tmp_path / "train-00000.txt", "train")
+    assert [example.completion for example in file_examples(tmp_path).examples] == ["train"]
+    (tmp_path / "empty" / "data").mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"no file ending in .jsonl.*folders in it: {tmp_path / 'empty' / 'data'}"):
+        file_examples(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="data_path='some/hub-id' is no file or folder here"):
+        file_examples("some/hub-id")
+
+
+def test_rows_with_nothing_to_learn_are_counted(tmp_path):
+    path = write(tmp_path / "a.csv", "prompt,completion\na,b\nc,\nd, \n")
+    found = file_examples(path)
+    assert found.examples == [Example("a", "b")] and found.empty == 2
+    assert "1 of prompt+completion" in str(found) and "nothing to train on: 2" in str(found)
+    with pytest.raises(ValueError, match="no records to train on.*nothing to train on: 1"):
+        file_examples(write(path, "prompt,completion\nc,\n"))
+
+
+def test_broken_rows_can_be_skipped(tmp_path):
+    path = write(tmp_path / "a.jsonl", f'{GOOD}\n{{"text": \n{{"text": 1}}\n{GOOD}\n')
+    found = file_examples(path, skip_bad_rows=True)
+    assert found.examples == [Example("", "x")] * 2 and len(found.broken) == 2
+    assert f"left out as broken: 2, the first: {path}, line 2: not JSON" in str(found)
+    with pytest.raises(ValueError, match=f"no records to train on.*broken: 1, the first: {path}, line 1"):
+        file_examples(write(path, "[]"), skip_bad_rows=True)
 
 
 def test_text_paragraphs(tmp_path):
     path = write(tmp_path / "a.txt", "\n  first\nstill first\n\n \n\nsecond")
-    assert [example.completion for example in file_examples(path)] == ["  first\nstill first", "second"]
+    assert [example.completion for example in file_examples(path).examples] == ["  first\nstill first", "second"]
 
 
 GOOD = json.dumps({"text": "x"})
@@ -158,17 +223,29 @@ GOOD = json.dumps({"text": "x"})
         ("a.jsonl", f'{GOOD}\n{GOOD}\n{{"instruction": "x"}}\n', 3, "instruction+output"),
         ("a.jsonl", '{"instruction": "x", "output": null}\n', 1, "'output' must be text"),
         ("a.jsonl", '{"instruction": "x", "input": 3, "output": "y"}\n', 1, "'input' must be text"),
-        ("a.jsonl", f'{GOOD}\n{{"instruction": "x", "output": " "}}\n', 2, "'output' is empty"),
+        ("a.jsonl", '{"messages": [{"from": "x"}]}', 1, "'messages' must be a list of objects with role and content"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', 1, "'messages' needs a chat template"),
         ("a.json", f"[\n{GOOD},\n{GOOD} 3]", 3, "not JSON"),
         ("a.json", f'[\n\n{GOOD},\n\n{{"txt":\n"x"}}]', 5, "txt"),
-        ("a.json", '\n{"text": "x"}', 1, "must be a list"),
+        ("a.json", '\n{\n"text": "x"}', 2, "not JSON"),
+        ("a.json", "3", 1, "must be a list"),
+        ("a.csv", "text,b\nx,y\nx\n", 2, "more or fewer fields"),
+        ("a.csv", 'text\nx\n\n"y\nz', 2, "not CSV"),
+        ("a.csv", "txt\nx\n", 1, "the fields ['txt'] do not make a record"),
     ],
 )
 def test_broken_rows_name_file_and_line(tmp_path, name, text, line, reason):
     path = write(tmp_path / name, text)
     with pytest.raises(ValueError) as error:
         file_examples(path)
-    assert f"{path}, line {line}:" in str(error.value) and reason in str(error.value)
+    place = "row" if name.endswith("csv") else "line"
+    assert f"{path}, {place} {line}:" in str(error.value) and reason in str(error.value)
+
+
+def test_broken_parquet(tmp_path):
+    pytest.importorskip("pyarrow")
+    with pytest.raises(ValueError, match="a.parquet: not a parquet file"):
+        file_examples(write(tmp_path / "a.parquet", "x"))
 
 
 def test_text_that_is_not_utf8_names_file_and_line(tmp_path):
@@ -178,7 +255,7 @@ def test_text_that_is_not_utf8_names_file_and_line(tmp_path):
         file_examples(path)
 
 
-@pytest.mark.parametrize("name, reason", [("a.csv", ".jsonl, .json, .txt"), ("a.jsonl", "no records")])
+@pytest.mark.parametrize("name, reason", [("a.xml", ".jsonl, .json, .csv"), ("a.jsonl", "no records")])
 def test_unusable_files(tmp_path, name, reason):
     with pytest.raises(ValueError, match=reason):
         file_examples(write(tmp_path / name, "\n"))
@@ -195,6 +272,81 @@ def test_split_keeps_copies_together_and_order():
         split(examples, 10)
 
 
+# ---- conversations
+
+
+CHATML = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+# as templates of reasoning models: only the last answer is shown with a thought in front
+THINKING = (
+    "{% for m in messages %}<{{ m.role }}>{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
+    "{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TURNS = [
+    ("system", "Be brief."),
+    ("user", "a?"),
+    ("assistant", "b"),
+    ("user", "c?"),
+    ("assistant", "d"),
+    ("user", "?"),
+]
+MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
+
+
+@pytest.fixture
+def chat(tiny_model, tmp_path):
+    """What messages become with a template."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+
+    def make(template: str, *conversations: list[dict]) -> tuple:
+        tokenizer.chat_template = template
+        path = write(tmp_path / "chat.jsonl", "\n".join(json.dumps({"messages": m}) for m in conversations))
+        return tokenizer, file_examples(path, tokenizer)
+
+    return make
+
+
+def test_only_the_assistants_turns_carry_loss(chat):
+    tokenizer, found = chat(CHATML, MESSAGES)
+    (row,) = encode(tokenizer, found.examples, 100)
+    assert row["input_ids"] == tokenizer.apply_chat_template(MESSAGES[:5], return_dict=False)
+    assert marked(tokenizer, row) == (
+        "<system>Be brief.<end>\n<user>a?<end>\n<assistant>>>>b<end>\n<<<<user>c?<end>\n<assistant>>>>d<end>\n<<<"
+    )
+    assert found.kinds == {"messages": 1} and found.empty == 0
+
+
+def test_template_that_changes_earlier_turns(chat):
+    """Every answer is learnt as the model will write it: last, after what came before it."""
+    tokenizer, found = chat(THINKING, MESSAGES)
+    rows = encode(tokenizer, found.examples, 100)
+    assert [marked(tokenizer, row) for row in rows] == [
+        "<system>Be brief.<end><user>a?<end><assistant>>>><think></think>b<end><<<",
+        "<system>Be brief.<end><user>a?<end><assistant>b<end><user>c?<end><assistant>>>><think></think>d<end><<<",
+    ]
+    assert len(found.examples) == 1, "both rows of a conversation are on one side of a split"
+
+
+def test_conversations_without_answer_are_counted(chat):
+    _, found = chat(CHATML, MESSAGES, MESSAGES[:2], [*MESSAGES[:2], {"role": "assistant", "content": " "}])
+    assert len(found.examples) == 1 and found.empty == 2 and isinstance(found.examples[0], Chat)
+
+
+def test_null_in_a_message_is_a_field_that_it_has_not(chat):
+    """As parquet has it, where other messages have that field; a call of a tool needs no content."""
+    template = CHATML.replace("{{ m.content }}", "{{ m.content }}{% if m.name is defined %}{{ m.name }}{% endif %}")
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    tokenizer, found = chat(template, [{**MESSAGES[1], "name": None}, call])
+    assert marked(tokenizer, encode(tokenizer, found.examples, 100)[0]) == "<user>a?<end>\n<assistant>>>><end>\n<<<"
+
+
+def test_what_the_template_refuses_names_file_and_line(chat):
+    with pytest.raises(ValueError, match="chat.jsonl, line 1: field 'messages': .* does not take it: no system"):
+        chat("{{ raise_exception('no system') }}", MESSAGES)
+
+
 # ---- tokens
 
 
@@ -205,6 +357,19 @@ def test_only_the_answer_and_the_end_carry_loss(tokenizer):
     assert tokenizer.decode(row["input_ids"]) == "def add(a, b):\n    return a + b<end>"
     assert row["labels"][: -len(learnt)] == [IGNORED] * len(prompt_ids(tokenizer, "def add(a, b):\n"))
     assert row["attention_mask"] == [1] * len(row["input_ids"])
+
+
+def test_inputs_are_learnt_on_request(tokenizer):
+    examples = [Example("abc", "d"), Chat(((("x", False), ("y", True)),))]
+    rows = encode(tokenizer, examples, 100, train_on_inputs=True)
+    assert [row["labels"] for row in rows] == [row["input_ids"] for row in rows]
+    assert [tokenizer.decode(row["labels"]) for row in rows] == ["abcd<end>", "xy"]
+
+
+def test_long_pieces_are_shown_shortened(tokenizer):
+    (row,) = encode(tokenizer, [Example("a" * 5000, "b")], 10_000)
+    shown = marked(tokenizer, row)
+    assert shown.endswith("a>>>b<end><<<") and " [...] " in shown and len(shown) < 1600
 
 
 def test_long_examples_are_cut_and_those_without_answer_left_out(tokenizer):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from gralora.data import encode, file_examples, split
 from gralora.finetune import FinetuneArguments, finetune, verify
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
     pytest.mark.filterwarnings("ignore:.*has no effect without use_gralora"),
 ]
@@ -73,7 +75,7 @@ def test_gralora_run(arguments, capsys):
     assert loss["after"] < loss["before"] - 0.05
     model = AutoPeftModelForCausalLM.from_pretrained(output).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.base_model)
-    held_out = encode(tokenizer, split(file_examples(args.data_path), 5)[1], 100)
+    held_out = encode(tokenizer, split(file_examples(args.data_path).examples, 5)[1], 100)
     for adapter, name in ((True, "after"), (False, "before")):
         model.base_model.enable_adapter_layers() if adapter else model.base_model.disable_adapter_layers()
         with torch.no_grad():
@@ -81,6 +83,8 @@ def test_gralora_run(arguments, capsys):
         torch.testing.assert_close(torch.stack(losses).mean().item(), loss[name], rtol=1e-5, atol=0)
 
     printed = capsys.readouterr().out
+    assert f"data: {args.data_path}: rows with something to train on: 40 of instruction+output" in printed
+    assert f"\n\n### Response:\n>>>{printed.split('Repeat ')[1][:3] * 3}<end><<<\n----\n" in printed
     assert f"held-out loss: {loss['before']:.4f} before, {loss['after']:.4f} after 6 steps" in printed
     assert metrics["sample"]["prompt"] in printed and metrics["sample"]["prompt"].startswith(
         "### Instruction:\nRepeat"
@@ -96,6 +100,81 @@ def test_without_use_gralora_it_is_plain_lora_of_the_same_size(arguments, tmp_pa
     granular = finetune(arguments(max_steps=1, val_set_size=0))
     assert plain["parameters"] == granular["parameters"] and plain["parameters"]["trainable"] > 0
     assert granular["arguments"]["gralora_k"] == 2, "the number that auto stands for"
+
+
+def test_model_card(arguments, tmp_path):
+    """It says what was trained on what; each run writes its own, and leaves one that a person wrote."""
+    card = tmp_path / "out" / "README.md"
+    for alpha in (16, 48):
+        args = arguments(max_steps=1, val_set_size=2, lora_alpha=alpha)
+        loss = finetune(args)["held_out_loss"]
+        text = card.read_text()
+        assert f"- base model: {args.base_model}" in text and f"- data: {args.data_path}" in text
+        assert f"| lora_alpha | {alpha} |" in text and "| lora_target_modules | ['q_proj', 'up_proj'] |" in text
+        assert f"{loss['before']:.4f} before training, {loss['after']:.4f} after" in text
+        assert text.count("---\n") == 2 and "base_model: " in text, "with PEFT's metadata"
+        assert "|\n\n### Framework" in text, "what PEFT adds is no row of the table"
+    names = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    assert isinstance(names["model"], PeftModel) and names["tokenizer"].eos_token == "<end>"
+    card.write_text("---\nlicense: mit\n---\nMy own words.\n")
+    finetune(arguments(max_steps=1, val_set_size=0))
+    assert "license: mit" in card.read_text() and "---\nMy own words.\n" in card.read_text()
+    assert "lora_alpha" not in card.read_text()
+
+
+def test_conversations(arguments, tiny_model, tmp_path):
+    """`messages` need the base model's chat template, and train what the same text as prompt and completion does."""
+    chats, pairs = tmp_path / "chats.jsonl", tmp_path / "pairs.jsonl"
+    words = ["ab", "cd", "ef", "gh"]
+    turns = [[{"role": "user", "content": x}, {"role": "assistant", "content": x * 2}] for x in words]
+    chats.write_text("\n".join(json.dumps({"messages": messages}) for messages in turns))
+    pairs.write_text("\n".join(json.dumps({"prompt": f"user {x}\n", "completion": x * 2}) for x in words))
+    with pytest.raises(ValueError, match="chats.jsonl, line 1: field 'messages' needs a chat template"):
+        finetune(arguments(data_path=str(chats)))
+
+    base = tmp_path / "chat model"
+    shutil.copytree(tiny_model, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}user {{ m.content }}\n{% else %}{{ m.content }}<end>"
+        "{% endif %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(base)
+    with chats.open("a") as file:
+        file.write("\nbroken")
+    for name, path in (("chats", chats), ("pairs", pairs)):
+        changes = {"base_model": str(base), "data_path": str(path), "max_steps": 2, "val_set_size": 0}
+        changes |= {"skip_bad_rows": True}
+        finetune(arguments(output_dir=str(tmp_path / name), **changes))
+    assert equal(weights(tmp_path / "chats"), weights(tmp_path / "pairs"))
+
+
+def test_training_flags_reach_the_trainer(arguments, tmp_path):
+    """Gradient checkpointing changes nothing; the others do."""
+    runs = {
+        "plain": {},
+        "checkpointing": {"gradient_checkpointing": True},
+        "rslora": {"use_rslora": True},
+        "weight decay": {"weight_decay": 0.5},
+        "schedule": {"lr_scheduler_type": "constant"},
+        "optimizer": {"optim": "sgd"},
+        "inputs": {"train_on_inputs": True},
+    }
+    for name, changes in runs.items():
+        finetune(arguments(output_dir=str(tmp_path / name), max_steps=3, val_set_size=0, **changes))
+        same = name in ("plain", "checkpointing")
+        assert equal(weights(tmp_path / name), weights(tmp_path / "plain")) == same, name
+    assert json.loads((tmp_path / "rslora" / "adapter_config.json").read_text())["use_rslora"] is True
+
+
+def test_report_to(monkeypatch):
+    assert FinetuneArguments(report_to="none").training_arguments().report_to == []
+    monkeypatch.setattr(module, "get_available_reporting_integrations", list)
+    with pytest.raises(ImportError, match="report_to='wandb' needs .*: pip install wandb"):
+        FinetuneArguments(report_to="wandb")
+    monkeypatch.setattr(module, "get_available_reporting_integrations", lambda: ["wandb"])
+    assert FinetuneArguments(report_to="wandb").training_arguments().report_to == ["wandb"]
 
 
 def test_seed_and_accumulation(arguments, tmp_path):
@@ -201,6 +280,9 @@ def test_verify_runs_in_another_process(arguments, capfd):
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"gralora_k": "many"}, "gralora_k='many' must be a whole number or 'auto'"),
         ({"bf16": True, "fp16": True}, "exclude each other"),
+        ({"optim": "adamm"}, "optim='adamm' must be one of adamw_torch"),
+        ({"lr_scheduler_type": "flat"}, "lr_scheduler_type='flat' must be one of linear, .*constant"),
+        ({"report_to": "wand"}, "report_to='wand' must be one of none, .*wandb"),
     ],
 )
 def test_arguments_that_contradict(changes, message):
@@ -253,6 +335,16 @@ def test_flags_of_the_research_scripts():
     expected |= {"lora_dropout": 0.1, "lora_target_modules": ["c_attn", "c_proj"], "gralora_k": 4, "hybrid_r": 16}
     expected |= {"seed": 1, "num_train_epochs": 2, "max_steps": 5, "batch_size": 8, "micro_batch_size": 2}
     expected |= {"learning_rate": 1e-4, "max_seq_length": 512, "logging_steps": 1, "save_steps": 2, "bf16": True}
+    (args,) = HfArgumentParser(FinetuneArguments).parse_args_into_dataclasses(flags.split())
+    assert {name: asdict(args)[name] for name in expected} == expected
+
+
+def test_flags_of_trl():
+    flags = "--model_name_or_path gpt2 --dataset_name data.jsonl --per_device_train_batch_size 2 --max_length 512 "
+    flags += "--gradient_checkpointing --optim sgd --lr_scheduler_type cosine --weight_decay 0.1 --use_rslora"
+    expected = {"base_model": "gpt2", "data_path": "data.jsonl", "micro_batch_size": 2, "max_seq_length": 512}
+    expected |= {"gradient_checkpointing": True, "optim": "sgd", "lr_scheduler_type": "cosine", "weight_decay": 0.1}
+    expected |= {"use_rslora": True, "report_to": "none"}
     (args,) = HfArgumentParser(FinetuneArguments).parse_args_into_dataclasses(flags.split())
     assert {name: asdict(args)[name] for name in expected} == expected
 

@@ -1,22 +1,30 @@
 """Training text: records become (prompt, completion) pairs, pairs become tokens whose labels cover the answer only.
 
 The default text is what every Python installation brings along: the functions of the standard library, where signature
-and docstring are the prompt and the body is the answer. A local JSON, JSONL or text file is the alternative.
+and docstring are the prompt and the body is the answer. Files of the user's are the alternative: `file_examples`.
 """
 
 import ast
+import csv
+import importlib.util
+import io
+import itertools
 import json
+import os.path
 import random
 import re
 import sys
 import sysconfig
 import textwrap
 import tokenize
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
@@ -30,6 +38,15 @@ class Example(NamedTuple):
 
     prompt: str
     completion: str
+
+
+class Chat(NamedTuple):
+    """A conversation as the tokenizer's chat template writes it: texts in pieces, each with whether it is learnt.
+
+    One text; or one per answer, each with what came before it, where the template changes a turn once others follow.
+    """
+
+    texts: tuple[tuple[tuple[str, bool], ...], ...]
 
 
 # ---- the standard library ------------------------------------------------------------------------------------------
@@ -120,98 +137,261 @@ def is_placeholder(statement: ast.stmt) -> bool:
     )
 
 
-# ---- a file of the user's ------------------------------------------------------------------------------------------
+# ---- files of the user's --------------------------------------------------------------------------------------------
 
 
-def instruction_example(record: dict[str, str]) -> Example:
-    """An instruction, with the text it is about where there is one, answered by `output`."""
-    task = "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
-    return Example(f"### Instruction:\n{task}\n\n### Response:\n", record["output"])
+def text(record: dict[str, Any], name: str, optional: bool = False) -> str:
+    value = record.get(name)
+    if value is None and optional:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"field {name!r} must be text, got {value!r:.80}.")
+    return value
 
 
-# the fields that a record must have -> how it becomes a pair; the first line that fits is taken
-RECORD_KINDS: dict[tuple[str, ...], Callable[[dict[str, str]], Example]] = {
-    ("instruction", "output"): instruction_example,
-    ("prompt", "completion"): lambda record: Example(record["prompt"], record["completion"]),
-    ("text",): lambda record: Example("", record["text"]),
+def instruction_example(instruction: str, answer: str, about: str = "") -> Example:
+    """An instruction, with the text it is about where there is one, and its answer."""
+    task = "\n\n".join(part for part in (instruction, about) if part)
+    return Example(f"### Instruction:\n{task}\n\n### Response:\n", answer)
+
+
+def chat_example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Chat:
+    """The conversation in `messages`, of which the assistant's turns are learnt, by the tokenizer's chat template."""
+    messages = record["messages"]
+    if not isinstance(messages, list) or not all(is_message(message) for message in messages):
+        raise ValueError(f"field 'messages' must be a list of objects with role and content, got {messages!r:.80}.")
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "field 'messages' needs a chat template, and the tokenizer has none: "
+            f"{getattr(tokenizer, 'name_or_path', None)!r}; use a base model with one (often named Instruct or Chat), "
+            "or the fields prompt+completion."
+        )
+    # parquet fills fields that only other messages have with null
+    messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and says_something(message)]
+
+    def render(count: int, **options: Any) -> str:
+        tools = record.get("tools") or None
+        return tokenizer.apply_chat_template(messages[:count], tools=tools, tokenize=False, **options)
+
+    try:
+        upto = [render(i + 1) for i in turns]
+        before = [render(i, add_generation_prompt=True) for i in turns]
+    except (TemplateError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"field 'messages': the tokenizer's chat template does not take it: {error}") from error
+    starts = [len(os.path.commonprefix(pair)) for pair in zip(before, upto, strict=True)]
+    cuts = [0, *(cut for start, end in zip(starts, upto, strict=True) for cut in (start, len(end)))]
+    if turns and cuts == sorted(cuts) and all(upto[-1].startswith(end) for end in upto):
+        pieces = [upto[-1][start:end] for start, end in itertools.pairwise(cuts)]
+        return Chat((tuple((piece, i % 2 == 1) for i, piece in enumerate(pieces)),))
+    return Chat(tuple(((end[:start], False), (end[start:], True)) for start, end in zip(starts, upto, strict=True)))
+
+
+def is_message(message: Any) -> bool:
+    """Whether it is an object with a role, and with content or, instead, calls of tools."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    return isinstance(message.get("content"), str) or bool(
+        message.get("content") is None and message.get("tool_calls")
+    )
+
+
+def says_something(message: dict[str, Any]) -> bool:
+    return bool(message.get("content", "").strip() or message.get("tool_calls"))
+
+
+# the fields that a record must have -> how it becomes an example; the first line that fits is taken
+RECORD_KINDS: dict[tuple[str, ...], Callable[[dict[str, Any], PreTrainedTokenizerBase | None], Example | Chat]] = {
+    ("messages",): chat_example,
+    ("instruction", "output"): lambda record, _: instruction_example(
+        text(record, "instruction"), text(record, "output"), text(record, "input", optional=True)
+    ),
+    ("prompt", "completion"): lambda record, _: Example(text(record, "prompt"), text(record, "completion")),
+    ("query", "response"): lambda record, _: instruction_example(text(record, "query"), text(record, "response")),
+    ("question", "answer"): lambda record, _: instruction_example(text(record, "question"), text(record, "answer")),
+    ("text",): lambda record, _: Example("", text(record, "text")),
 }
+RECORD_NAMES = [*map("+".join, RECORD_KINDS)]
 
 
-def file_examples(path: str | Path) -> list[Example]:
-    """Pairs from a `.jsonl`, `.json` (a list of records) or `.txt` file (one text per paragraph).
+@dataclass
+class FileExamples:
+    """What the rows of files became."""
 
-    A record holds the fields of one line of `RECORD_KINDS`; other fields are ignored.
+    files: list[Path]
+    examples: list[Example | Chat] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)
+    empty: int = 0  # rows with nothing to train on
+    broken: list[str] = field(default_factory=list)  # what is wrong with each row that was skipped
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} of {kind}" for kind, count in self.kinds.items()) or "none"
+        more = f" and {len(self.files) - 3} more files" if len(self.files) > 3 else ""
+        parts = [f"{', '.join(map(str, self.files[:3]))}{more}: rows with something to train on: {kinds}"]
+        parts += [f"left out with nothing to train on: {self.empty}"] if self.empty else []
+        parts += [f"left out as broken: {len(self.broken)}, the first: {self.broken[0]}"] if self.broken else []
+        return "; ".join(parts)
+
+
+def file_examples(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, skip_bad_rows: bool = False
+) -> FileExamples:
+    """Examples from a file of one of `READERS`, or from the files directly in a folder.
+
+    A record holds the fields of one line of `RECORD_KINDS`; other fields are ignored. Of a folder in which names begin
+    with `train`, only these files are read.
+
+    Args:
+        path: of the file or folder.
+        tokenizer: whose chat template writes `messages`.
+        skip_bad_rows: count a broken row instead of raising.
 
     Raises:
-        ValueError: for another kind of file, an empty one, or a broken row; the message has the file and the line.
-        OSError: if the file cannot be read.
+        ValueError: for another kind of file, one with nothing to train on, or a broken row; the message has the file
+            and the line, or, of csv and parquet, the row, counted from 1 without the header.
+        OSError: if a file cannot be read.
+        ImportError: for parquet without pyarrow.
     """
-    path = Path(path)
-    readers = {".jsonl": jsonl_rows, ".json": json_rows, ".txt": text_rows}
-    if path.suffix not in readers:
-        raise ValueError(f"data_path={str(path)!r} must end in one of {', '.join(readers)}.")
-    examples = []
+    found = FileExamples(data_files(Path(path)))
+    for file in found.files:
+        for place, row in READERS[file.suffix.lower()](file):
+            try:
+                kind, example = record_example(row, tokenizer)
+            except ValueError as error:
+                if not skip_bad_rows:
+                    raise ValueError(f"{file}, {place}: {error}") from error
+                found.broken.append(f"{file}, {place}: {error}")
+                continue
+            if example.texts if isinstance(example, Chat) else example.completion.strip():
+                found.kinds["+".join(kind)] += 1
+                found.examples.append(example)
+            else:
+                found.empty += 1
+    if not found.examples:
+        raise ValueError(f"data_path={str(path)!r} has no records to train on. {found}")
+    return found
+
+
+def data_files(path: Path) -> list[Path]:
+    """The file itself, or the files to read in a folder."""
+    endings = ", ".join(READERS)
+    if not path.exists():
+        raise FileNotFoundError(f"data_path={str(path)!r} is no file or folder here; give a local one ({endings}).")
+    if not path.is_dir():
+        if path.suffix.lower() not in READERS:
+            raise ValueError(f"data_path={str(path)!r} must end in one of {endings}.")
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix.lower() in READERS)
+    if not files:
+        folders = ", ".join(sorted(str(folder) for folder in path.iterdir() if folder.is_dir())) or "none"
+        raise ValueError(f"data_path={str(path)!r} has no file ending in {endings}; folders in it: {folders}.")
+    return [file for file in files if file.name.startswith("train")] or files
+
+
+def read_text(path: Path) -> str:
     try:
-        for line, row in readers[path.suffix](path.read_text(encoding="utf-8")):
-            examples.append(record_example(row, f"{path}, line {line}"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}, column {error.colno}.") from error
+        return path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line}: not UTF-8 text.") from error
-    if not examples:
-        raise ValueError(f"data_path={str(path)!r} has no records.")
-    return examples
 
 
-def jsonl_rows(text: str) -> Iterator[tuple[int, Any]]:
-    """Line number and value of each line that is not blank."""
-    for number, line in enumerate(text.split("\n"), start=1):
+# A reader yields the place and the value of each row; of a row that cannot be read, a ValueError as its value.
+Rows = Iterator[tuple[str, Any]]
+
+
+def jsonl_rows(path: Path) -> Rows:
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise json.JSONDecodeError(error.msg, "\n" * (number - 1) + line, number - 1 + error.pos) from None
-            yield number, row
+                row = ValueError(f"not JSON: {error.msg}, column {error.colno}.")
+            yield f"line {number}", row
 
 
-def json_rows(text: str) -> Iterator[tuple[int, Any]]:
-    """Line number and value of each element of a JSON list."""
-    rows = json.loads(text)
+def json_rows(path: Path) -> Rows:
+    """The elements of a list; a file that begins with an object is read line by line."""
+    source = read_text(path)
+    if source.lstrip().startswith("{"):
+        yield from jsonl_rows(path)
+        return
+    try:
+        rows = json.loads(source) if source.strip() else []
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}, column {error.colno}.") from error
     if not isinstance(rows, list):
-        raise json.JSONDecodeError(f"the file must be a list of records, not a {type(rows).__name__}", text, 0)
+        raise ValueError(f"{path}, line 1: the file must be a list of records, not a {type(rows).__name__}.")
     # the text is known to be a valid list, so elements can be walked with what stands between them skipped
-    decode, between, position = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), text.index("[") + 1
+    decode, between, position = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), source.find("[") + 1
+    line, counted = 1, 0
     for row in rows:
-        position = between.match(text, position).end()
-        yield text.count("\n", 0, position) + 1, row
-        _, position = decode(text, position)
+        position = between.match(source, position).end()
+        line, counted = line + source.count("\n", counted, position), position
+        yield f"line {line}", row
+        _, position = decode(source, position)
 
 
-def text_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and record of each paragraph; blank lines separate them."""
-    for match in re.finditer(r"(?:[^\n]*\S[^\n]*(?:\n|$))+", text):
-        yield text.count("\n", 0, match.start()) + 1, {"text": match.group().rstrip("\n")}
+def text_rows(path: Path) -> Rows:
+    """A text per paragraph; blank lines separate them."""
+    source = read_text(path)
+    line, counted = 1, 0
+    for match in re.finditer(r"(?:[^\n]*\S[^\n]*(?:\n|$))+", source):
+        line, counted = line + source.count("\n", counted, match.start()), match.start()
+        yield f"line {line}", {"text": match.group().rstrip("\n")}
 
 
-def record_example(record: Any, where: str) -> Example:
-    """The pair that a record stands for; `where` opens the message of a ValueError if it stands for none."""
-    kinds = " or ".join("+".join(kind) for kind in RECORD_KINDS)
+def csv_rows(path: Path) -> Rows:
+    csv.field_size_limit(2**31 - 1)  # the default is less than a long text
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    number = 0
+    try:
+        for number, row in enumerate(reader, start=1):
+            complete = None not in row and None not in row.values()
+            yield f"row {number}", row if complete else ValueError("it has more or fewer fields than the header.")
+    except csv.Error as error:
+        yield f"row {number + 1}", ValueError(f"not CSV, so reading ends here: {error}.")
+
+
+def parquet_rows(path: Path) -> Rows:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ImportError(f"{path} needs the package pyarrow: pip install pyarrow")
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+    except ArrowException as error:
+        raise ValueError(f"{path}: not a parquet file that can be read: {error}") from error
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": jsonl_rows,
+    ".json": json_rows,
+    ".csv": csv_rows,
+    ".parquet": parquet_rows,
+    ".txt": text_rows,
+}
+
+
+def record_example(
+    record: Any, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[tuple[str, ...], Example | Chat]:
+    """The kind of a record and the example that it stands for; a ValueError if it stands for none."""
+    if isinstance(record, ValueError):
+        raise record
+    kinds = " or ".join(RECORD_NAMES)
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: a record must be an object with the fields {kinds}, got {record!r:.80}.")
+        raise ValueError(f"a record must be an object with the fields {kinds}, got {record!r:.80}.")
     kind = next((kind for kind in RECORD_KINDS if all(name in record for name in kind)), None)
     if kind is None:
-        raise ValueError(f"{where}: the fields {sorted(record)} do not make a record; it needs {kinds}.")
-    for name in (*kind, "input"):
-        if not isinstance(record.get(name, ""), str):
-            raise ValueError(f"{where}: field {name!r} must be text, got {record[name]!r:.80}.")
-    example = RECORD_KINDS[kind](record)
-    if not example.completion.strip():
-        raise ValueError(f"{where}: field {kind[-1]!r} is empty, so there is nothing to learn.")
-    return example
+        raise ValueError(f"the fields {sorted(record)} do not make a record; it needs {kinds}.")
+    return kind, RECORD_KINDS[kind](record, tokenizer)
 
 
-def split(examples: list[Example], held_out_size: int) -> tuple[list[Example], list[Example]]:
+def split(examples: list[Example | Chat], held_out_size: int) -> tuple[list[Example | Chat], list[Example | Chat]]:
     """Take `held_out_size` different examples out, at random but always the same; copies of a row go together.
 
     Raises:
@@ -222,7 +402,8 @@ def split(examples: list[Example], held_out_size: int) -> tuple[list[Example], l
         raise ValueError(f"val_set_size={held_out_size} leaves none of {len(unique)} different records to train on.")
     random.Random(0).shuffle(unique)
     held_out = unique[:held_out_size]
-    return [example for example in examples if example not in set(held_out)], held_out
+    left_out = set(held_out)
+    return [example for example in examples if example not in left_out], held_out
 
 
 # ---- tokens --------------------------------------------------------------------------------------------------------
@@ -236,20 +417,49 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], max_seq_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Iterable[Example | Chat],
+    max_seq_length: int,
+    train_on_inputs: bool = False,
 ) -> list[dict[str, list[int]]]:
-    """Tokens of each pair, `input_ids`, `attention_mask` and `labels` of one length, ending in the end token.
+    """Tokens of each text, `input_ids`, `attention_mask` and `labels` of one length.
 
-    Labels of the prompt are `IGNORED`. What is longer than `max_seq_length` tokens is cut, and then has no end token;
-    an example whose prompt leaves no room for an answer is left out.
+    A pair ends in the end token, a chat as its template has it. Labels of what is not learnt are `IGNORED`, unless
+    `train_on_inputs`. What is longer than `max_seq_length` tokens is cut, and then has no end token; a text whose
+    prompt leaves no room for an answer is left out.
     """
+
+    def tokens(piece: str) -> list[int]:
+        return tokenizer(piece, add_special_tokens=False).input_ids
+
     rows = []
-    for prompt, completion in examples:
-        ids = prompt_ids(tokenizer, prompt)
-        answer = tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-        # a first token is never predicted, so it needs no label
-        labels = ([IGNORED] * len(ids) + answer)[:max_seq_length]
-        if any(label != IGNORED for label in labels[1:]):
-            ids = (ids + answer)[:max_seq_length]
-            rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    for example in examples:
+        if isinstance(example, Chat):
+            texts = [[(tokens(piece), learnt) for piece, learnt in pieces] for pieces in example.texts]
+        else:
+            answer = tokens(example.completion) + [tokenizer.eos_token_id]
+            texts = [[(prompt_ids(tokenizer, example.prompt), False), (answer, True)]]
+        for pieces in texts:
+            ids = [token for piece, _ in pieces for token in piece][:max_seq_length]
+            learnt = [learnt or train_on_inputs for piece, learnt in pieces for _ in piece]
+            labels = [token if learn else IGNORED for token, learn in zip(ids, learnt, strict=False)]
+            # a first token is never predicted, so it needs no label
+            if any(label != IGNORED for label in labels[1:]):
+                rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
     return rows
+
+
+LEARNT = (">>>", "<<<")  # around what is learnt
+SHOWN = 1500  # characters of one piece
+
+
+def marked(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]]) -> str:
+    """The text of an encoded example with what is learnt between the marks `LEARNT`, long pieces shortened."""
+    shown = []
+    tokens = zip(row["input_ids"], row["labels"], strict=True)
+    for learnt, piece in itertools.groupby(tokens, key=lambda token: token[1] != IGNORED):
+        words = tokenizer.decode([token for token, _ in piece])
+        if len(words) > SHOWN:
+            words = f"{words[: SHOWN // 2]} [...] {words[-SHOWN // 2 :]}"
+        shown.append(words.join(LEARNT) if learnt else words)
+    return "".join(shown)

@@ -40,9 +40,25 @@ from transformers import (
     set_seed,
 )
 from transformers.hf_argparser import HfArg
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from .config import LoraConfig
-from .data import IGNORED, Example, encode, file_examples, split, stdlib_examples
+from .data import (
+    IGNORED,
+    LEARNT,
+    READERS,
+    RECORD_NAMES,
+    Chat,
+    Example,
+    encode,
+    file_examples,
+    marked,
+    split,
+    stdlib_examples,
+)
 from .embedded import embedded_model
 
 EMBEDDED = "embedded"
@@ -50,6 +66,13 @@ SAMPLE_TOKENS = 48
 TEXT_PROMPT_TOKENS = 16
 PROBES = 4  # held-out examples whose logits are recorded
 METRICS, LOSS_PLOT, LOGITS = "metrics.json", "loss.png", "logits.safetensors"
+# the words that the Trainer knows
+KNOWN = {
+    "optim": [kind.value for kind in OptimizerNames],
+    "lr_scheduler_type": [kind.value for kind in SchedulerType],
+    "report_to": ["none", *INTEGRATION_TO_CALLBACK],
+}
+CARD, CARD_MARK = "README.md", "Written by `gralora finetune`."  # a card without the mark is the user's
 # how far logits may be off after reloading and merging, as a share of their root mean square; merging rounds weights
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -60,18 +83,25 @@ class FinetuneArguments:
 
     base_model: str = HfArg(
         default=EMBEDDED,
+        aliases=["--model_name_or_path"],
         help="A hub id or a local folder; 'embedded' is SmolLM2-135M-Instruct, which needs no hub.",
     )
-    output_dir: str = HfArg(default="outputs/finetune", help="Folder for adapter, checkpoints, metrics and plot.")
+    output_dir: str = HfArg(
+        default="outputs/finetune", help="Folder for adapter, model card, checkpoints, metrics and plot."
+    )
     data_path: str | None = HfArg(
         default=None,
-        help="A .jsonl or .json file of records with instruction+output, prompt+completion or text, or a .txt file; "
+        aliases=["--dataset_name"],
+        help=f"A local file ({', '.join(READERS)}) or a folder of them, with the fields {' or '.join(RECORD_NAMES)}; "
         "without it, docstring-to-function pairs from Python's standard library.",
     )
+    skip_bad_rows: bool = HfArg(default=False, help="Count broken rows of data_path instead of stopping at the first.")
+    train_on_inputs: bool = HfArg(default=False, help="Learn prompts too; without it, answers only.")
     val_set_size: int = HfArg(default=64, help="Examples held out to measure the loss on; 0: none.")
     use_gralora: bool = HfArg(default=False, help="Train GraLoRA; without it, plain LoRA of the same size.")
     lora_r: int = HfArg(default=32, help="Total rank.")
     lora_alpha: int = HfArg(default=64, help="Scale of the adapter: it is multiplied by lora_alpha / lora_r.")
+    use_rslora: bool = HfArg(default=False, help="Multiply the adapter by lora_alpha / sqrt(lora_r) instead.")
     lora_dropout: float = HfArg(default=0.0, help="Dropout on the adapter's input.")
     lora_target_modules: list[str] | None = HfArg(
         default=None, help="Names of the layers to adapt, or all-linear; without it, PEFT's choice for the model."
@@ -82,13 +112,24 @@ class FinetuneArguments:
     num_train_epochs: float = HfArg(default=1.0, help="Passes over the data.")
     max_steps: int = HfArg(default=-1, help="Optimizer steps, instead of num_train_epochs where positive.")
     batch_size: int = HfArg(default=16, help="Examples per optimizer step, over all devices.")
-    micro_batch_size: int = HfArg(default=4, help="Examples per forward pass and device; the rest is accumulated.")
-    learning_rate: float = HfArg(default=3e-4, help="Highest learning rate: after a warmup it falls linearly to 0.")
+    micro_batch_size: int = HfArg(
+        default=4,
+        aliases=["--per_device_train_batch_size"],
+        help="Examples per forward pass and device; the rest is accumulated.",
+    )
+    gradient_checkpointing: bool = HfArg(default=False, help="Less memory: compute activations twice.")
+    optim: str = HfArg(default="adamw_torch_fused", help="The Trainer's name of an optimizer.")
+    weight_decay: float = HfArg(default=0.0, help="Of the optimizer.")
+    learning_rate: float = HfArg(default=3e-4, help="Highest learning rate, reached after the warmup.")
+    lr_scheduler_type: str = HfArg(default="linear", help="The Trainer's name of what the learning rate does then.")
     warmup_steps: float = HfArg(default=0.05, help="Steps of warmup, or a share of all steps where below 1.")
-    max_seq_length: int = HfArg(default=256, aliases=["--cutoff_len"], help="Tokens at which examples are cut.")
+    max_seq_length: int = HfArg(
+        default=256, aliases=["--cutoff_len", "--max_length"], help="Tokens at which examples are cut."
+    )
     logging_steps: int = HfArg(default=10, help="Steps between two logged training losses.")
     eval_steps: float = HfArg(default=0.25, help="Steps between two held-out losses, or a share of all where below 1.")
     save_steps: float = HfArg(default=200, help="Steps between two checkpoints, or a share of all where below 1.")
+    report_to: str = HfArg(default="none", help="Where losses are also logged: tensorboard, wandb, trackio or none.")
     bf16: bool = HfArg(default=False, help="Compute in bfloat16; without bf16 and fp16, in float32.")
     fp16: bool = HfArg(default=False, help="Compute in float16, with loss scaling; needs a GPU.")
     resume_from_checkpoint: str | None = HfArg(
@@ -111,6 +152,14 @@ class FinetuneArguments:
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {minimum}.")
         self.gradient_accumulation_steps(devices=1)
+        for name, known in KNOWN.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}.")
+        if self.report_to != "none" and self.report_to not in get_available_reporting_integrations():
+            raise ImportError(
+                f"report_to={self.report_to!r} needs a package that is missing: pip install {self.report_to}; or give "
+                "--report_to none."
+            )
 
     def gradient_accumulation_steps(self, devices: int) -> int:
         """Forward passes per optimizer step on each of so many devices.
@@ -139,6 +188,7 @@ class FinetuneArguments:
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
+            use_rslora=self.use_rslora,
             target_modules="all-linear" if targets == ["all-linear"] else targets,
             use_gralora=self.use_gralora,
             gralora_k=self.gralora_k,
@@ -156,7 +206,10 @@ class FinetuneArguments:
             max_steps=self.max_steps,
             per_device_train_batch_size=self.micro_batch_size,
             per_device_eval_batch_size=1,  # the Trainer averages over batches: of one, that is over answers
+            optim=self.optim,
+            weight_decay=self.weight_decay,
             learning_rate=self.learning_rate,
+            lr_scheduler_type=self.lr_scheduler_type,
             warmup_steps=self.warmup_steps,
             logging_steps=self.logging_steps,
             logging_first_step=True,
@@ -169,7 +222,7 @@ class FinetuneArguments:
             fp16=self.fp16,
             use_cpu=not gpu,
             dataloader_pin_memory=gpu,
-            report_to="none",
+            report_to=self.report_to,
         )
         devices = training.world_size * max(1, training.n_gpu)
         training.gradient_accumulation_steps = self.gradient_accumulation_steps(devices)
@@ -196,17 +249,23 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
     check_packages("accelerate", "matplotlib")
     started = time.monotonic()
     training, lora_config = args.training_arguments(), args.lora_config()
-    train_examples, held_out_examples = examples(args)
-    model, tokenizer = load_base(args.base_model, args.dtype)
-    check_length(args, model)
-    train = encode(tokenizer, train_examples, args.max_seq_length)
-    held_out = encode(tokenizer, held_out_examples, args.max_seq_length)[: args.val_set_size]
+    tokenizer = load_tokenizer(args.base_model)
+    train_examples, held_out_examples = examples(args, tokenizer)
+    encoded = [encode(tokenizer, [one], args.max_seq_length, args.train_on_inputs) for one in train_examples]
+    train = [row for rows in encoded for row in rows]
+    held_out = encode(tokenizer, held_out_examples, args.max_seq_length, args.train_on_inputs)[: args.val_set_size]
     if not train or (args.val_set_size and not held_out):
         raise ValueError(f"max_seq_length={args.max_seq_length} has no room for any prompt with an answer.")
     print(
-        f"{len(train)} examples to train on ({len(train_examples) - len(train)} more have prompts of "
-        f"{args.max_seq_length} tokens or more), {len(held_out)} held out"
+        f"{len(train)} examples to train on ({encoded.count([])} more have prompts of {args.max_seq_length} tokens or "
+        f"more), {len(held_out)} held out; the first, trained on what is between {' and '.join(LEARNT)}:\n"
+        f"{marked(tokenizer, train[0])}\n----"
     )
+    model = load_pretrained(AutoModelForCausalLM, args.base_model, dtype=args.dtype)
+    check_length(args, model)
+    if args.gradient_checkpointing:
+        # the reentrant kind needs an input with gradients, and a frozen model's has none
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     set_seed(args.seed)
     model = get_peft_model(model, lora_config)
@@ -223,10 +282,12 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
     prompt = prompt_of(held_out[0]) if held_out else []
     sample_before = complete(model, tokenizer, prompt)
     train_or_interrupt(trainer, args.resume_from_checkpoint)
-    trainer.save_model()
+    losses = history(trainer.state.log_history)
+    if trainer.is_world_process_zero():
+        write_card(args, model, losses)
+    trainer.save_model()  # PEFT adds to the card what it knows
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward without autocast again
 
-    losses = history(trainer.state.log_history)
     held_out_losses = [row["held_out_loss"] for row in losses if "held_out_loss" in row]
     trainable, total = model.get_nb_trainable_parameters()
     metrics = {
@@ -265,28 +326,37 @@ def check_packages(*names: str) -> None:
         raise ImportError(f"fine-tuning needs the package(s) {', '.join(missing)}: pip install 'gralora[finetune]'")
 
 
-def examples(args: FinetuneArguments) -> tuple[list[Example], list[Example]]:
+def examples(
+    args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Example | Chat], list[Example | Chat]]:
     """Training and held-out examples: `val_set_size` of a file are held out, whole modules of the standard library."""
-    return split(file_examples(args.data_path), args.val_set_size) if args.data_path else stdlib_examples()
+    if args.data_path is None:
+        return stdlib_examples()
+    found = file_examples(args.data_path, tokenizer, args.skip_bad_rows)
+    print(f"data: {found}")
+    return split(found.examples, args.val_set_size)
 
 
-def load_base(base_model: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model and its tokenizer, with a padding token."""
-    if base_model == EMBEDDED:
-        base_model = str(embedded_model())
+def load_pretrained(auto: type, base_model: str, **options: Any) -> Any:
+    """What an Auto class of transformers makes of the base model."""
+    folder = str(embedded_model()) if base_model == EMBEDDED else base_model
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base_model)
-        model = AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype)
+        return auto.from_pretrained(folder, **options)
     except OSError as error:
         raise OSError(
             f"base_model={base_model!r} could not be loaded; give a local folder, a hub id that can be reached, or "
             f"{EMBEDDED!r}. {error}"
         ) from error
+
+
+def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, with a padding token."""
+    tokenizer = load_pretrained(AutoTokenizer, base_model)
     if tokenizer.eos_token is None:
         raise ValueError(f"base_model={base_model!r} has a tokenizer without an end token (eos_token); set one.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    return tokenizer
 
 
 def check_length(args: FinetuneArguments, model: PreTrainedModel) -> None:
@@ -309,7 +379,16 @@ def check_checkpoint(args: FinetuneArguments, model: PeftModel) -> None:
     if not Path(args.resume_from_checkpoint, "trainer_state.json").is_file():
         raise ValueError(f"resume_from_checkpoint={args.resume_from_checkpoint!r} is not a folder with a checkpoint.")
     saved, asked = PeftConfig.from_pretrained(args.resume_from_checkpoint), model.peft_config["default"]
-    for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "use_gralora", "gralora_k", "hybrid_r"):
+    for name in (
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "target_modules",
+        "use_gralora",
+        "gralora_k",
+        "hybrid_r",
+    ):
         if getattr(saved, name) != getattr(asked, name):
             raise ValueError(
                 f"the checkpoint {args.resume_from_checkpoint!r} has {name}={getattr(saved, name)!r}, this run "
@@ -358,7 +437,7 @@ def train_or_interrupt(trainer: Trainer, checkpoint: str | None) -> None:
 
 def prompt_of(row: dict[str, list[int]]) -> list[int]:
     """Token ids of an encoded example's prompt; of plain text, which has none, the beginning."""
-    prompt = row["labels"].count(IGNORED)
+    prompt = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
     return row["input_ids"][: prompt if prompt > 1 else TEXT_PROMPT_TOKENS]
 
 
@@ -398,6 +477,54 @@ def plot_losses(losses: list[dict[str, float]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
+
+
+def write_card(args: FinetuneArguments, model: PeftModel, losses: list[dict[str, float]]) -> None:
+    """Write the adapter's model card into `output_dir`, unless there is one that `write_card` did not write."""
+    path = Path(args.output_dir, CARD)
+    if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8"):
+        return
+    config = model.peft_config["default"]
+    base = "SmolLM2-135M-Instruct" if args.base_model == EMBEDDED else args.base_model
+    held_out = [row["held_out_loss"] for row in losses if "held_out_loss" in row]
+    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
+    settings |= {"gralora_k": config.gralora_k, "lora_target_modules": sorted(config.target_modules)}
+    for name in ("base_model", "data_path", "output_dir", "resume_from_checkpoint", "verify"):
+        del settings[name]
+    result = f"Held-out loss: {held_out[0]:.4f} before training, {held_out[-1]:.4f} after." if held_out else ""
+    text = f"""---
+library_name: peft
+---
+
+# {"GraLoRA" if args.use_gralora else "LoRA"} adapter for {base}
+
+{CARD_MARK}
+
+- base model: {base}
+- data: {args.data_path or "functions of Python's standard library, from docstring to body"}
+- trainable parameters: {model.get_nb_trainable_parameters()[0]}
+
+{result}
+
+## Use
+
+```python
+import gralora  # so that PEFT knows GraLoRA adapters
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained({args.output_dir!r})
+tokenizer = AutoTokenizer.from_pretrained({args.output_dir!r})
+```
+
+## Settings
+
+| | |
+| --- | --- |
+"""
+    text += "".join(f"| {name} | {value} |\n" for name, value in settings.items()) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
