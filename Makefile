@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV := .venv
-STAMP := $(VENV)/.installed
+STAMP := $(VENV)/.dev
 
 .PHONY: test finetune test-llamacpp test-vllm test-oldest-peft lint format clean
 
@@ -10,7 +10,7 @@ test: $(STAMP)
 	$(VENV)/bin/python -m pytest
 
 # SmolLM2-135M with GraLoRA on Python's standard library, in minutes on a laptop's CPU
-finetune: $(STAMP)
+finetune: $(VENV)/.finetune
 	$(VENV)/bin/gralora finetune --use_gralora --lora_target_modules all-linear --max_steps 40 --batch_size 4 \
 		--max_seq_length 96 --val_set_size 32 --learning_rate 5e-4 --logging_steps 2 --output_dir outputs/finetune --verify
 
@@ -43,7 +43,8 @@ format: $(STAMP)
 clean:
 	rm -rf $(VENV) .venv-llamacpp .venv-vllm .peft-oldest outputs build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 
-$(STAMP): pyproject.toml constraints.txt
+# $(VENV)/.EXTRA: installed with the dependencies of pyproject's EXTRA
+$(VENV)/.%: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@
