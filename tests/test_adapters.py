@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import gralora
-from gralora import adapters, cli, files, merge
+from gralora import adapters, cli, files, inspection, merge
 from gralora.files import LazyTensors, new_folder, read_safetensors, write_safetensors
 
 
@@ -351,3 +351,8 @@ def test_inputs_are_not_changed(tmp_path: Path) -> None:
     gralora.to_lora(tmp_path / "in", tmp_path / "out")
     gralora.merge_adapter(tmp_path / "in", tmp_path / "merged", save_base(tmp_path / "base", tiny_llama()))
     assert {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
+
+
+def test_layers_are_inspected_in_their_order() -> None:
+    names = ["layers.10.q_proj", "layers.2.q_proj", "layers.2.k_proj"]
+    assert sorted(names, key=inspection._natural) == ["layers.2.k_proj", "layers.2.q_proj", "layers.10.q_proj"]

@@ -34,7 +34,7 @@ def inspect_adapter(adapter: str | os.PathLike[str], source: str | None = None) 
         OSError, ValueError: as `gralora.formats.read`.
     """
     read = formats.read(*read_adapter_folder(adapter), source=source)
-    layers = {layer: describe_layer(read, layer) for layer in read.layers}
+    layers = {layer: describe_layer(read, layer) for layer in sorted(read.layers, key=_natural)}
     specs = read.tensors.specs
     factors = [t for layer in read.layers for t in read.specs(layer) if t is not None]
     return {
@@ -55,6 +55,11 @@ def inspect_adapter(adapter: str | os.PathLike[str], source: str | None = None) 
         "notices": list(read.notices),
         "anomalies": anomalies(read, layers),
     }
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
 def describe_layer(adapter: Adapter, layer: str) -> dict[str, Any]:
@@ -128,7 +133,7 @@ def draw_block_norms(
     from matplotlib.figure import Figure
 
     read = formats.read(*read_adapter_folder(adapter), source=source)
-    names = [layer for layer in read.layers if re.search(layers, layer)]
+    names = [layer for layer in sorted(read.layers, key=_natural) if re.search(layers, layer)]
     if not names:
         raise ValueError(f"--layers {layers!r} matches none of the adapter's layers, e.g. {read.layers[0]!r}.")
     names = names[:: -(-len(names) // PANELS)]
