@@ -44,10 +44,15 @@ def hybrid_to_lora(
     A_lora, B_lora = grid_to_lora(A, B)
     if hybrid_A is not None and hybrid_B is not None:
         A_lora, B_lora = torch.cat([A_lora, hybrid_A]), torch.cat([B_lora, hybrid_B], dim=1)
-    padding = 0 if rank is None else rank - A_lora.shape[0]
+    return (A_lora, B_lora) if rank is None else pad_lora(A_lora, B_lora, rank)
+
+
+def pad_lora(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A plain LoRA, `[R, I]` and `[O, R]`, with zeros up to `rank`, which is at least R; itself if R is `rank`."""
+    padding = rank - A.shape[0]
     if padding == 0:
-        return A_lora, B_lora
-    return torch.nn.functional.pad(A_lora, (0, 0, 0, padding)), torch.nn.functional.pad(B_lora, (0, padding))
+        return A, B
+    return torch.nn.functional.pad(A, (0, 0, 0, padding)), torch.nn.functional.pad(B, (0, padding))
 
 
 def compact_lora(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from . import formats
-from .convert import compact_lora, hybrid_to_lora, truncate_lora
+from .convert import compact_lora, hybrid_to_lora, pad_lora, truncate_lora
 from .files import new_folder, read_adapter_folder, read_json, write_json
-from .formats import Adapter, Factors
+from .formats import Adapter
 from .ops import reference
 
 REPORT = "export_report.json"
@@ -68,8 +68,7 @@ class PlainLora:
             self.errors[layer] = (values[self.rank :].norm() / values.norm()).item()
         else:
             A, B = compact_lora(A, B)
-        padding = self.rank - A.shape[0]
-        A, B = torch.nn.functional.pad(A, (0, 0, 0, padding)), torch.nn.functional.pad(B, (0, padding))
+        A, B = pad_lora(A, B, self.rank)
         return A.to(self.dtype), B.to(self.dtype)
 
     @property
@@ -164,7 +163,8 @@ def parity(plain: PlainLora, read_back: Callable[[str], tuple[Tensor, Tensor]]) 
     generator = torch.Generator().manual_seed(0)
     for layer in plain.layers:
         x = torch.randn(PROBES, plain.adapter.features(layer)[0], generator=generator, dtype=torch.float64)
-        expected = plain.adapter.scaling(layer) * update(x, plain.adapter.factors(layer))
+        factors = (None if t is None else t.double() for t in plain.adapter.factors(layer)[:4])
+        expected = plain.adapter.scaling(layer) * reference.update(x, *factors)
         A, B = read_back(layer)
         difference = times(times(x, A), B) - expected
         parts = [difference.square().sum().item(), expected.square().sum().item()]
@@ -182,14 +182,6 @@ def times(x: Tensor, weight: Tensor) -> Tensor:
 def relative(difference: float, expected: float) -> float:
     """sqrt(difference / expected); 0 if both are, and a NaN stays one."""
     return math.sqrt(difference / expected) if expected else (0.0 if difference == 0 else math.inf)
-
-
-def update(x: Tensor, f: Factors) -> Tensor:
-    """The adapter's output without scaling and bias, by the definition: `[..., I]` -> `[..., O]`, dtype of `x`."""
-    y = reference.up(reference.down(x, f.A.to(x.dtype)), f.B.to(x.dtype))
-    if f.hybrid_A is not None and f.hybrid_B is not None:
-        y = y + (x @ f.hybrid_A.to(x.dtype).T) @ f.hybrid_B.to(x.dtype).T
-    return y
 
 
 def logits_parity(adapter: Path, exported: Path, base: Path) -> dict[str, float]:

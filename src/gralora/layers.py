@@ -36,7 +36,7 @@ from transformers.pytorch_utils import Conv1D
 from . import blocks
 from .blocks import GranularDown, GranularUp
 from .config import LoraConfig, auto_k, divisors
-from .convert import hybrid_to_lora
+from .convert import hybrid_to_lora, pad_lora
 from .kinds import base_layer, check_kind, keep_bias, keep_weights_unpacked
 from .ops import dispatch, gralora_linear
 
@@ -177,7 +177,9 @@ class GraloraModel(Promoted):
                     self.delete_adapter(plain_name)
         for layer in self.model.modules():
             if isinstance(layer, lora.LoraLayer) and adapter_name in layer.lora_A:
-                _pad_rank(layer, adapter_name, self.peft_config[adapter_name].r)
+                # where PEFT's SVD gave a lower rank: it cannot give more than a layer has features
+                A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+                A.data, B.data = pad_lora(A.data, B.data, self.peft_config[adapter_name].r)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._gralora_plan = None  # an adapter added under this name next is planned anew
@@ -204,13 +206,6 @@ class GraloraModel(Promoted):
                 "does not change the base weights, so save it without."
             )
         return super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
-
-
-def _pad_rank(layer: lora.LoraLayer, adapter_name: str, r: int) -> None:
-    """Zeros up to rank r, where PEFT's SVD gave fewer: it cannot give more than a layer has features."""
-    A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    A.data = nn.functional.pad(A.data, (0, 0, 0, r - A.shape[0]))
-    B.data = nn.functional.pad(B.data, (0, r - B.shape[1]))
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -63,7 +63,7 @@ def down(x: Tensor, A: Tensor, hybrid_r: int, scaling: float) -> Tensor:
 def linear_up(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tensor) -> Tensor:
     """x W^T + bias + up(g, B): x `[T, I]`, weight `[O, I]`, g `[k, T, R]`, B `[k, R, O/k]` -> `[T, O]`."""
     if dispatch.use_linear_kernel(x, weight, g, B):
-        return dispatch.hopper().linear_up(x, weight, bias, g, B)
+        return dispatch.hopper(x.device.index).linear_up(x, weight, bias, g, B)
     if bias is None and x.is_cuda and x.numel() >= dispatch.MIN_SIZE:
         # the product with W reads the adapter's output while it multiplies: cheaper than a pass of its own
         y = x.new_empty(x.shape[0], weight.shape[0])

@@ -102,6 +102,9 @@ def _delta_weight_kernel(
     tl.store(p_dW, b_dW, mask=in_o[:, None] & in_n[None, :])
 
 
+_delta_weight = Launcher(_delta_weight_kernel, num_warps=4)
+
+
 def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """`reference.delta_weight` in one pass over dW.
 
@@ -115,7 +118,8 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """
     (k, chunk_in, r), chunk_out = A.shape, B.shape[2]
     dW = A.new_empty(k * chunk_out, k * chunk_in)
-    grid = (k * -(-chunk_in // 128), k * -(-chunk_out // 64))
-    sizes = (chunk_in, chunk_out, r, r // k, k * chunk_in, 64, 128, _dot_size(r // k))
-    _delta_weight_kernel[grid](A, B, dW, scaling, *sizes, num_warps=4)
+    constants = (chunk_in, chunk_out, r, r // k, k * chunk_in, 64, 128, _dot_size(r // k))
+    aligned = tuple(t.data_ptr() % 16 == 0 for t in (A, B, dW))
+    grid = (k * -(-chunk_in // 128), k * -(-chunk_out // 64), 1)
+    _delta_weight((constants, aligned), grid, A, A, B, dW, float(scaling), *constants)
     return dW

@@ -66,6 +66,14 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
     return dW
 
 
+def update(x: Tensor, A: Tensor, B: Tensor, hybrid_A: Tensor | None, hybrid_B: Tensor | None) -> Tensor:
+    """The adapter's output before scaling, up(down(x, A), B) + x A_s^T B_s^T: `[..., I]` -> `[..., O]`."""
+    y = up(down(x, A), B)
+    if hybrid_A is None or hybrid_B is None:
+        return y
+    return y + torch.nn.functional.linear(torch.nn.functional.linear(x, hybrid_A), hybrid_B)
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -77,12 +85,9 @@ def linear(
     scaling: float,
     dropped: Tensor | None = None,
 ) -> Tensor:
-    """The adapted layer: x W^T + bias + scaling * (up(down(x, A), B) + x A_s^T B_s^T). Shapes: `gralora_linear`.
+    """The adapted layer: x W^T + bias + scaling * update(x). Shapes: `gralora_linear`.
 
     The adapter sees `dropped`, x after dropout, in place of x if it is given.
     """
-    seen = x if dropped is None else dropped
-    y = up(down(seen, A), B)
-    if hybrid_A is not None and hybrid_B is not None:
-        y = y + torch.nn.functional.linear(torch.nn.functional.linear(seen, hybrid_A), hybrid_B)
+    y = update(x if dropped is None else dropped, A, B, hybrid_A, hybrid_B)
     return torch.nn.functional.linear(x, weight, bias) + scaling * y
