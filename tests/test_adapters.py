@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import gralora
-from gralora import adapters, cli, files, inspection, merge
-from gralora.files import LazyTensors, new_folder, read_safetensors, write_safetensors
+from gralora.checkpoints import files, inspection, merge
+from gralora.checkpoints.files import LazyTensors, new_folder, read_safetensors, write_safetensors
+from gralora.tool import adapters, cli
 
 
 def save_base(folder: Path, model: nn.Module, shards: bool = False) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gralora import cli
+from gralora.tool import cli
 
 EXAMPLE = Path(__file__).parents[1] / "example_gralora_finetuning.py"
 
@@ -52,7 +52,7 @@ def test_help_lists_the_commands(capsys):
 
 
 def test_help_imports_no_command():
-    code = "import sys, gralora.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys, gralora.tool.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
     code += "assert not {m for m, _, _ in c.COMMANDS.values()} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 

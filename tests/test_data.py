@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from gralora import data
-from gralora.data import IGNORED, Chat, Example, encode, file_examples, marked, prompt_ids, split, stdlib_examples
+from gralora.tool import data
+from gralora.tool.data import IGNORED, Chat, Example, encode, file_examples, marked, prompt_ids, split, stdlib_examples
 
 
 @pytest.fixture(scope="module")

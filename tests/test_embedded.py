@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gralora import embedded
-from gralora.embedded import cache_folder, embedded_model, wheel
+from gralora.tool import embedded
+from gralora.tool.embedded import cache_folder, embedded_model, wheel
 
 
 @pytest.fixture

@@ -16,11 +16,12 @@ from saved import FORMATS, WEIGHTS, edit, logits, read, save, save_gralora, writ
 from torch import Tensor
 
 import gralora
-from gralora import convert, formats
-from gralora.export import REPORT, plain_lora
-from gralora.files import LazyTensors, read_adapter_folder
-from gralora.targets import TARGETS as PROGRAMS
-from gralora.targets import VLLM_RANKS
+from gralora.checkpoints import formats
+from gralora.checkpoints.export import REPORT, plain_lora
+from gralora.checkpoints.files import LazyTensors, read_adapter_folder
+from gralora.checkpoints.targets import TARGETS as PROGRAMS
+from gralora.checkpoints.targets import VLLM_RANKS
+from gralora.ops import factors
 
 PREFIX = "base_model.model."
 LLAMA = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -46,7 +47,7 @@ def blocks_in_place(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_compact_lora_is_exact(case: Case) -> None:
     f = random_factors(case)
-    A, B = convert.compact_lora(*convert.hybrid_to_lora(*f))
+    A, B = factors.compact_lora(*factors.hybrid_to_lora(*f))
     assert A.shape[0] == min(case.k * case.r_g + case.hybrid_r, case.in_features, case.out_features)
     torch.testing.assert_close(B @ A, naive_delta(f), rtol=0, atol=1e-12)
 
@@ -55,7 +56,7 @@ def test_compact_lora_is_exact(case: Case) -> None:
 def test_truncate_lora_is_the_best_of_its_rank(case: Case) -> None:
     f = random_factors(case)
     dW = naive_delta(f)
-    A, B, values = convert.truncate_lora(*convert.hybrid_to_lora(*f), 3)
+    A, B, values = factors.truncate_lora(*factors.hybrid_to_lora(*f), 3)
     expected = torch.linalg.svdvals(dW)
     torch.testing.assert_close(values[: len(expected)], expected[: len(values)], rtol=0, atol=1e-10)
     assert A.shape[0] == B.shape[1] == 3
@@ -67,8 +68,8 @@ def test_block_norms_and_singular_values(case: Case) -> None:
     f = random_factors(case)
     grid = naive_delta(f._replace(hybrid_A=None, hybrid_B=None))
     norms = torch.stack([torch.stack([b.norm() for b in row.chunk(case.k, 1)]) for row in grid.chunk(case.k, 0)])
-    torch.testing.assert_close(convert.block_norms(f.A, f.B), norms, rtol=1e-10, atol=0)
-    values = convert.singular_values(*convert.hybrid_to_lora(*f))
+    torch.testing.assert_close(factors.block_norms(f.A, f.B), norms, rtol=1e-10, atol=0)
+    values = factors.singular_values(*factors.hybrid_to_lora(*f))
     expected = torch.linalg.svdvals(naive_delta(f))
     torch.testing.assert_close(values[: len(expected)], expected[: len(values)], rtol=1e-10, atol=1e-7)
     assert (values[len(expected) :] < 1e-7).all()
@@ -76,9 +77,9 @@ def test_block_norms_and_singular_values(case: Case) -> None:
 
 def test_permute_heads_pairs_the_halves() -> None:
     rows = torch.arange(16)[:, None]  # two heads of 8: (half, i) -> (i, half)
-    permuted = convert.permute_heads(rows, 2)
+    permuted = factors.permute_heads(rows, 2)
     assert permuted.flatten().tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
-    assert torch.equal(convert.unpermute_heads(permuted, 2), rows)
+    assert torch.equal(factors.unpermute_heads(permuted, 2), rows)
 
 
 # Bit for bit
@@ -346,7 +347,7 @@ def test_report_is_written_and_compares_logits_with_the_base(tmp_path: Path) -> 
 def test_parity_sees_a_wrong_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block in the wrong place, as if the copying were at fault."""
     save_gralora(tmp_path / "in")
-    from gralora import export
+    from gralora.checkpoints import export
 
     right = export.hybrid_to_lora
     monkeypatch.setattr(export, "hybrid_to_lora", lambda *a: (right(*a)[0].roll(1, 0), right(*a)[1]))

@@ -14,9 +14,9 @@ from peft import AutoPeftModelForCausalLM, PeftModel, load_peft_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
-from gralora import finetune as module
-from gralora.data import encode, file_examples, split
-from gralora.finetune import FinetuneArguments, finetune, verify
+from gralora.tool import finetune as module
+from gralora.tool.data import encode, file_examples, split
+from gralora.tool.finetune import FinetuneArguments, finetune, verify
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated"),

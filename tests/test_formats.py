@@ -10,8 +10,8 @@ from helpers import MODELS, tiny_llama
 from saved import CONFIG, FORMATS, WEIGHTS, edit, logits, read, save, save_gralora, save_peft, write
 
 import gralora
-from gralora import formats
-from gralora.files import read_adapter_folder
+from gralora.checkpoints import formats
+from gralora.checkpoints.files import read_adapter_folder
 
 
 def recognise(folder: Path) -> str:

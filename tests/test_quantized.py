@@ -34,8 +34,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 import gralora
 from gralora import layers
-from gralora.embedded import embedded_model
 from gralora.layers import GraloraLayer
+from gralora.tool.embedded import embedded_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Merge lora module to"),

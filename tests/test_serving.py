@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gralora
-from gralora import embedded
+from gralora.tool import embedded
 
 pytestmark = pytest.mark.slow
 

@@ -7,11 +7,11 @@ from .config import LoraConfig
 from .layers import install
 
 _LAZY = {  # name -> module, imported when the name is first used
-    "convert_adapter": "adapters",
-    "inspect_adapter": "inspection",
-    "load_adapter": "load",
-    "merge_adapter": "merge",
-    "to_lora": "export",
+    "convert_adapter": "checkpoints.convert",
+    "inspect_adapter": "checkpoints.inspection",
+    "load_adapter": "checkpoints.load",
+    "merge_adapter": "checkpoints.merge",
+    "to_lora": "checkpoints.export",
 }
 
 __all__ = ["LoraConfig", "convert_adapter", "inspect_adapter", "load_adapter", "merge_adapter", "to_lora"]

@@ -36,9 +36,9 @@ from transformers.pytorch_utils import Conv1D
 from . import blocks
 from .blocks import GranularDown, GranularUp
 from .config import LoraConfig, auto_k, divisors
-from .convert import hybrid_to_lora, pad_lora
 from .kinds import base_layer, check_kind, keep_bias, keep_weights_unpacked
 from .ops import dispatch, gralora_linear
+from .ops.factors import hybrid_to_lora, pad_lora
 
 
 class Promoted:

@@ -17,7 +17,7 @@ from peft import PeftType
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from .config import FORMAT, LoraConfig
+from ..config import FORMAT, LoraConfig
 from .files import LazyTensors
 
 PREFIX = "base_model.model."  # PEFT's, before the name of the layer in the base model

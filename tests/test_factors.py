@@ -6,8 +6,8 @@ from helpers import CASES, Case, Factors, integer_factors, naive_delta, naive_up
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gralora.convert import grid_to_lora, hybrid_to_lora
 from gralora.ops import reference
+from gralora.ops.factors import grid_to_lora, hybrid_to_lora
 
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

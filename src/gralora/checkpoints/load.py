@@ -8,7 +8,8 @@ from peft import PeftModel
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from . import formats, layers
+from .. import layers
+from . import formats
 from .files import read_adapter_folder
 from .formats import PREFIX, Adapter
 

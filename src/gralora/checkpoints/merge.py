@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blocks, formats
-from .blocks import GranularDown, GranularUp
+from .. import blocks
+from ..blocks import GranularDown, GranularUp
+from . import formats
 from .files import (
     WEIGHTS,
     LazyTensors,
@@ -274,7 +275,7 @@ class Merges:
         Raises:
             ValueError: if a weight is off by more than a rounding of its dtype.
         """
-        from .convert import hybrid_to_lora
+        from ..ops.factors import hybrid_to_lora
 
         names = list(self.weights)
         sample = names[:: max(1, len(names) // count)] if len(names) > count else names

@@ -7,12 +7,12 @@ import traceback
 
 # name -> (module, function, what it does); the function takes the command's own arguments, a list of strings
 COMMANDS = {
-    "finetune": ("gralora.finetune", "main", "fine-tune a causal language model with GraLoRA or plain LoRA"),
-    "inspect": ("gralora.adapters", "inspect_command", "show sizes, norms, ranks and anomalies of an adapter"),
-    "convert": ("gralora.adapters", "convert_command", "write an adapter in another GraLoRA format"),
-    "export": ("gralora.adapters", "export_command", "write the plain LoRA that an adapter equals, for serving"),
-    "merge": ("gralora.adapters", "merge_command", "write the base model with an adapter merged in"),
-    "verify": ("gralora.finetune", "verify_main", "reload a fine-tuned adapter, merge it, and compare logits"),
+    "finetune": ("gralora.tool.finetune", "main", "fine-tune a causal language model with GraLoRA or plain LoRA"),
+    "inspect": ("gralora.tool.adapters", "inspect_command", "show sizes, norms, ranks and anomalies of an adapter"),
+    "convert": ("gralora.tool.adapters", "convert_command", "write an adapter in another GraLoRA format"),
+    "export": ("gralora.tool.adapters", "export_command", "write the plain LoRA that an adapter equals, for serving"),
+    "merge": ("gralora.tool.adapters", "merge_command", "write the base model with an adapter merged in"),
+    "verify": ("gralora.tool.finetune", "verify_main", "reload a fine-tuned adapter, merge it, and compare logits"),
 }
 
 USER_ERROR = 2  # as argparse

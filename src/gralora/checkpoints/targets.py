@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .convert import permute_heads, unpermute_heads
+from ..ops.factors import permute_heads, unpermute_heads
 from .export import PlainLora, plain_config
 from .files import CONFIG, WEIGHTS, LazyTensors, read_safetensors, spec, write_json, write_safetensors
 from .formats import BIAS, PREFIX, A, B

@@ -1,50 +1,18 @@
-"""What one does with a saved adapter: `convert_adapter`, and the commands convert, export, merge and inspect."""
+"""The commands on saved adapters: convert, export, merge and inspect."""
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import formats
-from .files import CONFIG, WEIGHTS, new_folder, read_adapter_folder, write_json, write_safetensors
+from ..checkpoints import formats
+from ..checkpoints.convert import convert_adapter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 READABLE = tuple(formats.FORMATS)
 WRITABLE = tuple(name for name, known in formats.FORMATS.items() if known.write_config is not None)
-
-
-def convert_adapter(
-    adapter: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    to: str = "gralora",
-    source: str | None = None,
-) -> formats.Adapter:
-    """Write an adapter in another GraLoRA format: tensors are renamed, byte for byte, and the config is rewritten.
-
-    Args:
-        adapter: folder of the adapter, in any format of `gralora.formats.FORMATS`.
-        out: folder to make.
-        to: "gralora", or "peft" for PEFT's GRALORA, which stock PEFT loads from 0.19 on.
-        source: format of `adapter`, needed only if its config leaves that open.
-
-    Returns:
-        The adapter as it was read, with notices of what was dropped.
-
-    Raises:
-        OSError, ValueError: if the input is missing, damaged or unclear, or `to` cannot express it.
-    """
-    read = formats.read(*read_adapter_folder(adapter), source=source)
-    config, tensors = formats.write(read, to)
-    with new_folder(out) as folder:
-        write_safetensors(folder / WEIGHTS, tensors)
-        write_json(folder / CONFIG, config)
-    return read
-
-
-# Commands
 
 
 def _parser(name: str, description: str, **positional: str) -> argparse.ArgumentParser:
@@ -79,8 +47,8 @@ def convert_command(argv: list[str]) -> None:
 
 def export_command(argv: list[str]) -> None:
     """`gralora export`: the plain LoRA that an adapter equals, for a serving program."""
-    from . import export
-    from .targets import TARGETS
+    from ..checkpoints import export
+    from ..checkpoints.targets import TARGETS
 
     parser = _parser(
         "export",
@@ -120,7 +88,7 @@ def export_command(argv: list[str]) -> None:
 
 def merge_command(argv: list[str]) -> None:
     """`gralora merge`: the base model with the adapter in its weights."""
-    from .merge import merge_adapter
+    from ..checkpoints.merge import merge_adapter
 
     parser = _parser(
         "merge",
@@ -151,7 +119,7 @@ def merge_command(argv: list[str]) -> None:
 
 def inspect_command(argv: list[str]) -> None:
     """`gralora inspect`: what is in an adapter."""
-    from .inspection import draw_block_norms, inspect_adapter
+    from ..checkpoints.inspection import draw_block_norms, inspect_adapter
 
     parser = _parser(
         "inspect", "Show format, sizes, norms and ranks of an adapter, and anomalies.", adapter="folder of the adapter"

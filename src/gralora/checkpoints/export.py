@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import reference
+from ..ops.factors import compact_lora, hybrid_to_lora, pad_lora, truncate_lora
 from . import formats
-from .convert import compact_lora, hybrid_to_lora, pad_lora, truncate_lora
 from .files import new_folder, read_adapter_folder, read_json, write_json
 from .formats import Adapter
-from .ops import reference
 
 REPORT = "export_report.json"
 PROBES = 8
@@ -226,9 +226,9 @@ def to_lora(
     """Write a GraLoRA adapter as the plain LoRA that it equals, in the form one serving program takes.
 
     Args:
-        adapter: folder of the adapter, in any format of `gralora.formats.FORMATS`.
+        adapter: folder of the adapter, in any format of `gralora.checkpoints.formats.FORMATS`.
         out: folder to make.
-        target: a name in `gralora.targets.TARGETS`: peft, vllm, sglang, llamacpp, ollama or mlx.
+        target: a name in `gralora.checkpoints.targets.TARGETS`: peft, vllm, sglang, llamacpp, ollama or mlx.
         base: folder of the base model. llamacpp and ollama read its config.json; for the others its weights, if there,
             are loaded to compare logits.
         base_config: instead of `base`'s config.json: `model_type`, `num_attention_heads`, `num_key_value_heads`.

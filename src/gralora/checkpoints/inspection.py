@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ..ops.factors import block_norms, hybrid_to_lora, singular_values
 from . import formats
-from .convert import block_norms, hybrid_to_lora, singular_values
 from .files import read_adapter_folder
 from .formats import Adapter
 
@@ -31,7 +31,7 @@ def inspect_adapter(adapter: str | os.PathLike[str], source: str | None = None) 
         that are no factors), `notices`, and `anomalies`, a list of sentences.
 
     Raises:
-        OSError, ValueError: as `gralora.formats.read`.
+        OSError, ValueError: as `gralora.checkpoints.formats.read`.
     """
     read = formats.read(*read_adapter_folder(adapter), source=source)
     layers = {layer: describe_layer(read, layer) for layer in sorted(read.layers, key=_natural)}

@@ -45,7 +45,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from .config import LoraConfig
+from ..config import LoraConfig
 from .data import (
     IGNORED,
     LEARNT,
@@ -315,7 +315,7 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
         if args.verify:
             record_logits(model, [row["input_ids"] for row in (held_out or train)[:PROBES]], output / LOGITS)
             # a process of its own: nothing of the trained model but the files can be what is compared
-            subprocess.run([sys.executable, "-m", "gralora.cli", "verify", str(output)], check=True)
+            subprocess.run([sys.executable, "-m", "gralora.tool.cli", "verify", str(output)], check=True)
             metrics = json.loads((output / METRICS).read_text(encoding="utf-8"))
     return metrics
 
