@@ -818,6 +818,11 @@ def test_hotswap_to_a_smaller_rank_works_or_changes_nothing(tmp_path):
 
 OTHER_GRIDS = {
     "other-k": (gralora_config(2, r=8), gralora_config(4, r=8), "gralora_k, 2 != 4"),
+    "other-k-of-a-layer": (
+        gralora_config(2, r=8),
+        gralora_config(2, r=8, gralora_k_pattern={"layer": 4}),
+        "gralora_k_pattern, {} != {'layer': 4}",
+    ),
     "other-hybrid": (gralora_config(2, r=8), gralora_config(2, r=8, hybrid_r=2), "hybrid_r, 0 != 2"),
     "gralora-to-plain": (gralora_config(2, r=8), peft.LoraConfig(r=8), "use_gralora"),
     "plain-to-gralora": (peft.LoraConfig(r=8), gralora_config(2, r=8), "use_gralora"),

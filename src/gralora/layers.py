@@ -14,7 +14,6 @@ which kind of layer PEFT chose, on the order in which plain LoRA and GraLoRA ada
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from math import gcd
 from typing import Any
 
 import peft
@@ -30,12 +29,13 @@ from peft.tuners.tuners_utils import (
     check_adapters_to_merge,
 )
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import blocks
 from .blocks import GranularDown, GranularUp
-from .config import LoraConfig, auto_k, divisors
+from .config import LoraConfig, auto_k
 from .kinds import base_layer, check_kind, keep_bias, keep_weights_unpacked
 from .ops import dispatch, gralora_linear
 from .ops.factors import hybrid_to_lora, pad_lora
@@ -241,7 +241,7 @@ def install() -> None:
         return
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = LoraConfig
     lora.LoraModel._create_and_replace = _with_gralora(lora.LoraModel._create_and_replace)
-    CONFIG_KEYS_TO_CHECK[PeftType.LORA] += ["use_gralora", "gralora_k", "hybrid_r"]
+    CONFIG_KEYS_TO_CHECK[PeftType.LORA] += ["use_gralora", "gralora_k", "gralora_k_pattern", "hybrid_r"]
 
 
 def _with_gralora(stock: Callable[..., None]) -> Callable[..., None]:
@@ -274,9 +274,9 @@ def create_and_replace(
     Raises:
         ValueError: before anything is changed, if a targeted layer does not fit the config.
     """
-    plan(tuner, adapter_name, config)
+    config = plan(tuner, adapter_name, config)
     check_kind(current_key, target, tuner.model)  # with a state_dict, PEFT adapts layers that the config does not name
-    check_features(config, current_key, target)
+    config.check_layer(current_key, *features(target))
     if isinstance(tuner, lora.LoraModel):
         promote(tuner, GraloraModel)
     stock(tuner, config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs)
@@ -285,35 +285,68 @@ def create_and_replace(
     check_kind(current_key, layer, tuner.model)  # that PEFT chose the class that it was expected to
     promote(layer, GraloraLayer)
     A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    k, hybrid_r = config.gralora_k, config.hybrid_r
+    k, hybrid_r = config.of_layer("gralora_k", current_key), config.hybrid_r
     gain = blocks.kaiming_gain(k, config.init_lora_weights)
     layer.lora_A[adapter_name] = GranularDown.from_linear(A, k, hybrid_r, gain).requires_grad_(A.weight.requires_grad)
     layer.lora_B[adapter_name] = GranularUp.from_linear(B, k, hybrid_r).requires_grad_(B.weight.requires_grad)
 
 
-def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> None:
-    """Before the first layer is changed: check every targeted layer, and settle `gralora_k="auto"` for all of them."""
+def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> LoraConfig:
+    """Before the first layer is changed: check every targeted layer, and settle `gralora_k="auto"`.
+
+    Returns:
+        The config that the tuner has from now on: `config`, or a copy in which every layer's k is a number. The
+        user's own keeps "auto", so that it can be used for other models.
+    """
     config.check()  # fields may have been set since it was made
-    if getattr(tuner, "_gralora_plan", None) == (adapter_name, id(config)):
-        return
+    if getattr(tuner, "_gralora_plan", (None, None))[:2] == (adapter_name, id(config)):
+        return tuner.peft_config[adapter_name]
     if (getattr(tuner.model, "_tp_size", None) or 1) > 1:
         raise ValueError("GraLoRA does not support tensor-parallel base models (tp_plan); load the model without.")
     layers = dict(targeted_layers(tuner, config))
     for name, layer in layers.items():
         check_kind(name, layer, tuner.model)
-    if config.gralora_k == "auto":
-        sizes = [size for layer in layers.values() for size in features(layer)]
-        config.gralora_k = auto_k(config.r, *sizes, *(r - config.hybrid_r for r in config.ranks().values()))
-        if config.gralora_k == 1:
-            warnings.warn(
-                f"gralora_k='auto' found no k > 1 that divides r - hybrid_r={config.r - config.hybrid_r} and the "
-                f"features of all {len(layers)} targeted layers: with k=1 this is plain LoRA.",
-                stacklevel=2,
-            )
+    settled = settle_ks(config, {name: features(layer) for name, layer in layers.items()})
     for name, layer in layers.items():
-        check_features(config, name, layer)
+        settled.check_layer(name, *features(layer))
     keep_weights_unpacked(tuner.model)
+    tuner.peft_config[adapter_name] = settled
     tuner._gralora_plan = (adapter_name, id(config))
+    return settled
+
+
+def settle_ks(config: LoraConfig, layers: dict[str, tuple[int, int]]) -> LoraConfig:
+    """The config with a number for every layer's k: with "auto" the best for its rank and features.
+
+    Args:
+        config: the user's.
+        layers: name of each targeted layer -> its input and output features.
+
+    Raises:
+        ValueError: if there are none to choose "auto" for: PEFT takes the names of the layers from a state_dict.
+    """
+    if config.gralora_k == "auto" and not layers:
+        raise ValueError(
+            f"gralora_k='auto' depends on layers' features, and target_modules={config.target_modules!r} matches no "
+            "layer of the model; give gralora_k as a number."
+        )
+    ks = {name: config.of_layer("gralora_k", name) for name in layers}
+    chosen = [name for name, k in ks.items() if k == "auto"]
+    for name in chosen:
+        r = config.of_layer("r", name)
+        ks[name] = auto_k(r, r - config.hybrid_r, *layers[name])
+    plain = [name for name in chosen if ks[name] == 1]
+    if plain:
+        warnings.warn(
+            f"gralora_k='auto' found no k > 1 that divides r - hybrid_r and the features of {len(plain)} of the "
+            f"{len(layers)} targeted layers, e.g. {plain[0]!r} with in_features, out_features={layers[plain[0]]}: "
+            "with k=1 they are plain LoRA.",
+            stacklevel=2,
+        )
+    unused = {key for key in config.gralora_k_pattern if not any(get_pattern_key([key], n) == key for n in layers)}
+    if unused:
+        warnings.warn(f"gralora_k_pattern keys that match no targeted layer: {sorted(unused)}.", stacklevel=2)
+    return config.with_ks(ks)
 
 
 def targeted_layers(tuner: BaseTuner, config: LoraConfig) -> Iterator[tuple[str, nn.Module]]:
@@ -332,14 +365,3 @@ def targeted_layers(tuner: BaseTuner, config: LoraConfig) -> Iterator[tuple[str,
 def features(layer: nn.Module) -> tuple[int, int]:
     """Input and output features of a supported layer, which may carry adapters already."""
     return _get_in_out_features(base_layer(layer))
-
-
-def check_features(config: LoraConfig, name: str, layer: nn.Module) -> None:
-    """Raise ValueError, naming the layer and the ks that work, if k does not divide its features."""
-    k, (in_features, out_features) = config.gralora_k, features(layer)
-    if in_features % k or out_features % k:
-        raise ValueError(
-            f"gralora_k={k} must divide the features of target module {name!r}, which has in_features={in_features} "
-            f"and out_features={out_features}; use one of gralora_k={divisors(gcd(in_features, out_features))}, "
-            "'auto', or leave the module out of target_modules."
-        )

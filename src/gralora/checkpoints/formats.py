@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftType
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ..config import FORMAT, LoraConfig
@@ -85,15 +84,19 @@ class Adapter:
 
     def rank(self, layer: str) -> int:
         """Total rank by the config: its rank_pattern, else its r."""
-        return self.config.rank_pattern.get(get_pattern_key(self.config.rank_pattern, layer), self.config.r)
+        return self.config.of_layer("r", layer)
 
     def alpha(self, layer: str) -> float:
-        return self.config.alpha_pattern.get(get_pattern_key(self.config.alpha_pattern, layer), self.config.lora_alpha)
+        return self.config.of_layer("lora_alpha", layer)
 
     def scaling(self, layer: str) -> float:
         """Factor on dW, as PEFT computes it."""
         rank = self.rank(layer)
         return self.alpha(layer) / (math.sqrt(rank) if self.config.use_rslora else rank)
+
+    def k(self, layer: str) -> int:
+        """Blocks per side, by the tensors."""
+        return self.specs(layer).A.shape[0]
 
     def lora_rank(self, layer: str) -> int:
         """Rank of the plain LoRA that equals the layer's adapter: k * r_g + hybrid_r."""
@@ -210,7 +213,7 @@ def _check_present(layer: str, f: Factors, config: LoraConfig) -> None:
 
 def _check_shapes(layer: str, f: Factors, adapter: Adapter) -> None:
     config, rank = adapter.config, adapter.rank(layer)
-    k, hybrid_r = config.gralora_k, config.hybrid_r
+    k, hybrid_r = config.of_layer("gralora_k", layer), config.hybrid_r
     for factor, t in zip(f._fields, f, strict=True):
         if t is not None and (t.dtype not in FLOATS or t.numel() == 0):
             raise ValueError(
@@ -345,6 +348,7 @@ NOT_IN_OUTPUT = {  # fields that a trained adapter's output does not depend on, 
     "use_rslora",
     "rank_pattern",
     "alpha_pattern",
+    "gralora_k_pattern",
     "exclude_modules",
     *SHARED,
 }
@@ -358,15 +362,19 @@ def _gralora_to_peft(adapter: Adapter) -> dict[str, Any]:
             f"{name}={getattr(config, name)!r} cannot be expressed in PEFT's GRALORA format; "
             "`gralora export --for peft` (a plain LoRA) or `gralora merge` may take it."
         )
-    ranks = {adapter.rank(layer) for layer in adapter.layers}
-    alphas = {adapter.alpha(layer) for layer in adapter.layers}
-    if len(ranks) > 1 or len(alphas) > 1:
-        name = "rank_pattern" if len(ranks) > 1 else "alpha_pattern"
-        raise ValueError(
-            f"{name}={getattr(config, name)!r} gives layers different values, which PEFT's GRALORA format does not "
-            "have; `gralora export --for peft` writes a plain LoRA that equals it."
-        )
-    (r,), (alpha,) = ranks, alphas
+    values = {}
+    for name, value in (
+        ("rank_pattern", adapter.rank),
+        ("alpha_pattern", adapter.alpha),
+        ("gralora_k_pattern", adapter.k),
+    ):
+        values[name] = {value(layer) for layer in adapter.layers}
+        if len(values[name]) > 1:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} gives layers different values, which PEFT's GRALORA format does "
+                "not have; `gralora export --for peft` writes a plain LoRA that equals it."
+            )
+    (r,), (alpha,), (k,) = values.values()
     if config.use_rslora:
         if math.isqrt(r) ** 2 != r:
             raise ValueError(
@@ -380,6 +388,7 @@ def _gralora_to_peft(adapter: Adapter) -> dict[str, Any]:
         shared["target_modules"] = sorted(adapter.layers)
     return shared | {
         "peft_type": "GRALORA",
+        "gralora_k": k,
         "r": r - config.hybrid_r,
         "alpha": alpha,
         "gralora_dropout": config.lora_dropout,
