@@ -8,13 +8,24 @@ from .layers import install
 
 _LAZY = {  # name -> module, imported when the name is first used
     "convert_adapter": "checkpoints.convert",
+    "hotswap_adapter": "hotswap",
     "inspect_adapter": "checkpoints.inspection",
     "load_adapter": "checkpoints.load",
     "merge_adapter": "checkpoints.merge",
+    "prepare_model_for_compiled_hotswap": "hotswap",
     "to_lora": "checkpoints.export",
 }
 
-__all__ = ["LoraConfig", "convert_adapter", "inspect_adapter", "load_adapter", "merge_adapter", "to_lora"]
+__all__ = [
+    "LoraConfig",
+    "convert_adapter",
+    "hotswap_adapter",
+    "inspect_adapter",
+    "load_adapter",
+    "merge_adapter",
+    "prepare_model_for_compiled_hotswap",
+    "to_lora",
+]
 
 
 def __getattr__(name: str) -> Any:
