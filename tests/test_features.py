@@ -2,6 +2,8 @@
 lists them all, with their tests, which are here and in the files about layers and checkpoints.
 """
 
+import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from helpers import (
     Case,
     Factors,
     adapted,
+    adapter_layers,
     assert_close64,
     assert_unchanged,
+    factors_of,
     gralora_config,
     integer_factors,
     naive_delta,
@@ -23,10 +27,14 @@ from helpers import (
     only_layer,
     random_input,
     randomize,
+    token_ids,
 )
 from peft import PeftModel
+from peft.tuners.lora.intruders import reduce_intruder_dimension
 from saved import edit, logits, read, save_gralora
+from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.nn.utils import parametrize
 
 import gralora
 from gralora.ops.factors import pad_grid
@@ -235,3 +243,249 @@ def test_hotswap_of_plain_adapters_is_left_to_peft(with_gralora: bool, tmp_path:
     for r in (3, 5):
         gralora.hotswap_adapter(model, tmp_path / str(r), "default")
         assert_close64(model(random_input(7, 40)), outputs[r])
+
+
+# Which layers are adapted
+
+BLOCKS = ["self_attn.q_proj", "mlp.down_proj"]
+SELECTIONS = {
+    "layers_to_transform": {"layers_to_transform": [1]},
+    "layers_pattern": {"layers_to_transform": 1, "layers_pattern": "layers"},
+    "exclude_modules": {"exclude_modules": r".*\.0\..*"},
+    "regular-expression": {"target_modules": r".*\.1\.(self_attn\.q_proj|mlp\.down_proj)"},
+}
+
+
+@pytest.mark.parametrize("fields", SELECTIONS.values(), ids=SELECTIONS)
+def test_selected_layers(fields: dict[str, Any], tmp_path: Path) -> None:
+    """The fields that select layers select the same ones as for plain LoRA, also when the adapter is loaded again."""
+    fields = {"target_modules": ["q_proj", "down_proj"]} | fields
+    model = adapted(MODELS["llama"](), gralora_config(2, **fields))
+    stock = peft.get_peft_model(MODELS["llama"](), peft.LoraConfig(**fields))
+    assert model.targeted_module_names == stock.targeted_module_names == [f"model.layers.1.{name}" for name in BLOCKS]
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert_close64(logits(PeftModel.from_pretrained(MODELS["llama"](), tmp_path)), expected)
+
+
+def test_layer_replication(tmp_path: Path) -> None:
+    """Replicated layers share the base's weights and have adapters of their own; merging them is refused."""
+    config = gralora_config(2, target_modules=["q_proj", "down_proj"], layer_replication=[[0, 2], [1, 2]])
+    model = adapted(MODELS["llama"](torch.float64), config)
+    naive = MODELS["llama"](torch.float64)
+    naive.model.layers.append(copy.deepcopy(naive.model.layers[1]))
+    naive.model.layers[2].self_attn.layer_idx = 2
+    for name, layer in model.get_base_model().named_modules():
+        if layer in adapter_layers(model):
+            with torch.no_grad():
+                naive.get_submodule(name).weight += 2.0 * naive_delta(factors_of(layer))
+    naive.config.num_hidden_layers = 3
+    assert len(adapter_layers(model)) == 6
+    expected = logits(naive)
+    assert_close64(logits(model), expected)
+    model.save_pretrained(tmp_path)
+    assert_close64(logits(PeftModel.from_pretrained(MODELS["llama"](torch.float64), tmp_path)), expected)
+    message = r"'model.layers.1.self_attn.q_proj' and 'model.layers.2.self_attn.q_proj' .* share one weight"
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=message):
+            merge()
+    assert_close64(logits(model), expected)
+
+
+def test_trainable_token_indices(tmp_path: Path) -> None:
+    """Single rows of the embedding are trained and saved beside the adapter."""
+    config = gralora_config(2, target_modules=["q_proj"], trainable_token_indices=[3, 5])
+    model = adapted(MODELS["llama"](torch.float64, tie_word_embeddings=False), config)
+    (rows,) = (p for name, p in model.named_parameters() if "trainable_tokens_delta" in name)
+    assert rows.requires_grad and rows.shape == (2, 16)
+    rows.data += 1
+    naive = MODELS["llama"](torch.float64, tie_word_embeddings=False)
+    naive.model.embed_tokens.weight.data[[3, 5]] = rows.data
+    adapted(naive, gralora_config(2, target_modules=["q_proj"]))
+    ids = torch.tensor([[3, 4, 5, 6]])
+    expected = naive(ids).logits
+    assert_close64(model(ids).logits, expected)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(MODELS["llama"](torch.float64, tie_word_embeddings=False), tmp_path)
+    assert_close64(loaded(ids).logits, expected)
+    assert_close64(model.merge_and_unload()(ids).logits, expected)
+
+
+# Models that are no transformers
+
+
+class Attention(nn.Module):
+    """As in a vision transformer: one projection for q, k and v."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+class VisionTransformer(nn.Module):
+    """Like timm's: a convolution makes patches, blocks of attention and MLP, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, 16, 4, stride=4)
+        self.blocks = nn.ModuleList([nn.ModuleDict({"attn": Attention(16), "mlp": mlp(16, 32, 16)}) for _ in range(2)])
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = self.patch_embed(image).flatten(2).mT
+        for block in self.blocks:
+            x = x + block["attn"](x)
+            x = x + block["mlp"](x)
+        return self.head(x.mean(1))
+
+
+class UNetBlock(nn.Module):
+    """Like diffusers': convolutions, group norm, and attention over the pixels with named projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(4, 16)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(16, 16, bias=False) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(16, 16), nn.Dropout(0.0)])
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        h = self.norm(self.conv_in(image))
+        x = h.flatten(2).mT
+        x = nn.functional.scaled_dot_product_attention(self.to_q(x), self.to_k(x), self.to_v(x))
+        return h + self.to_out[0](x).mT.reshape(h.shape)
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
+    return nn.Sequential(*itertools.chain.from_iterable((layer, nn.GELU()) for layer in layers[:-1]), layers[-1])
+
+
+OTHER_MODELS = {  # model, its input, what is targeted, the layers that this is
+    "mlp": (lambda: mlp(8, 32, 32, 4), (5, 8), "all-linear", ["0", "2", "4"]),
+    "vision-transformer": (
+        VisionTransformer,
+        (2, 3, 8, 8),
+        ["qkv", "fc", "mlp.0"],
+        [f"blocks.{i}.{name}" for i in (0, 1) for name in ("attn.qkv", "mlp.0")],
+    ),
+    "unet-block": (UNetBlock, (2, 3, 6, 6), ["to_q", "to_v", "to_out.0"], ["to_q", "to_v", "to_out.0"]),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_models_that_are_no_transformers(name: str, tmp_path: Path) -> None:
+    """A plain MLP, a vision transformer and a block of a UNet: output and gradients, saving, injecting and merging."""
+    build, shape, targets, layers = OTHER_MODELS[name]
+    torch.manual_seed(0)
+    base, x = build().double(), random_input(*shape)
+    config = gralora_config(2, r=4, target_modules=targets)
+    model = adapted(copy.deepcopy(base), config)
+    assert [where for where, m in model.get_base_model().named_modules() if m in adapter_layers(model)] == layers
+    naive = copy.deepcopy(base)
+    factors = {where: factors_of(model.get_base_model().get_submodule(where)) for where in layers}
+    for where in layers:
+        parametrize.register_parametrization(naive.get_submodule(where), "weight", Adds(factors[where]))
+    expected = naive(x)
+    assert_close64(model(x), expected)
+    tensors = [t for where in layers for t in factors[where].tensors()]
+    gradients = (torch.autograd.grad(out.square().sum(), tensors) for out in (model(x), expected))
+    for actual, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-9, atol=1e-9)
+
+    model.save_pretrained(tmp_path)
+    assert_close64(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), expected)
+    injected = peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(tmp_path), copy.deepcopy(base))
+    peft.set_peft_model_state_dict(injected, peft.load_peft_weights(tmp_path))
+    assert type(injected) is type(base)
+    assert_close64(injected(x), expected)
+    assert_close64(model.merge_and_unload()(x), expected)
+
+
+class Adds(nn.Module):
+    """Parametrisation of a weight: the naive update is added to it."""
+
+    def __init__(self, factors: Factors) -> None:
+        super().__init__()
+        self.factors = factors
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + 2.0 * naive_delta(self.factors)
+
+
+# Scales, routing between adapters, intruder dimensions
+
+
+def test_rescaled_adapters() -> None:
+    """peft.helpers.rescale_adapter_scale scales the update inside its block."""
+    model, x = adapted(one_layer(WIDE), gralora_config(2, r=4, target_modules=["layer"])), random_input(7, 40)
+    base = only_layer(model).base_layer(x)
+    update = model(x) - base
+    with peft.helpers.rescale_adapter_scale(model, 0.25):
+        assert_close64(model(x), base + 0.25 * update)
+    assert_close64(model(x), base + update)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Two GraLoRA adapters, and the plain LoRA adapters that they equal, as folders."""
+    folder = tmp_path_factory.mktemp("experts")
+    for seed in (0, 1):
+        config = gralora_config(2, hybrid_r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        adapted(MODELS["llama"](), config, seed=seed).save_pretrained(folder / f"gralora{seed}")
+        gralora.to_lora(folder / f"gralora{seed}", folder / f"plain{seed}")
+    return {kind: [str(folder / f"{kind}{seed}") for seed in (0, 1)] for kind in ("gralora", "plain")}
+
+
+def test_xlora_of_gralora_adapters(experts: dict[str, list[str]]) -> None:
+    """X-LoRA mixes GraLoRA adapters as it mixes the plain ones that they equal."""
+    outputs = []
+    for folders in experts.values():
+        adapters = {str(i): folder for i, folder in enumerate(folders)}
+        config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=16, xlora_depth=2, adapters=adapters)
+        model = peft.get_peft_model(MODELS["llama"](use_cache=False), config).eval()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in model.base_model.internal_xlora_classifier.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator))
+            outputs.append(model(token_ids(2, 7)).logits)
+            base = MODELS["llama"]()(token_ids(2, 7)).logits
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    assert (outputs[0] - base).abs().max() > 0.1
+
+
+def test_arrow_is_refused(experts: dict[str, list[str]]) -> None:
+    """Arrow's router works on the factors of plain LoRA; with GraLoRA adapters it is refused, whichever is first."""
+    arrow = peft.ArrowConfig(top_k=2)
+    with pytest.raises(ValueError, match="Arrow .* cannot be combined with GraLoRA adapters; `gralora export`"):
+        peft.create_arrow_model(MODELS["llama"](), experts["gralora"], arrow)
+    model = peft.create_arrow_model(MODELS["llama"](), experts["plain"], arrow)
+    with assert_unchanged(model, token_ids(2, 7)), pytest.raises(ValueError, match="Arrow .* cannot be combined"):
+        model.load_adapter(experts["gralora"][0], "granular")
+
+
+def test_intruder_dimensions() -> None:
+    """Reducing them writes plain factors, which is noticed; the plain copy that the error advises can be reduced."""
+    model = adapted(MODELS["llama"](), gralora_config(2, hybrid_r=2, target_modules=["q_proj", "down_proj"]))
+    ids = token_ids(2, 7)
+    before = model(ids).logits
+    with pytest.raises(ValueError, match=r"'reduced' is GraLoRA.*shape \(8, 16\).*add_weighted_adapter"):
+        reduce_intruder_dimension(model, new_adapter_name="reduced", threshold_epsilon=1.0, logging_sink=None)
+    assert model.active_adapters == ["default"]
+    model.delete_adapter("reduced")
+    assert torch.equal(model(ids).logits, before)
+
+    model.add_weighted_adapter(["default"], [1.0], "plain", combination_type="cat")
+    reduce_intruder_dimension(
+        model, "plain", "reduced", threshold_epsilon=1.0, mitigation_lambda=0.25, logging_sink=None
+    )
+    for layer in adapter_layers(model):
+        W, dW = layer.base_layer.weight, layer.get_delta_weight("default")
+        U, S, Vh = torch.linalg.svd(W + dW, full_matrices=False)
+        U, S, Vh = torch.linalg.svd(dW - 0.75 * (U[:, :10] * S[:10]) @ Vh[:10], full_matrices=False)
+        rank = layer.lora_A["plain"].weight.shape[0]
+        expected = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+        torch.testing.assert_close(layer.get_delta_weight("reduced"), expected, rtol=1e-4, atol=1e-4)

@@ -40,6 +40,11 @@ from .kinds import base_layer, check_kind, keep_bias, keep_weights_unpacked
 from .ops import dispatch, gralora_linear
 from .ops.factors import hybrid_to_lora, pad_lora
 
+ARROW = (
+    "Arrow (arrow_config) routes between plain LoRA adapters by their factors, and cannot be combined with GraLoRA "
+    "adapters; `gralora export` makes plain ones of them."
+)
+
 
 class Promoted:
     """Base of the mixins. Promoted classes are made at run time, so they pickle by their mixin and PEFT's class."""
@@ -132,6 +137,12 @@ class GraloraLayer(Promoted):
         with keep_bias(self):
             super().unmerge()
 
+    def resolve_lora_variant(self, *, config: peft.LoraConfig, **kwargs: Any) -> Any:
+        """PEFT's choice of a variant for an adapter that is added; Arrow's router reads other adapters' factors."""
+        if getattr(config, "arrow_config", None) is not None:
+            raise ValueError(ARROW)
+        return super().resolve_lora_variant(config=config, **kwargs)
+
 
 class GraloraModel(Promoted):
     """Mixin over PEFT's LoraModel, once it holds a GraLoRA adapter: operations on factors that assume plain LoRA."""
@@ -180,6 +191,38 @@ class GraloraModel(Promoted):
                 # where PEFT's SVD gave a lower rank: it cannot give more than a layer has features
                 A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
                 A.data, B.data = pad_lora(A.data, B.data, self.peft_config[adapter_name].r)
+
+    def set_adapter(self, adapter_name: str | list[str], **kwargs: Any) -> None:
+        """As PEFT's.
+
+        Raises:
+            ValueError: if a function that knows only plain LoRA has written into the adapter's factors.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for where, layer in self.model.named_modules():
+            for name in names if isinstance(layer, GraloraLayer) else []:
+                if layer.is_gralora(name) and layer.lora_A[name].weight.ndim != 3:
+                    raise ValueError(
+                        f"adapter {name!r} is GraLoRA, and its lora_A in {where!r} was overwritten by one of shape "
+                        f"{tuple(layer.lora_A[name].weight.shape)}, a plain LoRA's (reduce_intruder_dimension does "
+                        "this). Delete it, and work on a plain copy of the adapter that it was made of: "
+                        "add_weighted_adapter([ADAPTER], [1.0], NEW, combination_type='cat')."
+                    )
+        super().set_adapter(adapter_name, **kwargs)
+
+    def _check_merge_allowed(self) -> None:
+        """As PEFT's; its own check of layer_replication looks for the field among the adapters' names."""
+        super()._check_merge_allowed()
+        first: dict[int, str] = {}
+        for where, layer in self.model.named_modules():
+            if isinstance(layer, lora.LoraLayer):
+                weight = getattr(layer.get_base_layer(), "weight", None)
+                other = first.setdefault(id(weight), where)
+                if weight is not None and other != where:
+                    raise ValueError(
+                        f"the adapters of {other!r} and {where!r} cannot be merged: these layers share one weight "
+                        "(layer_replication makes such layers), and each has an update of its own."
+                    )
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._gralora_plan = None  # an adapter added under this name next is planned anew
@@ -303,6 +346,8 @@ def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> LoraConfig:
         return tuner.peft_config[adapter_name]
     if (getattr(tuner.model, "_tp_size", None) or 1) > 1:
         raise ValueError("GraLoRA does not support tensor-parallel base models (tp_plan); load the model without.")
+    if any(getattr(other, "arrow_config", None) is not None for other in tuner.peft_config.values()):
+        raise ValueError(ARROW)
     layers = dict(targeted_layers(tuner, config))
     for name, layer in layers.items():
         check_kind(name, layer, tuner.model)
