@@ -4,6 +4,9 @@ lists them all, with their tests, which are here and in the files about layers a
 
 import copy
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -489,3 +492,54 @@ def test_intruder_dimensions() -> None:
         rank = layer.lora_A["plain"].weight.shape[0]
         expected = (U[:, :rank] * S[:rank]) @ Vh[:rank]
         torch.testing.assert_close(layer.get_delta_weight("reduced"), expected, rtol=1e-4, atol=1e-4)
+
+
+# Partitioned parameters
+
+ZERO3_PROGRAM = """
+import copy, os, sys, warnings
+warnings.simplefilter("ignore")
+import deepspeed, peft, torch
+from deepspeed.utils import safe_get_full_grad
+from helpers import gralora_config, randomize, tiny_llama, token_ids
+deepspeed.init_distributed("gloo")
+config = {
+    "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+targets = ["q_proj", "down_proj"]
+model = randomize(peft.get_peft_model(tiny_llama(), gralora_config(2, hybrid_r=2, target_modules=targets)))
+whole = copy.deepcopy(model)
+optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+assert all(p.numel() == 0 for p in engine.module.parameters())
+ids = token_ids(2, 7)
+mine = ids[int(os.environ["RANK"]):][:1]
+for _ in range(2):
+    engine.backward(engine(mine, labels=mine).loss)
+    whole.zero_grad()
+    whole(ids, labels=ids).loss.backward()
+    for (name, p), exact in zip(engine.module.named_parameters(), whole.parameters(), strict=True):
+        if exact.requires_grad:
+            torch.testing.assert_close(safe_get_full_grad(p), exact.grad, rtol=1e-4, atol=1e-5)
+            exact.data -= 0.1 * exact.grad
+            assert exact.grad.any()
+    engine.step()
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_zero3() -> None:
+    """Two processes with DeepSpeed's ZeRO-3 on the CPU: the gradients of two steps are those of the whole model."""
+    pytest.importorskip("deepspeed")
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577", "DS_ACCELERATOR": "cpu"}
+    processes = []
+    for rank in ("0", "1"):
+        here = str(Path(__file__).parent)
+        paths = {"PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))}
+        environment = os.environ | shared | paths | {"RANK": rank, "LOCAL_RANK": rank}
+        command = [sys.executable, "-c", ZERO3_PROGRAM]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert all(output.splitlines()[-1] == "equal" for output in outputs)
