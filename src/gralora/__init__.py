@@ -8,6 +8,8 @@ from .layers import install
 
 _LAZY = {  # name -> module, imported when the name is first used
     "convert_adapter": "checkpoints.convert",
+    "create_lorafa_optimizer": "optimizers",
+    "create_riemannian_optimizer": "optimizers",
     "hotswap_adapter": "hotswap",
     "inspect_adapter": "checkpoints.inspection",
     "load_adapter": "checkpoints.load",
@@ -19,6 +21,8 @@ _LAZY = {  # name -> module, imported when the name is first used
 __all__ = [
     "LoraConfig",
     "convert_adapter",
+    "create_lorafa_optimizer",
+    "create_riemannian_optimizer",
     "hotswap_adapter",
     "inspect_adapter",
     "load_adapter",
