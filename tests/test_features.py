@@ -171,6 +171,7 @@ def test_hotswap_without_recompiling(tmp_path: Path) -> None:
     configs = model.peft_config
     gralora.prepare_model_for_compiled_hotswap(model, target_rank=14, config=configs)
     assert configs["default"].r == 14
+    torch._dynamo.reset()
     counter = CompileCounter()
     compiled, x = torch.compile(model, backend=counter), random_input(7, 40)
     for r in (6, 10, 14, 6):

@@ -321,6 +321,7 @@ def test_prepared_for_compiled_hotswap(case):
 @kinds
 def test_compiles_without_graph_breaks(case, kind):
     """torch.compile takes forward and backward as one graph each, with the same results."""
+    torch._dynamo.reset()
     model = adapted(one_layer(case, kind), case_config(case)).train()
     x = random_input(7, case.in_features)
     out = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
@@ -814,7 +815,7 @@ CHANGES = {
     "rank": ({"r": 9}, "r=9"),
     "rank-pattern": ({"rank_pattern": {"layers.1": 9}}, "=9"),
     "hybrid": ({"hybrid_r": 8}, "hybrid_r=8"),
-    "variant": ({"use_dora": True}, "use_dora=True"),
+    "variant": ({"use_qalora": True}, "use_qalora=True"),
     "initialisation": ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
     "parameters": ({"target_parameters": ["layers.1.weight"]}, "target_parameters"),
 }

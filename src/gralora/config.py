@@ -14,6 +14,7 @@ import peft
 from peft.utils.other import get_pattern_key
 
 FORMAT = 1  # of the saved tensors; rises when an older gralora could misread them
+SUPPORTED_VARIANTS = ("use_dora", "alora_invocation_tokens")
 SUPPORTED_INITS = (True, False, "gaussian")
 PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "gralora_k": "gralora_k_pattern"}
 
@@ -199,12 +200,19 @@ class LoraConfig(peft.LoraConfig):
     def _check_compatible_fields(self) -> None:
         variants = [f.name for f in dataclasses.fields(self) if f.metadata.get("is_lora_variant")]
         for name in [*variants, "use_qalora", "target_parameters", "megatron_config"]:
+            if name in SUPPORTED_VARIANTS:
+                continue
             value = getattr(self, name, None)
             if value or isinstance(value, dict):  # {} asks for a variant with its defaults
                 raise ValueError(
                     f"{name}={value!r} cannot be combined with GraLoRA (use_gralora=True); "
                     f"leave {name} at its default, or set use_gralora=False."
                 )
+        if self.use_dora and self.alora_invocation_tokens:
+            raise ValueError(
+                f"use_dora=True cannot be combined with alora_invocation_tokens={self.alora_invocation_tokens!r}: "
+                "PEFT takes one variant of LoRA; leave one of them at its default."
+            )
         if self.init_lora_weights not in SUPPORTED_INITS:
             raise ValueError(
                 f"init_lora_weights={self.init_lora_weights!r} cannot be combined with use_gralora=True: it "

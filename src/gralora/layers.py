@@ -35,7 +35,8 @@ from transformers.pytorch_utils import Conv1D
 
 from . import blocks
 from .blocks import GranularDown, GranularUp
-from .config import LoraConfig, auto_k
+from .config import SUPPORTED_VARIANTS, LoraConfig, auto_k
+from .dora import GranularDora
 from .kinds import base_layer, check_kind, keep_bias, keep_weights_unpacked
 from .ops import dispatch, gralora_linear
 from .ops.factors import hybrid_to_lora, pad_lora
@@ -77,6 +78,8 @@ class GraloraLayer(Promoted):
         if len(active) != 1:
             return None
         name, base = active[0], modules["base_layer"]
+        if name in self.lora_variant:
+            return None
         A, B, dropout = downs[name], ups[name], modules["lora_dropout"]._modules[name]
         if type(A) is not GranularDown or type(B) is not GranularUp or B._parameters["bias"] is not None:
             return None
@@ -171,6 +174,10 @@ class GraloraModel(Promoted):
                 f"combination_type={combination_type!r} combines factors element by element, which is not defined for "
                 f"the GraLoRA adapter(s) {granular}; use 'cat' (exact), 'svd', or a kind that ends in '_svd'."
             )
+        for field in SUPPORTED_VARIANTS:
+            variants = [name for name in granular if getattr(self.peft_config[name], field)]
+            if variants:
+                raise ValueError(f"adapter(s) {variants} have {field}, which their combination would lose.")
         biased = [name for name in granular if self.peft_config[name].lora_bias]
         if biased:
             raise ValueError(f"adapter(s) {biased} have lora_bias=True; the combination would lose their biases.")
@@ -318,6 +325,7 @@ def create_and_replace(
         ValueError: before anything is changed, if a targeted layer does not fit the config.
     """
     config = plan(tuner, adapter_name, config)
+    check_variant(config, current_key, target)
     check_kind(current_key, target, tuner.model)  # with a state_dict, PEFT adapts layers that the config does not name
     config.check_layer(current_key, *features(target))
     if isinstance(tuner, lora.LoraModel):
@@ -332,6 +340,10 @@ def create_and_replace(
     gain = blocks.kaiming_gain(k, config.init_lora_weights)
     layer.lora_A[adapter_name] = GranularDown.from_linear(A, k, hybrid_r, gain).requires_grad_(A.weight.requires_grad)
     layer.lora_B[adapter_name] = GranularUp.from_linear(B, k, hybrid_r).requires_grad_(B.weight.requires_grad)
+    if config.use_dora:
+        factors = layer.lora_A[adapter_name], layer.lora_B[adapter_name], layer.scaling[adapter_name]
+        stock_dora, base = layer.lora_magnitude_vector[adapter_name], layer.get_base_layer()
+        layer.lora_magnitude_vector[adapter_name] = GranularDora.from_linear(stock_dora, base, *factors)
 
 
 def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> LoraConfig:
@@ -351,6 +363,7 @@ def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> LoraConfig:
     layers = dict(targeted_layers(tuner, config))
     for name, layer in layers.items():
         check_kind(name, layer, tuner.model)
+        check_variant(config, name, layer)
     settled = settle_ks(config, {name: features(layer) for name, layer in layers.items()})
     for name, layer in layers.items():
         settled.check_layer(name, *features(layer))
@@ -358,6 +371,20 @@ def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> LoraConfig:
     tuner.peft_config[adapter_name] = settled
     tuner._gralora_plan = (adapter_name, id(config))
     return settled
+
+
+def check_variant(config: LoraConfig, name: str, layer: nn.Module) -> None:
+    """Raise ValueError, naming the layer, if it is not of a kind on which DoRA and aLoRA are tested with GraLoRA."""
+    base = base_layer(layer)
+    plain = isinstance(base, nn.Linear | Conv1D) and type(base.weight) is nn.Parameter
+    for field in SUPPORTED_VARIANTS:
+        if getattr(config, field) and not plain:
+            raise ValueError(
+                f"{field}={getattr(config, field)!r} with use_gralora=True needs an nn.Linear or transformers' Conv1D "
+                f"with an ordinary weight, and target module {name!r} is a {type(base).__name__} with a weight of "
+                f"type {type(getattr(base, 'weight', None)).__name__}; leave {field} at its default, or take the "
+                "module out of target_modules."
+            )
 
 
 def settle_ks(config: LoraConfig, layers: dict[str, tuple[int, int]]) -> LoraConfig:

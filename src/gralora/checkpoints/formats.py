@@ -22,17 +22,20 @@ from .files import LazyTensors
 PREFIX = "base_model.model."  # PEFT's, before the name of the layer in the base model
 A, HYBRID_A = ".lora_A.weight", ".lora_A.hybrid_weight"
 B, HYBRID_B, BIAS = ".lora_B.weight", ".lora_B.hybrid_weight", ".lora_B.bias"
+MAGNITUDE = ".lora_magnitude_vector"  # as PEFT saves it, without ".weight"
+SUFFIXES = (A, B, HYBRID_A, HYBRID_B, BIAS, MAGNITUDE)  # in the order of Factors
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Factors(NamedTuple):
-    """One layer: A `[k, I/k, r_g]`, B `[k, r_g, O/k]`, A_s `[hybrid_r, I]`, B_s `[O, hybrid_r]`, bias `[O]`."""
+    """One layer: A `[k, I/k, r_g]`, B `[k, r_g, O/k]`, A_s `[hybrid_r, I]`, B_s `[O, hybrid_r]`, bias and m `[O]`."""
 
     A: Tensor
     B: Tensor
     hybrid_A: Tensor | None = None
     hybrid_B: Tensor | None = None
     bias: Tensor | None = None
+    magnitude: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Adapter:
         return self._factors(self.tensors.specs, layer)
 
     def _factors(self, tensors: Mapping[str, Tensor], layer: str) -> Factors:
-        names = (self._names.get((layer, suffix)) for suffix in (A, B, HYBRID_A, HYBRID_B, BIAS))
+        names = (self._names.get((layer, suffix)) for suffix in SUFFIXES)
         return Factors(*(None if name is None else tensors[name] for name in names))  # type: ignore[arg-type]
 
     @cached_property
@@ -106,7 +109,7 @@ class Adapter:
 
 def layer_and_suffix(name: str) -> tuple[str, str]:
     """Split a tensor's name into the base model's layer and which factor it is; `(name, "")` if it is none."""
-    for suffix in (A, HYBRID_A, B, HYBRID_B, BIAS):
+    for suffix in SUFFIXES:
         if name.endswith(suffix):
             return name.removesuffix(suffix).removeprefix(PREFIX), suffix
     return name, ""
@@ -201,13 +204,13 @@ def check(adapter: Adapter) -> None:
 
 def _check_present(layer: str, f: Factors, config: LoraConfig) -> None:
     wanted = {"A": True, "B": True, "hybrid_A": config.hybrid_r > 0, "hybrid_B": config.hybrid_r > 0}
-    wanted["bias"] = config.lora_bias
+    wanted |= {"bias": config.lora_bias, "magnitude": config.use_dora}
     for factor, needed in wanted.items():
         if (getattr(f, factor) is not None) != needed:
             problem = "is missing" if needed else "is there"
             raise ValueError(
-                f"layer {layer!r}: factor {factor} {problem}, with hybrid_r={config.hybrid_r} and "
-                f"lora_bias={config.lora_bias} in the config."
+                f"layer {layer!r}: factor {factor} {problem}, with hybrid_r={config.hybrid_r}, "
+                f"lora_bias={config.lora_bias} and use_dora={config.use_dora} in the config."
             )
 
 
@@ -234,6 +237,7 @@ def _check_shapes(layer: str, f: Factors, adapter: Adapter) -> None:
         )
     in_features, out_features = adapter.features(layer)
     expected = {"hybrid_A": (hybrid_r, in_features), "hybrid_B": (out_features, hybrid_r), "bias": (out_features,)}
+    expected["magnitude"] = (out_features,)
     for factor, shape in expected.items():
         t = getattr(f, factor)
         if t is not None and tuple(t.shape) != shape:
