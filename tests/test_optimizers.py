@@ -27,6 +27,7 @@ from torch import Tensor
 
 import gralora
 
+riemannian = pytest.mark.skipif(not hasattr(stock, "create_riemannian_optimizer"), reason="came with PEFT 0.21")
 cases = pytest.mark.parametrize("case", [*FEW_CASES, CASES[2]], ids=str)
 
 
@@ -75,6 +76,7 @@ def test_riemannian_steps_are_those_of_every_block(case: Case) -> None:
         assert_close64(t.detach(), old - 1e-3 * step)
 
 
+@riemannian
 def test_riemannian_steps_of_one_block_are_those_of_peft() -> None:
     """With k=1 it is PEFT's optimizer on plain LoRA, over several steps, with momentum."""
     case = Case(1, 4, 0, 20, 12)
@@ -177,6 +179,7 @@ def test_optimizers_refuse_what_they_cannot_do() -> None:
         gralora.create_lorafa_optimizer(model, lr=1e-3)
 
 
+@riemannian
 def test_optimizers_of_peft_do_not_know_grids() -> None:
     """PEFT's LoRA-FA fails at its first step; its Riemannian one finds nothing in a pure grid, before training."""
     case = CASES[2]

@@ -59,6 +59,11 @@ def dora_weight(layer, scaling: float = 3.0, adapter: str = "default") -> Tensor
     return (magnitude_of(layer, adapter) / V.detach().norm(dim=1))[:, None] * V
 
 
+dora = pytest.mark.skipif(
+    not hasattr(peft.tuners.lora.LoraLayer, "_unmerged_base_weight"), reason="PEFT before 0.21 merges DoRA wrongly"
+)
+
+
 def dora_model(case: Case, kind: str = "linear", **fields):
     """One layer with random factors and magnitudes."""
     return adapted(one_layer(case, kind), case_config(case, use_dora=True, **fields))
@@ -67,6 +72,7 @@ def dora_model(case: Case, kind: str = "linear", **fields):
 # DoRA
 
 
+@dora
 @cases
 def test_row_norms(case: Case) -> None:
     """The norms of W + dW from products of factors are those of the full matrices."""
@@ -77,6 +83,7 @@ def test_row_norms(case: Case) -> None:
         assert_close64(row_norms(weight_of(layer), A, B, scaling), V.norm(dim=1).detach())
 
 
+@dora
 @few_cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_row_norms_are_accurate(case: Case, dtype: torch.dtype) -> None:
@@ -89,6 +96,7 @@ def test_row_norms_are_accurate(case: Case, dtype: torch.dtype) -> None:
     assert_accurate(norms, exact, plain)
 
 
+@dora
 @cases
 @kinds
 @pytest.mark.parametrize("init", [True, False, "gaussian"])
@@ -101,6 +109,7 @@ def test_dora_starts_as_the_adapter(case: Case, kind: str, init: bool | str) -> 
     assert_close64(model(x), layer.base_layer(x) + 3.0 * naive_update(x, factors_of(layer)))
 
 
+@dora
 @cases
 @kinds
 def test_dora_output_and_gradients(case: Case, kind: str) -> None:
@@ -116,6 +125,7 @@ def test_dora_output_and_gradients(case: Case, kind: str) -> None:
         assert_close64(actual, exact)
 
 
+@dora
 @few_cases
 @kinds
 def test_dora_with_dropout(case: Case, kind: str) -> None:
@@ -131,6 +141,7 @@ def test_dora_with_dropout(case: Case, kind: str) -> None:
     assert_close64(out, layer.base_layer(x) + dropped @ (dora_weight(layer) - weight_of(layer)).T)
 
 
+@dora
 @cases
 @kinds
 @pytest.mark.parametrize("safe", [True, False], ids=["safe", "unsafe"])
@@ -147,6 +158,7 @@ def test_dora_merge_and_unmerge(case: Case, kind: str, safe: bool) -> None:
     assert_close64(model.merge_and_unload(safe_merge=safe)(x), before)
 
 
+@dora
 def test_dora_of_one_block_is_that_of_peft() -> None:
     """With k=1 output and magnitudes are those of PEFT's DoRA with the same factors, through steps of training."""
     case = Case(1, 4, 0, 20, 12)
@@ -175,6 +187,7 @@ OTHERS = {
 }
 
 
+@dora
 @pytest.mark.parametrize("first", [True, False], ids=["first", "second"])
 @pytest.mark.parametrize("other", OTHERS)
 def test_dora_beside_another_adapter(other: str, first: bool) -> None:
@@ -202,6 +215,7 @@ def test_dora_beside_another_adapter(other: str, first: bool) -> None:
     assert_close64(model(x), alone)
 
 
+@dora
 @pytest.mark.parametrize("model_name", MODELS)
 def test_dora_is_saved_and_loaded(model_name: str, tmp_path: Path) -> None:
     """from_pretrained, with low memory too, and gralora.load_adapter give the same logits; so does a copy."""
@@ -213,6 +227,7 @@ def test_dora_is_saved_and_loaded(model_name: str, tmp_path: Path) -> None:
     assert_close64(logits(gralora.load_adapter(MODELS[model_name](), tmp_path)), expected)
 
 
+@dora
 @pytest.mark.parametrize("model_name", MODELS)
 def test_dora_checkpoint_commands(model_name: str, tmp_path: Path) -> None:
     """merge and export --for peft give the same logits, inspect finds nothing wrong, and what cannot be is refused."""
@@ -237,6 +252,7 @@ def test_dora_checkpoint_commands(model_name: str, tmp_path: Path) -> None:
         gralora.inspect_adapter(tmp_path / "adapter")
 
 
+@dora
 def test_dora_of_a_model_trains() -> None:
     """A bfloat16 model with float32 adapters, gradient checkpointing and autocast: the loss falls, m moves."""
     config = gralora_config("auto", hybrid_r=2, target_modules="all-linear", use_dora=True, lora_dropout=0.1)
@@ -258,6 +274,7 @@ def test_dora_of_a_model_trains() -> None:
     assert len(magnitudes) == 14 and all(not torch.equal(p, before[name]) for name, p in magnitudes.items())
 
 
+@dora
 def test_dora_with_several_ks() -> None:
     """gralora_k_pattern and rank_pattern give layers their own grids under DoRA."""
     targets = TARGETS["llama"]
@@ -273,6 +290,7 @@ def test_dora_with_several_ks() -> None:
     assert_close64(logits(model), before)
 
 
+@dora
 def test_dora_compiles() -> None:
     """torch.compile takes forward and backward as one graph each."""
     torch._dynamo.reset()
@@ -416,28 +434,35 @@ def test_two_variants_are_refused() -> None:
         gralora_config(2, target_modules=["q_proj"], **fields)
 
 
-class Doubled(nn.Parameter):
+class Other(nn.Parameter):
     """A weight of another class, as quantised ones are."""
 
 
+@dora
 @pytest.mark.parametrize("field", ["use_dora", "alora_invocation_tokens"])
 @pytest.mark.parametrize("second", [False, True], ids=["new", "beside-another"])
 def test_variants_on_other_layers_are_refused(field: str, second: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On weights of another class than nn.Parameter they are refused by the layer's name, before any change."""
+    """On a weight of another class than nn.Parameter they are refused by the layer's name, before any change."""
     monkeypatch.setattr("gralora.layers.check_kind", lambda *args: None)
-    model = one_layer(Case(0, 0, 0, 20, 12))
-    model.layer.weight = Doubled(model.layer.weight.data)
+    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 12)).double()
+    model[1].weight = Other(model[1].weight.data)
     if second:
-        model = peft.get_peft_model(model, gralora_config(2, target_modules=["layer"]))
+        model = peft.get_peft_model(model, gralora_config(2, target_modules=["0", "1"]))
     values = {"use_dora": True, "alora_invocation_tokens": [1]}
-    config = gralora_config(2, target_modules=["layer"], task_type="CAUSAL_LM", **{field: values[field]})
-    with (
-        assert_unchanged(model, random_input(3, 20)),
-        pytest.raises(ValueError, match=f"{field}=.* 'layer' is a .*Dou"),
-    ):
+    config = gralora_config(2, target_modules=["0", "1"], task_type="CAUSAL_LM", **{field: values[field]})
+    with assert_unchanged(model, random_input(3, 20)), pytest.raises(ValueError, match=f"{field}=.* '1' is a .*Other"):
         model.add_adapter("other", config) if second else peft.LoraModel(model, config, "default")
 
 
+def test_dora_with_an_old_peft_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT 0.20 merges DoRA wrongly."""
+    monkeypatch.delattr(peft.tuners.lora.LoraLayer, "_unmerged_base_weight", raising=False)
+    model = one_layer(CASES[2])
+    with assert_unchanged(model, random_input(3, 12)), pytest.raises(ValueError, match="use_dora=True .* PEFT 0.21"):
+        peft.get_peft_model(model, case_config(CASES[2], use_dora=True))
+
+
+@dora
 def test_variants_are_not_combined_by_weights() -> None:
     """add_weighted_adapter would lose magnitudes, and where an aLoRA acts."""
     model = dora_model(CASES[2])
@@ -447,6 +472,7 @@ def test_variants_are_not_combined_by_weights() -> None:
         alora_model().add_weighted_adapter(["default"], [1.0], "mix", combination_type="cat")
 
 
+@dora
 def test_dora_in_a_mixed_batch_is_refused_by_peft() -> None:
     """As for plain LoRA with DoRA."""
     model = dora_model(CASES[2])

@@ -375,6 +375,11 @@ def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> LoraConfig:
 
 def check_variant(config: LoraConfig, name: str, layer: nn.Module) -> None:
     """Raise ValueError, naming the layer, if it is not of a kind on which DoRA and aLoRA are tested with GraLoRA."""
+    if config.use_dora and not hasattr(lora.LoraLayer, "_unmerged_base_weight"):  # which came with the right merging
+        raise ValueError(
+            "use_dora=True with use_gralora=True needs PEFT 0.21 or later: older ones merge DoRA wrongly into Conv1D "
+            "layers, and beside other adapters."
+        )
     base = base_layer(layer)
     plain = isinstance(base, nn.Linear | Conv1D) and type(base.weight) is nn.Parameter
     for field in SUPPORTED_VARIANTS:
