@@ -2,9 +2,11 @@
 lists them all, with their tests, which are here and in the files about layers and checkpoints.
 """
 
+import ast
 import copy
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -495,6 +497,16 @@ def test_intruder_dimensions() -> None:
         torch.testing.assert_close(layer.get_delta_weight("reduced"), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_intruder_dimensions_without_findings() -> None:
+    """Where it finds none, its copy of the adapter lacks the plain part: the docs say so, and what to do."""
+    for hybrid_r in (0, 2):
+        model = adapted(MODELS["llama"](), gralora_config(2, hybrid_r=hybrid_r, target_modules=["q_proj"]))
+        reduce_intruder_dimension(model, new_adapter_name="reduced", threshold_epsilon=0.0, logging_sink=None)
+        for layer in adapter_layers(model):
+            same = torch.equal(layer.get_delta_weight("reduced"), layer.get_delta_weight("default"))
+            assert same == (hybrid_r == 0)
+
+
 # Partitioned parameters
 
 ZERO3_PROGRAM = """
@@ -544,3 +556,23 @@ def test_zero3() -> None:
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert all(output.splitlines()[-1] == "equal" for output in outputs)
+
+
+# The table of all this
+
+
+def test_every_test_in_the_table_exists() -> None:
+    """Each row of docs/peft-features.md names one test, which is there."""
+    here = Path(__file__).parent
+    rows = [line for line in (here.parent / "docs" / "peft-features.md").read_text().splitlines() if line[:1] == "|"]
+    rows = [row for row in rows if not row.startswith(("| feature |", "| --- |"))]
+    functions = {
+        f"{file.name}::{node.name}"
+        for file in here.glob("test_*.py")
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert len(rows) > 60
+    for row in rows:
+        (name,) = re.findall(r"`(test_\w+\.py::test_\w+)` \|$", row)
+        assert name in functions, row

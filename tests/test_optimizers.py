@@ -181,7 +181,7 @@ def test_optimizers_refuse_what_they_cannot_do() -> None:
 
 @riemannian
 def test_optimizers_of_peft_do_not_know_grids() -> None:
-    """PEFT's LoRA-FA fails at its first step; its Riemannian one finds nothing in a pure grid, before training."""
+    """PEFT's LoRA-FA fails at its first step; its Riemannian one finds the plain part only, and says so of none."""
     case = CASES[2]
     model = adapted(one_layer(case), case_config(case)).train()
     with pytest.raises(ValueError, match="did not find any trainable"):
@@ -190,6 +190,13 @@ def test_optimizers_of_peft_do_not_know_grids() -> None:
     loss_of(model, case).backward()
     with pytest.raises(RuntimeError, match="size"):
         optimizer.step()
+    model = adapted(one_layer(CASES[3]), case_config(CASES[3])).train()
+    optimizer = stock.create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-3)
+    loss_of(model, CASES[3]).backward()
+    before = [t.grad.clone() for t in factors_of(only_layer(model))]
+    optimizer.step()
+    same = [torch.equal(t.grad, grad) for t, grad in zip(factors_of(only_layer(model)), before, strict=True)]
+    assert same == [True, True, False, False], "the docs say so"
 
 
 def test_loraplus() -> None:

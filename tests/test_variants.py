@@ -473,6 +473,34 @@ def test_variants_are_not_combined_by_weights() -> None:
 
 
 @dora
+def test_dora_and_alora_are_not_converted_by_peft() -> None:
+    """convert_to_lora takes dW for all that an adapter does, and would lose magnitudes and where an aLoRA acts."""
+    for model in (
+        adapted(MODELS["llama"](), gralora_config(2, target_modules=["q_proj"], use_dora=True)),
+        alora_model(),
+    ):
+        with pytest.raises(TypeError, match="do(es)? not support LoRA conversion"):
+            peft.convert_to_lora(model, rank=16)
+
+
+@dora
+def test_hotswap_of_variants(tmp_path: Path) -> None:
+    """DoRA is not hotswapped; aLoRA is, between adapters of the same invocation tokens."""
+    model = dora_model(CASES[2])
+    model.save_pretrained(tmp_path / "dora")
+    with assert_unchanged(model, random_input(3, 12)), pytest.raises(ValueError, match="use_dora=True: PEFT does not"):
+        gralora.hotswap_adapter(model, tmp_path / "dora", "default")
+    model, other, ids = alora_model(), alora_model(), with_invocation(1, 5)
+    randomize(other, seed=5)
+    other.save_pretrained(tmp_path / "alora")
+    gralora.hotswap_adapter(model, tmp_path / "alora", "default")
+    assert_close64(model(ids).logits, other(ids).logits)
+    edit(tmp_path / "alora", alora_invocation_tokens=[7, 8])
+    with pytest.raises(ValueError, match=r"alora_invocation_tokens=\[7, 8\] are not .* \[5, 6\]"):
+        gralora.hotswap_adapter(model, tmp_path / "alora", "default")
+
+
+@dora
 def test_dora_in_a_mixed_batch_is_refused_by_peft() -> None:
     """As for plain LoRA with DoRA."""
     model = dora_model(CASES[2])

@@ -97,7 +97,15 @@ def hotswap_adapter(
         RuntimeError: the same, if the new one has layers that the loaded one lacks.
     """
     config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
-    hotswap.check_hotswap_configs_compatible(model.peft_config[adapter_name], config)
+    loaded = model.peft_config[adapter_name]
+    hotswap.check_hotswap_configs_compatible(loaded, config)
+    if config.use_dora:
+        raise ValueError("use_dora=True: PEFT does not hotswap DoRA's magnitudes; load the adapter beside the other.")
+    if loaded.alora_invocation_tokens != config.alora_invocation_tokens:
+        raise ValueError(
+            f"alora_invocation_tokens={config.alora_invocation_tokens!r} are not those of adapter {adapter_name!r}, "
+            f"{loaded.alora_invocation_tokens!r}, which would go on to be used."
+        )
     tensors = load_peft_weights(model_name_or_path, device=torch_device, **kwargs)
     layers = {where.removeprefix("_orig_mod."): m for where, m in model.named_modules() if isinstance(m, GraloraLayer)}
     for where, layer in layers.items():

@@ -140,6 +140,12 @@ class GraloraLayer(Promoted):
         with keep_bias(self):
             super().unmerge()
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `peft.convert_to_lora` may take dW for all that the adapter does; it would lose DoRA and aLoRA."""
+        if self.is_gralora(adapter_name) and adapter_name in self.lora_variant:
+            return False
+        return super().supports_lora_conversion(adapter_name)
+
     def resolve_lora_variant(self, *, config: peft.LoraConfig, **kwargs: Any) -> Any:
         """PEFT's choice of a variant for an adapter that is added; Arrow's router reads other adapters' factors."""
         if getattr(config, "arrow_config", None) is not None:
