@@ -429,7 +429,7 @@ def settle_ks(config: LoraConfig, layers: dict[str, tuple[int, int]]) -> LoraCon
     unused = {key for key in config.gralora_k_pattern if not any(get_pattern_key([key], n) == key for n in layers)}
     if unused:
         warnings.warn(f"gralora_k_pattern keys that match no targeted layer: {sorted(unused)}.", stacklevel=2)
-    return config.with_ks(ks)
+    return config.settled(ks)
 
 
 def targeted_layers(tuner: BaseTuner, config: LoraConfig) -> Iterator[tuple[str, nn.Module]]:
