@@ -31,7 +31,7 @@ from helpers import (
     token_ids,
 )
 from peft import PeftModel
-from saved import edit, logits, read, save_gralora
+from saved import edit, logits, read, save_fork, save_gralora
 from torch import Tensor, nn
 
 import gralora
@@ -425,6 +425,14 @@ def test_alora_is_saved_and_loaded(tmp_path: Path) -> None:
 
 
 # What is refused
+
+
+def test_variants_in_an_adapter_of_the_fork_are_refused(tmp_path: Path) -> None:
+    """What that program makes of them together with a grid is not known."""
+    save_fork(tmp_path)
+    edit(tmp_path, use_dora=True)
+    with pytest.raises(ValueError, match="use_dora=True, which gralora does not know"):
+        gralora.inspect_adapter(tmp_path)
 
 
 def test_two_variants_are_refused() -> None:

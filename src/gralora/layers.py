@@ -205,7 +205,7 @@ class GraloraModel(Promoted):
                 A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
                 A.data, B.data = pad_lora(A.data, B.data, self.peft_config[adapter_name].r)
 
-    def set_adapter(self, adapter_name: str | list[str], **kwargs: Any) -> None:
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's.
 
         Raises:
@@ -221,17 +221,18 @@ class GraloraModel(Promoted):
                         "this). Delete it, and work on a plain copy of the adapter that it was made of: "
                         "add_weighted_adapter([ADAPTER], [1.0], NEW, combination_type='cat')."
                     )
-        super().set_adapter(adapter_name, **kwargs)
+        super().set_adapter(adapter_name, inference_mode)
 
     def _check_merge_allowed(self) -> None:
         """As PEFT's; its own check of layer_replication looks for the field among the adapters' names."""
         super()._check_merge_allowed()
-        first: dict[int, str] = {}
+        first: dict[int, tuple[str, nn.Module]] = {}
         for where, layer in self.model.named_modules():
-            if isinstance(layer, lora.LoraLayer):
-                weight = getattr(layer.get_base_layer(), "weight", None)
-                other = first.setdefault(id(weight), where)
-                if weight is not None and other != where:
+            base = layer.get_base_layer() if isinstance(layer, lora.LoraLayer) else None
+            weight = getattr(base, "weight", None)
+            if weight is not None:
+                other, other_base = first.setdefault(id(weight), (where, base))
+                if other_base is not base:
                     raise ValueError(
                         f"the adapters of {other!r} and {where!r} cannot be merged: these layers share one weight "
                         "(layer_replication makes such layers), and each has an update of its own."

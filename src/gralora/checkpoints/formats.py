@@ -16,7 +16,7 @@ import torch
 from peft import PeftType
 from torch import Tensor
 
-from ..config import FORMAT, LoraConfig
+from ..config import FORMAT, SUPPORTED_VARIANTS, LoraConfig
 from .files import LazyTensors
 
 PREFIX = "base_model.model."  # PEFT's, before the name of the layer in the base model
@@ -287,6 +287,8 @@ def _fork_to_gralora(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]
     notices = []
     if config.get("lora_bias"):
         notices.append("lora_bias=True set to False: the fork's forward does not use the bias.")
+    for name in SUPPORTED_VARIANTS:  # what the fork makes of them together with a grid is not known
+        _refuse_if_set(name, config.get(name))
     known = {f.name for f in dataclasses.fields(LoraConfig)}
     for name in sorted(config.keys() - known):
         _refuse_if_set(name, config.pop(name))
