@@ -98,7 +98,7 @@ def test_hopper_kernel_is_used():
         pytest.skip("not a Hopper GPU")
     x, weight, _, A, B, *_ = make(SHAPES[0], torch.bfloat16, "cuda")
     g = fused.down(x, A, 0, 1.0)
-    assert dispatch.use_down_kernel(x) and dispatch.use_linear_kernel(x, weight, g, B)
+    assert dispatch.factor_kernels(x) and dispatch.linear_kernel(x, weight, g, B)
 
 
 @pytest.mark.gpu
@@ -130,6 +130,14 @@ for tokens, n_in, k, r in [(33, 40, 2, 4), (130, 96, 4, 8), (5, 63, 3, 3), (64, 
     strided = torch.full((k, tokens, r + 2), torch.nan)[..., :r]
     kernels.down(x, A.transpose(1, 2).contiguous().transpose(1, 2), 0.5, strided)
     assert torch.equal(g, strided)
+for tokens, n_out, k, r in [(33, 40, 2, 4), (70, 288, 4, 8), (5, 63, 3, 3), (64, 64, 1, 70)]:
+    g, B, y = torch.randn(k, tokens, r), torch.randn(k, r, n_out // k), torch.randn(tokens, n_out)
+    exact = y.double() + reference.up(g.double().transpose(0, 1).flatten(1), B.double())
+    transposed = y.clone()
+    kernels.up(g, B, y)
+    assert (y - exact).abs().max() < 1e-5 * exact.abs().max(), (tokens, n_out, k, r)
+    kernels.up(g, B.mT.contiguous().mT, transposed)
+    assert torch.equal(y, transposed)
 for n_in, n_out, k, r in [(40, 60, 2, 4), (63, 99, 3, 3), (160, 96, 4, 8), (64, 70, 1, 20)]:
     A, B = torch.randn(k, n_in // k, r), torch.randn(k, r, n_out // k)
     exact = reference.delta_weight(A.double(), B.double(), 0.5)

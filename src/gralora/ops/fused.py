@@ -31,28 +31,29 @@ def exchange(h: Tensor) -> Tensor:
     return h if k == 1 else h.as_strided((k, T, k, q), (q, r, T * r, 1)).contiguous().view(k, T, r)
 
 
-def pack(
-    A: Tensor, B: Tensor, hybrid_A: Tensor | None, hybrid_B: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, int]:
-    """Grid and hybrid factors as one pair `[k, I/k, R]`, `[k, R, O/k]` of `dtype`, with R = r + h; and h."""
-    A, B = A.to(dtype), B.to(dtype)
+def pack(A: Tensor, B: Tensor, hybrid_A: Tensor | None, hybrid_B: Tensor | None) -> tuple[Tensor, Tensor, int]:
+    """Grid and hybrid factors as one pair `[k, I/k, R]`, `[k, R, O/k]` with R = r + h; and h."""
     if hybrid_A is None or hybrid_B is None:
         return A, B, 0
     k = A.shape[0]
-    tail_A = hybrid_A.to(dtype).unflatten(1, (k, A.shape[1])).permute(1, 2, 0)
-    tail_B = hybrid_B.to(dtype).unflatten(0, (k, B.shape[2])).mT
+    tail_A = hybrid_A.unflatten(1, (k, A.shape[1])).permute(1, 2, 0)
+    tail_B = hybrid_B.unflatten(0, (k, B.shape[2])).mT
     return torch.cat([A, tail_A], dim=2), torch.cat([B, tail_B], dim=1), hybrid_A.shape[0]
 
 
 def down(x: Tensor, A: Tensor, hybrid_r: int, scaling: float) -> Tensor:
-    """Exchanged sub-ranks, times `scaling`: x `[T, I]`, A `[k, I/k, R]` -> g `[k, T, R]`."""
+    """Exchanged sub-ranks, times `scaling`: x `[T, I]`, A `[k, I/k, R]` -> g `[k, T, R]`, dtype of x."""
     k, T, r = A.shape[0], x.shape[0], A.shape[2] - hybrid_r
-    if dispatch.use_down_kernel(x):
+    kernels = dispatch.factor_kernels(x)
+    if kernels is not None:
         g = x.new_empty(k, T, r + hybrid_r)
-        dispatch.kernels().down(x, A[..., :r], scaling, g[..., :r])
-        if hybrid_r:
-            g[..., r:] = scaling * (x @ A[..., r:].flatten(0, 1))
+        if not hybrid_r:
+            kernels.down(x, A, scaling, g)
+            return g
+        kernels.down(x, A[..., :r], scaling, g[..., :r])
+        g[..., r:] = scaling * (x @ A[..., r:].flatten(0, 1).to(x.dtype))
         return g
+    A = A.to(x.dtype)
     grid = A[..., :r] if hybrid_r else A
     g = exchange(x.new_empty(k, T, r).baddbmm_(chunks(x, k), grid, beta=0, alpha=scaling))
     if not hybrid_r:
@@ -61,16 +62,21 @@ def down(x: Tensor, A: Tensor, hybrid_r: int, scaling: float) -> Tensor:
 
 
 def linear_up(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tensor) -> Tensor:
-    """x W^T + bias + up(g, B): x `[T, I]`, weight `[O, I]`, g `[k, T, R]`, B `[k, R, O/k]` -> `[T, O]`."""
-    if dispatch.use_linear_kernel(x, weight, g, B):
-        return dispatch.hopper(x.device.index).linear_up(x, weight, bias, g, B)
+    """x W^T + bias + up(g, B): x `[T, I]`, weight `[O, I]`, g `[k, T, R]`, B `[k, R, O/k]` -> `[T, O]`, dtype of x."""
+    matmul = dispatch.linear_kernel(x, weight, g, B)
+    if matmul is not None:
+        return matmul.linear_up(x, weight, bias, g, B.to(x.dtype))
     if bias is None and x.is_cuda and x.numel() >= dispatch.MIN_SIZE:
         # the product with W reads the adapter's output while it multiplies: cheaper than a pass of its own
         y = x.new_empty(x.shape[0], weight.shape[0])
-        chunks(y, B.shape[0]).baddbmm_(g, B, beta=0)
+        chunks(y, B.shape[0]).baddbmm_(g, B.to(x.dtype), beta=0)
         return y.addmm_(x, weight.t())
     y = torch.nn.functional.linear(x, weight, bias)
-    chunks(y, B.shape[0]).baddbmm_(g, B)
+    kernels = dispatch.factor_kernels(x)
+    if kernels is not None:
+        kernels.up(g, B, y)
+    else:
+        chunks(y, B.shape[0]).baddbmm_(g, B.to(x.dtype))
     return y
 
 
@@ -86,7 +92,7 @@ def forward(
     dropped: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y `[..., O]`, and the exchanged sub-ranks g `[k, T, R]` for the backward. Factors are cast to the dtype of x."""
-    A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B, x.dtype)
+    A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
     rows = _rows(x)
     g = down(rows if dropped is None else _rows(dropped), A, hybrid_r, scaling)
     y = linear_up(rows, weight, bias, g, B)
@@ -113,7 +119,7 @@ def backward(
     """
     needs_x, needs_A, needs_B, needs_dropped = needs
     dtypes = A.dtype, B.dtype
-    A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B, x.dtype)
+    A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
     k, r, shape = A.shape[0], A.shape[2] - hybrid_r, x.shape
     dy, seen = _rows(dy), _rows(x if dropped is None else dropped)
     dx = dA = dB = d_hybrid_A = d_hybrid_B = d_dropped = None
@@ -124,7 +130,7 @@ def backward(
         dx = dx.view(shape)
     if needs_dropped:
         d_dropped = torch.empty_like(seen, memory_format=torch.contiguous_format)
-        chunks(d_dropped, k).baddbmm_(dh, A.mT, beta=0)
+        chunks(d_dropped, k).baddbmm_(dh, A.mT.to(x.dtype), beta=0)
         d_dropped = d_dropped.view(shape)
     if needs_A:
         dA = torch.bmm(chunks(seen, k).mT, dh).to(dtypes[0])
