@@ -1,6 +1,7 @@
 """An adapted linear layer, base and adapter together, in as few passes over memory as torch's own kernels allow.
 
-The forward keeps only `x` and the exchanged sub-ranks `g`; nothing of the size of `y` is made but `y`. Chunks of x and
+The forward keeps only `x` and the exchanged sub-ranks `g`, with dropout also its seed; nothing of the size of `y` is
+made but `y`. Chunks of x and
 y are strided views, [k, T, I/k] and [k, T, O/k], that batched matrix products read and write in place.
 
 Both directions are the same three operations, because the exchange is its own mirror image:
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .dropout import dropout
 
 
 def chunks(x: Tensor, k: int) -> Tensor:
@@ -89,12 +91,13 @@ def forward(
     hybrid_A: Tensor | None,
     hybrid_B: Tensor | None,
     scaling: float,
-    dropped: Tensor | None,
+    p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y `[..., O]`, and the exchanged sub-ranks g `[k, T, R]` for the backward. Factors are cast to the dtype of x."""
     A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
     rows = _rows(x)
-    g = down(rows if dropped is None else _rows(dropped), A, hybrid_r, scaling)
+    g = down(rows if seed is None else dropout(rows, p, seed), A, hybrid_r, scaling)
     y = linear_up(rows, weight, bias, g, B)
     # as matmul does: to autograd y is no view, so that callers may change it in place
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])), g
@@ -110,29 +113,30 @@ def backward(
     hybrid_B: Tensor | None,
     g: Tensor,
     scaling: float,
-    dropped: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
+    p: float,
+    seed: Tensor | None,
+    needs: tuple[bool, bool, bool],
 ) -> list[Tensor | None]:
-    """Gradients of x, A, B, hybrid_A, hybrid_B and dropped.
+    """Gradients of x, A, B, hybrid_A and hybrid_B.
 
-    `needs` says which of those of x, of (hybrid_)A, of (hybrid_)B and of dropped; the others are None.
+    `needs` says which of those of x, of (hybrid_)A and of (hybrid_)B; the others are None.
     """
-    needs_x, needs_A, needs_B, needs_dropped = needs
+    needs_x, needs_A, needs_B = needs
     dtypes = A.dtype, B.dtype
     A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
     k, r, shape = A.shape[0], A.shape[2] - hybrid_r, x.shape
-    dy, seen = _rows(dy), _rows(x if dropped is None else dropped)
-    dx = dA = dB = d_hybrid_A = d_hybrid_B = d_dropped = None
-    if needs_A or needs_dropped or (needs_x and dropped is None):
+    dy, x = _rows(dy), _rows(x)
+    dx = dA = dB = d_hybrid_A = d_hybrid_B = None
+    if needs_x or needs_A:
         dh = down(dy, B.mT, hybrid_r, scaling)
-    if needs_x:
-        dx = linear_up(dy, weight.t(), None, dh, A.mT) if dropped is None else dy @ weight
-        dx = dx.view(shape)
-    if needs_dropped:
-        d_dropped = torch.empty_like(seen, memory_format=torch.contiguous_format)
-        chunks(d_dropped, k).baddbmm_(dh, A.mT.to(x.dtype), beta=0)
-        d_dropped = d_dropped.view(shape)
+    if needs_x and seed is None:
+        dx = linear_up(dy, weight.t(), None, dh, A.mT).view(shape)
+    elif needs_x:
+        dx = x.new_empty(x.shape)
+        chunks(dx, k).baddbmm_(dh, A.mT.to(x.dtype), beta=0)
+        dx = dropout(dx, p, seed).addmm_(dy, weight).view(shape)
     if needs_A:
+        seen = x if seed is None else dropout(x, p, seed)
         dA = torch.bmm(chunks(seen, k).mT, dh).to(dtypes[0])
         if hybrid_r:
             dA, d_hybrid_A = dA.split([r, hybrid_r], dim=2)
@@ -142,7 +146,7 @@ def backward(
         if hybrid_r:
             dB, d_hybrid_B = dB.split([r, hybrid_r], dim=1)
             d_hybrid_B = d_hybrid_B.mT.flatten(0, 1)
-    return [dx, dA, dB, d_hybrid_A, d_hybrid_B, d_dropped]
+    return [dx, dA, dB, d_hybrid_A, d_hybrid_B]
 
 
 def _rows(x: Tensor) -> Tensor:

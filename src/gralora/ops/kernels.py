@@ -124,6 +124,37 @@ def _dot_size(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
+@triton.jit(do_not_specialize=["WIDTH"])
+def _dropout_kernel(x_ptr, y_ptr, seed_ptr, p, scale, WIDTH, STRIDE_XT: tl.constexpr, BLOCK: tl.constexpr):
+    """A part of one row, four runs of BLOCK columns: philox gives four numbers at a time."""
+    t, first = tl.program_id(0), tl.program_id(1) * BLOCK
+    c = first + tl.arange(0, BLOCK)
+    u_0, u_1, u_2, u_3 = tl.philox(tl.load(seed_ptr), c, t, 0, 0)
+    for run in tl.static_range(4):
+        u = u_0 if run == 0 else u_1 if run == 1 else u_2 if run == 2 else u_3
+        n = 4 * first + run * BLOCK + tl.arange(0, BLOCK)
+        b_x = tl.load(x_ptr + t.to(tl.int64) * STRIDE_XT + n, mask=n < WIDTH, other=0.0).to(tl.float32)
+        kept = tl.uint_to_uniform_float(u) >= p
+        b_y = b_x * tl.where(kept, scale, 0.0)  # NaN stays NaN, as in torch
+        tl.store(y_ptr + t.to(tl.int64) * WIDTH + n, b_y.to(y_ptr.dtype.element_ty), mask=n < WIDTH)
+
+
+_dropout = Launcher(_dropout_kernel, num_warps=4)
+
+
+def dropout(x: Tensor, p: float, scale: float, seed: Tensor) -> Tensor:
+    """x `[T, I]`, unit stride along I, with elements zeroed with probability p and the others times `scale`.
+
+    Which ones depends on the seed, int64 `[]` on x's device, and on the place in `[T, I]`.
+    """
+    (T, width), y = x.shape, x.new_empty(x.shape)
+    constants = (x.stride(0), 128)
+    aligned = tuple(t.data_ptr() % 16 == 0 for t in (x, y, seed))
+    grid = (T, -(-width // 512), 1)
+    _dropout((x.dtype, constants, aligned), grid, x, x, y, seed, float(p), float(scale), width, *constants)
+    return y
+
+
 @triton.jit
 def _delta_weight_kernel(
     A_ptr,

@@ -50,7 +50,8 @@ def _launch_of(compiled: Any) -> Launch:
     from triton.backends.nvidia.driver import make_tensordesc_arg
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    function, metadata = compiled.function, compiled.packed_metadata
+    flags = compiled.run.launch_cooperative_grid, compiled.run.launch_pdl
     descriptors = compiled.metadata.tensordesc_meta or ()
     stream_of = torch._C._cuda_getCurrentRawStream
 
@@ -66,10 +67,7 @@ def _launch_of(compiled: Any) -> Launch:
                 else:
                     expanded.append(arg)
             args = expanded
-        c_launch(
-            *grid, stream_of(device), function, run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, None,
-            None, None, *args
-        )  # fmt: skip
+        c_launch(*grid, stream_of(device), function, *flags, None, None, metadata, None, None, None, *args)
 
     return launch
 
