@@ -138,8 +138,9 @@ def _factor_grad_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    """A tile of block i of the result, over all tokens."""
+    """A tile of block i of the result, over all tokens; STEPS * BLOCK_T is at least T."""
     i = tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -147,7 +148,7 @@ def _factor_grad_kernel(
     p_x = x_ptr + t[None, :].to(tl.int64) * STRIDE_XT + i * CHUNK + c[:, None]
     p_h = h_ptr + (i.to(tl.int64) * T + t[:, None]) * RANK + n[None, :]
     b_out = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
-    for t0 in range(0, T, BLOCK_T):
+    for t0 in range(0, STEPS * BLOCK_T, BLOCK_T):
         b_x = tl.load(p_x, mask=(c[:, None] < CHUNK) & (t0 + t[None, :] < T), other=0.0)
         b_h = tl.load(p_h, mask=(t0 + t[:, None] < T) & (n[None, :] < RANK), other=0.0)
         b_out = tl.dot(b_x, b_h, b_out)
@@ -169,9 +170,11 @@ def factor_grad(x: Tensor, h: Tensor, out: Tensor) -> None:
         out: written: `[k, n/k, r]`, any float dtype, contiguous or the transpose of a contiguous `[k, r, n/k]`.
     """
     (k, T, r), chunk = h.shape, out.shape[1]
-    constants = (chunk, r, x.stride(0), out.stride(1), out.stride(2), 64, 64, min(64, _dot_size(r)))
+    block_r = min(64, _dot_size(r))
+    steps = 1 << (-(-T // 64) - 1).bit_length()  # a power of two: few versions are compiled
+    constants = (chunk, r, x.stride(0), out.stride(1), out.stride(2), 64, 64, block_r, steps)
     aligned = tuple(t.data_ptr() % 16 == 0 for t in (x, h, out))
-    grid = (-(-chunk // 64), k, -(-r // constants[-1]))
+    grid = (-(-chunk // 64), k, -(-r // block_r))
     _factor_grad((x.dtype, out.dtype, constants, aligned), grid, x, x, h, out, T, *constants)
 
 
