@@ -53,9 +53,9 @@ class Worker:
                 torch.cuda.empty_cache()
             torch.manual_seed(0)
             model = copy.deepcopy(self.base).to(self.device)
-            compiled = self.device == "cuda" and not self.args.eager
+            launch = self.args.launch if self.device == "cuda" else "eager"
             task = self.tasks[job.cell.task]
-            self.trainer = Trainer(model, job.cell, task, job.steps, job.tokens_per_step, compiled)
+            self.trainer = Trainer(model, job.cell, task, job.steps, job.tokens_per_step, launch)
         build_s = time.perf_counter() - start
         # exact match takes as long as training, so the runs that choose the learning rate do without
         wanted = self.tokenizer is not None and job.seed != quality_plan.TUNING_SEED
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace, stages: list[Stage] | None = None) -> Results:
     processes = []
     for _ in range(args.workers):
         ours, theirs = context.Pipe()
-        processes.append(context.Process(target=_worker, args=(theirs, args, threads), daemon=True))
+        processes.append(context.Process(target=_worker, args=(theirs, args, threads)))
         processes[-1].start()
         theirs.close()
         pipes[ours], held[ours] = None, None
@@ -155,7 +155,9 @@ def run(args: argparse.Namespace, stages: list[Stage] | None = None) -> Results:
 def _show(record: dict[str, Any], elapsed: float) -> None:
     cell = Cell(**{name: record[name] for name in ("task", "method", "r", "k", "hybrid_r", "scale")})
     loss = "diverged" if record["test_loss"] is None else f"{record['test_loss']:.4f}"
-    more = "".join(f", {name} {record[name]:.3f}" for name in ("accuracy", "exact_match") if record.get(name) is not None)
+    more = "".join(
+        f", {name} {record[name]:.3f}" for name in ("accuracy", "exact_match") if record.get(name) is not None
+    )
     print(
         f"{elapsed:6.0f} s  {cell.task}, {cell.name}, lr {record['lr']:.3g}, seed {record['seed']}: {loss}{more}"
         f"  [build {record['build_s']:.0f} s, train {record['train_s']:.1f} s, all {record['wall_s']:.1f} s]",
@@ -179,7 +181,9 @@ def data(args: argparse.Namespace) -> None:
     end, length = tokenizer.eos_token_id, args.length + 1
     if args.task == "python":
         folders = args.data or quality_data.default_folders()
-        task = quality_data.python_task(folders, encode, end, length, args.train_rows, args.test_rows, args.per_package)
+        task = quality_data.python_task(
+            folders, encode, end, length, args.train_rows, args.test_rows, args.per_package
+        )
     elif args.task == "gsm8k":
         task = quality_data.gsm8k_task(args.train[0], args.test, encode, end, length)
     else:
@@ -200,7 +204,7 @@ def tiny(folder: Path, workers: int) -> Results:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     options = {"vocab_size": 256, "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": True}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **options))
-    trainer = Trainer(model, Cell("python", "full"), task, 100, 512, compiled=False)
+    trainer = Trainer(model, Cell("python", "full"), task, 100, 512, "eager")
     trainer.run(Job(Cell("python", "full"), 4e-3, seed=9, steps=100, tokens_per_step=512))
     model.save_pretrained(folder / "model")
     args = parser().parse_args(
@@ -218,8 +222,12 @@ def parser() -> argparse.ArgumentParser:
     d.add_argument("--task", choices=["python", "gsm8k", "choice"], required=True)
     d.add_argument("--model", type=Path, required=True, help="folder with the tokenizer")
     d.add_argument("--out", type=Path, required=True)
-    d.add_argument("--data", type=Path, nargs="+", help="python: folders of packages [standard library, site-packages]")
-    d.add_argument("--train", type=Path, nargs="+", help="gsm8k: the .jsonl; choice: .json files in LLM-Adapters' layout")
+    d.add_argument(
+        "--data", type=Path, nargs="+", help="python: folders of packages [standard library, site-packages]"
+    )
+    d.add_argument(
+        "--train", type=Path, nargs="+", help="gsm8k: the .jsonl; choice: .json files in LLM-Adapters' layout"
+    )
     d.add_argument("--test", type=Path, help="as --train")
     d.add_argument("--length", type=int, default=512, help="tokens a row [512]")
     d.add_argument("--train_rows", type=int, default=6400, help="python: [6400]")
@@ -234,7 +242,9 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("--workers", type=int, default=4, help="processes that share the device [4]")
     r.add_argument("--budget_s", type=float, default=float("inf"), help="seconds after which it ends")
     r.add_argument("--max_runs", type=int, default=10**9, help="runs after which it ends")
-    r.add_argument("--eager", action="store_true", help="on a GPU: without torch.compile, still as CUDA graphs")
+    r.add_argument(
+        "--launch", choices=["eager", "graph", "compiled"], default="compiled", help="how a GPU runs a step [compiled]"
+    )
     r.add_argument("--exact_match", type=int, default=0, help="GSM8K: test problems to generate answers for [0: none]")
     t = commands.add_parser("report", help="tables, plots and summary")
     t.add_argument("results", type=Path, nargs="+", help=".jsonl files of `run`")

@@ -83,7 +83,9 @@ def python_task(
     rows: dict[bool, list[list[int]]] = {True: [], False: []}
     wanted = {True: test_rows, False: train_rows}
     # in the order of a hash: the alphabet would fill the rows with the first packages
-    for package, files in sorted(python_files(folders).items(), key=lambda item: hashlib.md5(item[0].encode()).digest()):
+    for package, files in sorted(
+        python_files(folders).items(), key=lambda item: hashlib.md5(item[0].encode()).digest()
+    ):
         test = held_out(package)
         limit = max(per_package // 25, 1) if test else per_package  # the test is small: of many packages a little
         if len(rows[test]) < wanted[test]:
@@ -150,7 +152,9 @@ def choice_task(train: list[Path], test: Path, encode: Encode, end: int, length:
     for number, record in enumerate(json.loads(test.read_text(encoding="utf-8"))):
         offered = re.search(r"Answer format:\s*(\S+)", record["instruction"])
         if not offered or record["answer"] not in offered.group(1).split("/"):
-            raise ValueError(f"{str(test)!r}, record {number}: answer={record['answer']!r} is not one of those offered.")
+            raise ValueError(
+                f"{str(test)!r}, record {number}: answer={record['answer']!r} is not one of those offered."
+            )
         for answer in offered.group(1).split("/"):
             pairs.append((f"{record['instruction']}\n", record["output"].replace(record["answer"], answer)))
             questions.append(number)
@@ -173,5 +177,7 @@ def _question_rows(
             mask.append([False] * len(question) + [True] * len(reply) + [False] * filling)
             kept.append(number)
     if len(kept) < len(pairs):
-        warnings.warn(f"{source}: left out {len(pairs) - len(kept)} of {len(pairs)} rows over {length} tokens.", stacklevel=2)
+        warnings.warn(
+            f"{source}: left out {len(pairs) - len(kept)} of {len(pairs)} rows over {length} tokens.", stacklevel=2
+        )
     return np.array(tokens, dtype=np.uint16), np.array(mask), np.array(kept)

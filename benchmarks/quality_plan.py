@@ -149,9 +149,7 @@ def stages(tasks: Iterable[str]) -> list[Stage]:
         Stage("methods at r=128", (lora(python, 128), grid(python, 128, 4), grid(python, 128, 8)), seeds=4),
         Stage("same rank of dW, full fine-tuning", (lora(python, 256), Cell(python, "full")), seeds=4),
         Stage("scaling, seeds", (grid(python, 64, 4, power=0.5), grid(python, 64, 4, power=1.0)), seeds=4),
-        Stage(
-            "GSM8K at r=64", (lora(gsm8k, 64), grid(gsm8k, 64, 4), grid(gsm8k, 64, 4, hybrid_r=32)), seeds=4
-        ),
+        Stage("GSM8K at r=64", (lora(gsm8k, 64), grid(gsm8k, 64, 4), grid(gsm8k, 64, 4, hybrid_r=32)), seeds=4),
         Stage("methods at r=16", (lora(python, 16), grid(python, 16, 2), grid(python, 16, 4)), seeds=4),
         Stage("multiple choice at r=64", (lora(choice, 64), grid(choice, 64, 4)), seeds=4),
         Stage("scaling at r=128", tuple(grid(python, 128, k, power=0.5) for k in (4, 8)), seeds=4),

@@ -76,8 +76,12 @@ class Job:
 class Trainer:
     """The model of one cell, on one device, and its training step; `run` trains it anew for every job."""
 
-    def __init__(self, model: nn.Module, cell: Cell, task: Task, steps: int, tokens_per_step: int, compiled: bool):
-        """Adapt `model`, a causal LM of the Llama family in float32, which the trainer then owns."""
+    def __init__(self, model: nn.Module, cell: Cell, task: Task, steps: int, tokens_per_step: int, launch: str):
+        """Adapt `model`, a causal LM of the Llama family in float32, which the trainer then owns.
+
+        Args:
+            launch: "eager", "graph" (a step is one CUDA graph) or "compiled" (that, of compiled layers).
+        """
         self.cell, self.task, self.steps = cell, task, steps
         self.device = next(model.parameters()).device
         self.cuda = self.device.type == "cuda"
@@ -85,12 +89,13 @@ class Trainer:
             self.lm = model
             self.start = [p.detach().clone() for p in model.parameters()]
         else:
-            model = model.requires_grad_(False).to(torch.bfloat16 if self.cuda else torch.float32)
+            for p in model.requires_grad_(False).parameters():  # not the rotary frequencies, which are a buffer
+                p.data = p.data.to(torch.bfloat16 if self.cuda else torch.float32)
             self.lm = peft.get_peft_model(model, cell.config()).base_model.model
         self.decoder = self.lm.model.train()
         self.layers: list[Callable[..., Tensor]] = list(self.decoder.layers)
         self.row_loss: Callable[..., Tensor] = row_loss
-        if compiled:
+        if launch == "compiled":
             torch._dynamo.reset()
             self.layers = [torch.compile(layer, dynamic=False) for layer in self.layers]
             self.row_loss = torch.compile(row_loss, dynamic=False)
@@ -113,7 +118,7 @@ class Trainer:
             self.trainable, lr=self.lr, weight_decay=0.0, fused=True, capturable=self.cuda
         )
         self.train_step, self.test_step = self._train_step, self._test_step
-        if self.cuda:
+        if launch != "eager":
             self._capture()
 
     def _place(self, array: np.ndarray) -> Tensor:
@@ -137,7 +142,7 @@ class Trainer:
         mask = self.mask[rows]
         loss = self.row_losses(self.tokens[rows], mask).sum() / mask[:, 1:].sum()
         for p, gradient in zip(self.trainable, torch.autograd.grad(loss, self.trainable), strict=True):
-            p.grad = gradient
+            p.grad = gradient.contiguous()  # a fused AdamW reads memory in the parameter's order
         self.losses.index_copy_(0, self.count, loss.detach()[None])
         self.lr.copy_(self.lrs.index_select(0, self.count)[0])
         self.optimizer.step()
