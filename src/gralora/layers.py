@@ -101,8 +101,8 @@ class GraloraLayer(Promoted):
             B_weight, B_hybrid = B_weight * scaling, None if B_hybrid is None else B_hybrid * scaling
             scaling = 1.0
         weight = weight.t() if transposed else weight
-        dropped = dropout(x) if dropout.training and type(dropout) is nn.Dropout else None
-        return x, weight, bias, A_weight, B_weight, A_hybrid, B_hybrid, scaling, dropped
+        p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        return x, weight, bias, A_weight, B_weight, A_hybrid, B_hybrid, scaling, p
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """dW of one adapter, scaling included, in the layout of the base weight (`[out, in]`, Conv1D: `[in, out]`).
