@@ -1,8 +1,8 @@
 """Which runs the quality benchmark makes, in order of importance, given the results that are there.
 
-The plan is a function of the results: every cell (method, rank, ...) is tuned with one seed over one ladder of learning
-rates, 1e-3 times powers of two, from its first guess outwards until the best is enclosed by two worse; then it is run
-at its best learning rate with other seeds. The seed that chose the learning rate is not among them, so that what the
+The plan is a function of the results: every cell (method, rank, ...) is tuned with one seed over one ladder of
+learning rates, 1e-3 times powers of two, from its first guess outwards until the best is enclosed by two worse; then
+it is run at its best learning rate with other seeds. The seed that chose the learning rate is not among them, so that what the
 tables show was not selected for.
 """
 
