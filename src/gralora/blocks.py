@@ -106,8 +106,8 @@ class GranularUp(nn.Module):
         y = reference.up(g[..., : k * r_g], self.weight)
         if self.hybrid_weight is not None:
             y = y + nn.functional.linear(g[..., k * r_g :], self.hybrid_weight)
-        y = y if self.bias is None else y + self.bias
-        return y if self.gain == 1 else self.gain * y
+        y = y if self.gain == 1 else self.gain * y
+        return y if self.bias is None else y + self.bias  # PEFT merges a bias without the gain
 
     def extra_repr(self) -> str:
         k, r_g, chunk = self.weight.shape
@@ -116,7 +116,7 @@ class GranularUp(nn.Module):
 
 
 def delta_weight(down: GranularDown, up: GranularUp, scaling: float | Tensor) -> Tensor:
-    """dW = scaling * gain * (grid + B_s A_s), `[O, I]`, in float32 where the factors are half precision, else in their dtype.
+    """dW = scaling * gain * (grid + B_s A_s), `[O, I]`, in float32 for factors of half precision, else in their dtype.
 
     Half-precision factors are multiplied in float32, so that merging rounds once, when the sum is stored.
     """

@@ -14,7 +14,6 @@ which kind of layer PEFT chose, on the order in which plain LoRA and GraLoRA ada
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from math import gcd
 from typing import Any
 
 import peft
@@ -30,15 +29,22 @@ from peft.tuners.tuners_utils import (
     check_adapters_to_merge,
 )
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import blocks
 from .blocks import GranularDown, GranularUp
-from .config import LoraConfig, auto_k, divisors
+from .config import SUPPORTED_VARIANTS, LoraConfig, auto_k
+from .dora import GranularDora
 from .kinds import base_layer, check_kind, keep_bias, keep_weights_unpacked
 from .ops import dispatch, gralora_linear
 from .ops.factors import hybrid_to_lora, pad_lora
+
+ARROW = (
+    "Arrow (arrow_config) routes between plain LoRA adapters by their factors, and cannot be combined with GraLoRA "
+    "adapters; `gralora export` makes plain ones of them."
+)
 
 
 class Promoted:
@@ -72,6 +78,8 @@ class GraloraLayer(Promoted):
         if len(active) != 1:
             return None
         name, base = active[0], modules["base_layer"]
+        if name in self.lora_variant:
+            return None
         A, B, dropout = downs[name], ups[name], modules["lora_dropout"]._modules[name]
         if type(A) is not GranularDown or type(B) is not GranularUp or B._parameters["bias"] is not None:
             return None
@@ -132,6 +140,18 @@ class GraloraLayer(Promoted):
         with keep_bias(self):
             super().unmerge()
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `peft.convert_to_lora` may take dW for all that the adapter does; it would lose DoRA and aLoRA."""
+        if self.is_gralora(adapter_name) and adapter_name in self.lora_variant:
+            return False
+        return super().supports_lora_conversion(adapter_name)
+
+    def resolve_lora_variant(self, *, config: peft.LoraConfig, **kwargs: Any) -> Any:
+        """PEFT's choice of a variant for an adapter that is added; Arrow's router reads other adapters' factors."""
+        if getattr(config, "arrow_config", None) is not None:
+            raise ValueError(ARROW)
+        return super().resolve_lora_variant(config=config, **kwargs)
+
 
 class GraloraModel(Promoted):
     """Mixin over PEFT's LoraModel, once it holds a GraLoRA adapter: operations on factors that assume plain LoRA."""
@@ -160,6 +180,10 @@ class GraloraModel(Promoted):
                 f"combination_type={combination_type!r} combines factors element by element, which is not defined for "
                 f"the GraLoRA adapter(s) {granular}; use 'cat' (exact), 'svd', or a kind that ends in '_svd'."
             )
+        for field in SUPPORTED_VARIANTS:
+            variants = [name for name in granular if getattr(self.peft_config[name], field)]
+            if variants:
+                raise ValueError(f"adapter(s) {variants} have {field}, which their combination would lose.")
         biased = [name for name in granular if self.peft_config[name].lora_bias]
         if biased:
             raise ValueError(f"adapter(s) {biased} have lora_bias=True; the combination would lose their biases.")
@@ -180,6 +204,38 @@ class GraloraModel(Promoted):
                 # where PEFT's SVD gave a lower rank: it cannot give more than a layer has features
                 A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
                 A.data, B.data = pad_lora(A.data, B.data, self.peft_config[adapter_name].r)
+
+    def set_adapter(self, adapter_name: str | list[str], **kwargs: Any) -> None:
+        """As PEFT's.
+
+        Raises:
+            ValueError: if a function that knows only plain LoRA has written into the adapter's factors.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for where, layer in self.model.named_modules():
+            for name in names if isinstance(layer, GraloraLayer) else []:
+                if layer.is_gralora(name) and layer.lora_A[name].weight.ndim != 3:
+                    raise ValueError(
+                        f"adapter {name!r} is GraLoRA, and its lora_A in {where!r} was overwritten by one of shape "
+                        f"{tuple(layer.lora_A[name].weight.shape)}, a plain LoRA's (reduce_intruder_dimension does "
+                        "this). Delete it, and work on a plain copy of the adapter that it was made of: "
+                        "add_weighted_adapter([ADAPTER], [1.0], NEW, combination_type='cat')."
+                    )
+        super().set_adapter(adapter_name, **kwargs)
+
+    def _check_merge_allowed(self) -> None:
+        """As PEFT's; its own check of layer_replication looks for the field among the adapters' names."""
+        super()._check_merge_allowed()
+        first: dict[int, str] = {}
+        for where, layer in self.model.named_modules():
+            if isinstance(layer, lora.LoraLayer):
+                weight = getattr(layer.get_base_layer(), "weight", None)
+                other = first.setdefault(id(weight), where)
+                if weight is not None and other != where:
+                    raise ValueError(
+                        f"the adapters of {other!r} and {where!r} cannot be merged: these layers share one weight "
+                        "(layer_replication makes such layers), and each has an update of its own."
+                    )
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._gralora_plan = None  # an adapter added under this name next is planned anew
@@ -241,7 +297,13 @@ def install() -> None:
         return
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = LoraConfig
     lora.LoraModel._create_and_replace = _with_gralora(lora.LoraModel._create_and_replace)
-    CONFIG_KEYS_TO_CHECK[PeftType.LORA] += ["use_gralora", "gralora_k", "hybrid_r", "gralora_scaling"]
+    CONFIG_KEYS_TO_CHECK[PeftType.LORA] += [
+        "use_gralora",
+        "gralora_k",
+        "gralora_k_pattern",
+        "hybrid_r",
+        "gralora_scaling",
+    ]
 
 
 def _with_gralora(stock: Callable[..., None]) -> Callable[..., None]:
@@ -274,9 +336,10 @@ def create_and_replace(
     Raises:
         ValueError: before anything is changed, if a targeted layer does not fit the config.
     """
-    plan(tuner, adapter_name, config)
+    config = plan(tuner, adapter_name, config)
+    check_variant(config, current_key, target)
     check_kind(current_key, target, tuner.model)  # with a state_dict, PEFT adapts layers that the config does not name
-    check_features(config, current_key, target)
+    config.check_layer(current_key, *features(target))
     if isinstance(tuner, lora.LoraModel):
         promote(tuner, GraloraModel)
     stock(tuner, config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs)
@@ -285,36 +348,95 @@ def create_and_replace(
     check_kind(current_key, layer, tuner.model)  # that PEFT chose the class that it was expected to
     promote(layer, GraloraLayer)
     A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    k, hybrid_r = config.gralora_k, config.hybrid_r
+    k, hybrid_r = config.of_layer("gralora_k", current_key), config.hybrid_r
     gain = blocks.kaiming_gain(k, config.init_lora_weights)
     layer.lora_A[adapter_name] = GranularDown.from_linear(A, k, hybrid_r, gain).requires_grad_(A.weight.requires_grad)
     up = GranularUp.from_linear(B, k, hybrid_r, config.gralora_scaling)
     layer.lora_B[adapter_name] = up.requires_grad_(B.weight.requires_grad)
+    if config.use_dora:
+        factors = layer.lora_A[adapter_name], layer.lora_B[adapter_name], layer.scaling[adapter_name]
+        stock_dora, base = layer.lora_magnitude_vector[adapter_name], layer.get_base_layer()
+        layer.lora_magnitude_vector[adapter_name] = GranularDora.from_linear(stock_dora, base, *factors)
 
 
-def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> None:
-    """Before the first layer is changed: check every targeted layer, and settle `gralora_k="auto"` for all of them."""
+def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> LoraConfig:
+    """Before the first layer is changed: check every targeted layer, and settle `gralora_k="auto"`.
+
+    Returns:
+        The config that the tuner has from now on: `config`, or a copy in which every layer's k is a number. The
+        user's own keeps "auto", so that it can be used for other models.
+    """
     config.check()  # fields may have been set since it was made
-    if getattr(tuner, "_gralora_plan", None) == (adapter_name, id(config)):
-        return
+    if getattr(tuner, "_gralora_plan", (None, None))[:2] == (adapter_name, id(config)):
+        return tuner.peft_config[adapter_name]
     if (getattr(tuner.model, "_tp_size", None) or 1) > 1:
         raise ValueError("GraLoRA does not support tensor-parallel base models (tp_plan); load the model without.")
+    if any(getattr(other, "arrow_config", None) is not None for other in tuner.peft_config.values()):
+        raise ValueError(ARROW)
     layers = dict(targeted_layers(tuner, config))
     for name, layer in layers.items():
         check_kind(name, layer, tuner.model)
-    if config.gralora_k == "auto":
-        sizes = [size for layer in layers.values() for size in features(layer)]
-        config.gralora_k = auto_k(config.r, *sizes, *(r - config.hybrid_r for r in config.ranks().values()))
-        if config.gralora_k == 1:
-            warnings.warn(
-                f"gralora_k='auto' found no k > 1 that divides r - hybrid_r={config.r - config.hybrid_r} and the "
-                f"features of all {len(layers)} targeted layers: with k=1 this is plain LoRA.",
-                stacklevel=2,
-            )
+        check_variant(config, name, layer)
+    settled = settle_ks(config, {name: features(layer) for name, layer in layers.items()})
     for name, layer in layers.items():
-        check_features(config, name, layer)
+        settled.check_layer(name, *features(layer))
     keep_weights_unpacked(tuner.model)
+    tuner.peft_config[adapter_name] = settled
     tuner._gralora_plan = (adapter_name, id(config))
+    return settled
+
+
+def check_variant(config: LoraConfig, name: str, layer: nn.Module) -> None:
+    """Raise ValueError, naming the layer, if it is not of a kind on which DoRA and aLoRA are tested with GraLoRA."""
+    if config.use_dora and not hasattr(lora.LoraLayer, "_unmerged_base_weight"):  # which came with the right merging
+        raise ValueError(
+            "use_dora=True with use_gralora=True needs PEFT 0.21 or later: older ones merge DoRA wrongly into Conv1D "
+            "layers, and beside other adapters."
+        )
+    base = base_layer(layer)
+    plain = isinstance(base, nn.Linear | Conv1D) and type(base.weight) is nn.Parameter
+    for field in SUPPORTED_VARIANTS:
+        if getattr(config, field) and not plain:
+            raise ValueError(
+                f"{field}={getattr(config, field)!r} with use_gralora=True needs an nn.Linear or transformers' Conv1D "
+                f"with an ordinary weight, and target module {name!r} is a {type(base).__name__} with a weight of "
+                f"type {type(getattr(base, 'weight', None)).__name__}; leave {field} at its default, or take the "
+                "module out of target_modules."
+            )
+
+
+def settle_ks(config: LoraConfig, layers: dict[str, tuple[int, int]]) -> LoraConfig:
+    """The config with a number for every layer's k: with "auto" the best for its rank and features.
+
+    Args:
+        config: the user's.
+        layers: name of each targeted layer -> its input and output features.
+
+    Raises:
+        ValueError: if there are none to choose "auto" for: PEFT takes the names of the layers from a state_dict.
+    """
+    if config.gralora_k == "auto" and not layers:
+        raise ValueError(
+            f"gralora_k='auto' depends on layers' features, and target_modules={config.target_modules!r} matches no "
+            "layer of the model; give gralora_k as a number."
+        )
+    ks = {name: config.of_layer("gralora_k", name) for name in layers}
+    chosen = [name for name, k in ks.items() if k == "auto"]
+    for name in chosen:
+        r = config.of_layer("r", name)
+        ks[name] = auto_k(r, r - config.hybrid_r, *layers[name])
+    plain = [name for name in chosen if ks[name] == 1]
+    if plain:
+        warnings.warn(
+            f"gralora_k='auto' found no k > 1 that divides r - hybrid_r and the features of {len(plain)} of the "
+            f"{len(layers)} targeted layers, e.g. {plain[0]!r} with in_features, out_features={layers[plain[0]]}: "
+            "with k=1 they are plain LoRA.",
+            stacklevel=2,
+        )
+    unused = {key for key in config.gralora_k_pattern if not any(get_pattern_key([key], n) == key for n in layers)}
+    if unused:
+        warnings.warn(f"gralora_k_pattern keys that match no targeted layer: {sorted(unused)}.", stacklevel=2)
+    return config.with_ks(ks)
 
 
 def targeted_layers(tuner: BaseTuner, config: LoraConfig) -> Iterator[tuple[str, nn.Module]]:
@@ -333,14 +455,3 @@ def targeted_layers(tuner: BaseTuner, config: LoraConfig) -> Iterator[tuple[str,
 def features(layer: nn.Module) -> tuple[int, int]:
     """Input and output features of a supported layer, which may carry adapters already."""
     return _get_in_out_features(base_layer(layer))
-
-
-def check_features(config: LoraConfig, name: str, layer: nn.Module) -> None:
-    """Raise ValueError, naming the layer and the ks that work, if k does not divide its features."""
-    k, (in_features, out_features) = config.gralora_k, features(layer)
-    if in_features % k or out_features % k:
-        raise ValueError(
-            f"gralora_k={k} must divide the features of target module {name!r}, which has in_features={in_features} "
-            f"and out_features={out_features}; use one of gralora_k={divisors(gcd(in_features, out_features))}, "
-            "'auto', or leave the module out of target_modules."
-        )
