@@ -119,7 +119,7 @@ class LoraConfig(peft.LoraConfig):
 
     def _check_compatible_fields(self) -> None:
         variants = [f.name for f in dataclasses.fields(self) if f.metadata.get("is_lora_variant")]
-        for name in [*variants, "use_qalora", "target_parameters", "megatron_config"]:
+        for name in [*variants, "use_qalora", "megatron_config"]:
             value = getattr(self, name, None)
             if value or isinstance(value, dict):  # {} asks for a variant with its defaults
                 raise ValueError(

@@ -36,7 +36,8 @@ from transformers.pytorch_utils import Conv1D
 from . import blocks
 from .blocks import GranularDown, GranularUp
 from .config import LoraConfig, auto_k, divisors
-from .kinds import base_layer, check_kind, keep_bias, keep_weights_unpacked
+from .experts import TargetParameter, param_wrapper, targeted_parameters
+from .kinds import base_layer, check_fields, check_kind, keep_bias, keep_weights_unpacked, kind_of
 from .ops import dispatch, gralora_linear
 from .ops.factors import hybrid_to_lora, pad_lora
 
@@ -49,15 +50,30 @@ class Promoted:
 
 
 class GraloraLayer(Promoted):
-    """Mixin over one of PEFT's LoRA layer classes; its adapters may be GraLoRA, plain LoRA, or some of each."""
+    """Mixin over one of PEFT's LoRA layer classes; its adapters may be GraLoRA, plain LoRA, or some of each.
+
+    What it says of factors is about linear layers; kinds of layers that differ have a mixin of their own in front.
+    """
 
     def is_gralora(self, adapter_name: str) -> bool:
         return adapter_name in self.lora_B and isinstance(self.lora_B[adapter_name], GranularUp)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def read_factors(self, adapter_name: str, k: int, hybrid_r: int, gain: float) -> None:
+        """Make a GraLoRA of the plain LoRA that PEFT has just added; see `GranularDown.from_linear`."""
+        A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        down, up = GranularDown.from_linear(A, k, hybrid_r, gain), GranularUp.from_linear(B, k, hybrid_r)
+        self.lora_A[adapter_name] = down.requires_grad_(A.weight.requires_grad)
+        self.lora_B[adapter_name] = up.requires_grad_(B.weight.requires_grad)
+
+    def plain_lora(self, adapter: str, rank: int | None = None) -> tuple[Tensor, Tensor]:
+        """A and B, in PEFT's layout, of the plain LoRA that it equals, of rank k * r_g + hybrid_r unless told more."""
+        A, B = self.lora_A[adapter], self.lora_B[adapter]
+        return hybrid_to_lora(A.weight, B.weight, A.hybrid_weight, B.hybrid_weight, rank)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's forward, or base and adapter in one operation where that computes the same."""
-        operands = None if args or kwargs else self._fusible_operands(x)
-        return super().forward(x, *args, **kwargs) if operands is None else gralora_linear(*operands)
+        operands = self._fusible_operands(*args) if len(args) == 1 and not kwargs else None
+        return super().forward(*args, **kwargs) if operands is None else gralora_linear(*operands)
 
     def _fusible_operands(self, x: Tensor) -> tuple[Any, ...] | None:
         """The arguments of `gralora_linear` if that is all there is to do, else None.
@@ -121,7 +137,7 @@ class GraloraLayer(Promoted):
             ValueError: with safe_merge, if the result would not be finite; not all of PEFT's classes look.
         """
         for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.lora_A:
+            if name in self.scaling:
                 if safe_merge and self.is_gralora(name) and not self.get_delta_weight(name).isfinite().all():
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
                 with keep_bias(self), warnings.catch_warnings():
@@ -176,9 +192,9 @@ class GraloraModel(Promoted):
                 if plain_name in self.peft_config:
                     self.delete_adapter(plain_name)
         for layer in self.model.modules():
-            if isinstance(layer, lora.LoraLayer) and adapter_name in layer.lora_A:
+            if isinstance(layer, lora.LoraLayer) and adapter_name in layer.scaling:
                 # where PEFT's SVD gave a lower rank: it cannot give more than a layer has features
-                A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+                A, B = plain_weights(layer, adapter_name)
                 A.data, B.data = pad_lora(A.data, B.data, self.peft_config[adapter_name].r)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -188,14 +204,13 @@ class GraloraModel(Promoted):
     def _add_as_plain_lora(self, adapter_name: str, plain_name: str) -> None:
         """Add a plain LoRA adapter with the delta weights of a GraLoRA adapter, of one rank for all layers."""
         layers = [m for m in self.model.modules() if isinstance(m, GraloraLayer) and m.is_gralora(adapter_name)]
-        ranks = [layer.lora_A[adapter_name].lora_rank for layer in layers]
+        ranks = [layer.plain_lora(adapter_name)[0].shape[0] for layer in layers]
         self.peft_config[plain_name] = self.peft_config[adapter_name].as_plain_lora(max(ranks))
         self.inject_adapter(self.model, plain_name)
         for layer in layers:
-            A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-            A_lora, B_lora = hybrid_to_lora(A.weight, B.weight, A.hybrid_weight, B.hybrid_weight, max(ranks))
-            layer.lora_A[plain_name].weight.data = A_lora.detach()
-            layer.lora_B[plain_name].weight.data = B_lora.detach() * layer.scaling[adapter_name]
+            A, B = plain_weights(layer, plain_name)
+            lora_A, lora_B = layer.plain_lora(adapter_name, max(ranks))
+            A.data, B.data = lora_A.detach(), lora_B.detach() * layer.scaling[adapter_name]
 
     def subtract_mutated_init(
         self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None
@@ -206,6 +221,13 @@ class GraloraModel(Promoted):
                 "does not change the base weights, so save it without."
             )
         return super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
+
+
+def plain_weights(layer: Any, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B of a plain LoRA adapter."""
+    if adapter_name in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+    return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -219,19 +241,22 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 @functools.cache
-def promoted_class(mixin: type[Promoted], cls: type) -> type:
-    """The subclass of `cls` with `mixin` in front, the same object at every call."""
-    return type(f"Gralora{cls.__name__}", (mixin, cls), {"__module__": __name__})
+def promoted_class(*bases: type) -> type:
+    """The subclass of PEFT's class, the last of `bases`, with mixins in front, the same object at every call."""
+    name = bases[-1].__name__
+    if name != "ParamWrapper":  # PEFT knows this one by its class's name
+        name = f"Gralora{name}"
+    return type(name, bases, {"__module__": __name__})
 
 
-def promote(obj: Any, mixin: type[Promoted]) -> None:
-    """Make `obj` an instance of `mixin` as well. Its state, and the behaviour of adapters it had, stay."""
-    if not isinstance(obj, mixin):
-        obj.__class__ = promoted_class(mixin, type(obj))
+def promote(obj: Any, *mixins: type) -> None:
+    """Make `obj` an instance of the mixins as well. Its state, and the behaviour of adapters it had, stay."""
+    if not isinstance(obj, mixins):
+        obj.__class__ = promoted_class(*mixins, type(obj))
 
 
-def _unpickle(mixin: type[Promoted], cls: type) -> Any:
-    promoted = promoted_class(mixin, cls)
+def _unpickle(*bases: type) -> Any:
+    promoted = promoted_class(*bases)
     return promoted.__new__(promoted)
 
 
@@ -275,20 +300,27 @@ def create_and_replace(
         ValueError: before anything is changed, if a targeted layer does not fit the config.
     """
     plan(tuner, adapter_name, config)
-    check_kind(current_key, target, tuner.model)  # with a state_dict, PEFT adapts layers that the config does not name
-    check_features(config, current_key, target)
+    base = base_layer(target)
+    if kwargs.get("parameter_name"):
+        base = TargetParameter(base, kwargs["parameter_name"])
+    else:  # with a state_dict, PEFT adapts layers that the config does not name
+        check_kind(current_key, target, tuner.model)
+        check_features(config, current_key, target)
     if isinstance(tuner, lora.LoraModel):
         promote(tuner, GraloraModel)
     stock(tuner, config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs)
 
     layer = getattr(parent, target_name)
-    check_kind(current_key, layer, tuner.model)  # that PEFT chose the class that it was expected to
-    promote(layer, GraloraLayer)
-    A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    if isinstance(base, TargetParameter):
+        layer = param_wrapper(layer, base.name)
+    else:
+        check_kind(current_key, layer, tuner.model)  # that PEFT chose the class that it was expected to
     k, hybrid_r = config.gralora_k, config.hybrid_r
     gain = blocks.kaiming_gain(k, config.init_lora_weights)
-    layer.lora_A[adapter_name] = GranularDown.from_linear(A, k, hybrid_r, gain).requires_grad_(A.weight.requires_grad)
-    layer.lora_B[adapter_name] = GranularUp.from_linear(B, k, hybrid_r).requires_grad_(B.weight.requires_grad)
+    kind = kind_of(base)
+    for part, mixin in [(layer, kind.mixin), *((getattr(layer.base_layer, n), m) for n, m in kind.inner.items())]:
+        promote(part, *filter(None, [mixin]), GraloraLayer)
+        part.read_factors(adapter_name, k, hybrid_r, gain)
 
 
 def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> None:
@@ -301,6 +333,7 @@ def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> None:
     layers = dict(targeted_layers(tuner, config))
     for name, layer in layers.items():
         check_kind(name, layer, tuner.model)
+        check_fields(name, layer, config)
     if config.gralora_k == "auto":
         sizes = [size for layer in layers.values() for size in features(layer)]
         config.gralora_k = auto_k(config.r, *sizes, *(r - config.hybrid_r for r in config.ranks().values()))
@@ -316,30 +349,42 @@ def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> None:
     tuner._gralora_plan = (adapter_name, id(config))
 
 
-def targeted_layers(tuner: BaseTuner, config: LoraConfig) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of what PEFT will adapt, in its order; the inside of layers that have an adapter is skipped."""
+def targeted_layers(tuner: BaseTuner, config: LoraConfig) -> Iterator[tuple[str, nn.Module | TargetParameter]]:
+    """Name and place of what PEFT will adapt, in its order; the inside of layers that have an adapter is skipped."""
     adapted: tuple[str, ...] = ()
+    modules = []
     for name, module in tuner.model.named_modules():
         if not name or name.startswith(adapted):
             continue
         if isinstance(module, BaseTunerLayer):
             adapted += (f"{name}.",)
+            if not isinstance(module, lora.ParamWrapper):
+                modules.append(base_layer(module))
         match = tuner._check_target_module_exists(config, name)
         if match and not isinstance(match, _ExcludedModule):
+            modules.append(base_layer(module))
             yield name, module
+    for name, parameter in targeted_parameters(tuner.model, config.target_parameters):
+        if any(parameter.module is module for module in modules):
+            raise ValueError(
+                f"target parameter {name!r} is of a {type(parameter.module).__name__} that is adapted as a module; "
+                "take one of them out of target_parameters or target_modules ([] for none)."
+            )
+        yield name, parameter
 
 
-def features(layer: nn.Module) -> tuple[int, int]:
+def features(layer: nn.Module | TargetParameter) -> tuple[int, int]:
     """Input and output features of a supported layer, which may carry adapters already."""
-    return _get_in_out_features(base_layer(layer))
+    base = base_layer(layer)
+    return base.features() if isinstance(base, TargetParameter) else _get_in_out_features(base)
 
 
-def check_features(config: LoraConfig, name: str, layer: nn.Module) -> None:
+def check_features(config: LoraConfig, name: str, layer: nn.Module | TargetParameter) -> None:
     """Raise ValueError, naming the layer and the ks that work, if k does not divide its features."""
     k, (in_features, out_features) = config.gralora_k, features(layer)
     if in_features % k or out_features % k:
         raise ValueError(
-            f"gralora_k={k} must divide the features of target module {name!r}, which has in_features={in_features} "
-            f"and out_features={out_features}; use one of gralora_k={divisors(gcd(in_features, out_features))}, "
-            "'auto', or leave the module out of target_modules."
+            f"gralora_k={k} must divide the features of target {name!r}, {kind_of(base_layer(layer)).name}, which has "
+            f"in_features={in_features} and out_features={out_features}; use one of "
+            f"gralora_k={divisors(gcd(in_features, out_features))}, 'auto', or leave it out of the targets."
         )
