@@ -12,6 +12,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 class GranularAttention:
     """Mixin in front of `GraloraLayer`, over PEFT's `lora.MultiheadAttention`."""
 
+    not_combinable = "PEFT's plain LoRA on nn.MultiheadAttention adds the out-projection's dW twice"
+
     @property
     def _qkv_same_embed_dim(self) -> bool:
         """False where adapters are to be added: nn.TransformerEncoderLayer else reads the weights, without calling."""

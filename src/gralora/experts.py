@@ -86,6 +86,8 @@ class ExpertsUp(GranularUp):
 class GranularExperts:
     """Mixin in front of `GraloraLayer`, over PEFT's `lora.ParamWrapper`."""
 
+    not_combinable = "PEFT's add_weighted_adapter does not support target_parameters"
+
     def read_factors(self, adapter_name: str, k: int, hybrid_r: int, gain: float) -> None:
         """PEFT's `[E * r, I]` and `[O, r * E]`, the expert outermost in the one and innermost in the other."""
         A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight

@@ -57,7 +57,7 @@ class Kind(NamedTuple):
         obstacle: what is wrong with one layer of this kind, in words; empty if nothing is.
         mixin: how PEFT's class reads and applies the factors of a grid, where that is not as for a linear layer.
         inner: LoRA layers that PEFT makes inside of the layer: attribute of the base layer -> their mixin.
-        refuses: fields of the config that PEFT's class refuses or ignores.
+        refuses: fields of the config that PEFT's class refuses or ignores, and why.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Kind(NamedTuple):
     obstacle: Callable[[Any], str] = _none
     mixin: type | None = None
     inner: Mapping[str, type] = MappingProxyType({})
-    refuses: tuple[str, ...] = ()
+    refuses: Mapping[str, str] = MappingProxyType({})
 
 
 KINDS = (
@@ -104,7 +104,10 @@ KINDS = (
         "peft.Embedding",
         obstacle=embedding_obstacle,
         mixin=GranularEmbedding,
-        refuses=("lora_bias", "ensure_weight_tying"),
+        refuses={
+            "lora_bias": "embeddings have no bias",
+            "ensure_weight_tying": "PEFT ties factors of plain LoRA only",
+        },
     ),
     *(
         Kind(
@@ -125,7 +128,10 @@ KINDS = (
         obstacle=attention_obstacle,
         mixin=GranularAttention,
         inner={"out_proj": GranularOutProjection},
-        refuses=("lora_bias", "lora_dropout"),
+        refuses={
+            "lora_bias": "PEFT would ignore it, since it adds dW to the weights",
+            "lora_dropout": "PEFT would ignore it, since it adds dW to the weights",
+        },
     ),
     Kind(
         "a parameter of target_parameters",
@@ -134,7 +140,11 @@ KINDS = (
         "peft.ParamWrapper",
         obstacle=TargetParameter.obstacle,
         mixin=GranularExperts,
-        refuses=("lora_bias", "lora_dropout", "fan_in_fan_out"),
+        refuses={
+            "lora_bias": "a parameter has no bias",
+            "lora_dropout": "dW is added to the parameter, so that nothing can be dropped",
+            "fan_in_fan_out": "the parameter's layout is known",
+        },
     ),
     # tested without the library: PEFT's classes over a stand-in for the base layer
     Kind("GPTQ", "gptqmodel.BaseQuantLinear", "", "peft.GPTQLoraLinear"),
@@ -172,13 +182,13 @@ def check_kind(name: str, layer: nn.Module | TargetParameter, model: nn.Module) 
 
 
 def check_fields(name: str, layer: nn.Module | TargetParameter, config: Any) -> None:
-    """Raise ValueError, naming field and layer, if the config sets what has no effect on layers of this kind."""
+    """Raise ValueError, naming field and layer, if the config sets what layers of this kind cannot have."""
     kind = kind_of(base_layer(layer))
-    for field in kind.refuses:
+    for field, why in kind.refuses.items():
         if getattr(config, field, None):
             raise ValueError(
-                f"{field}={getattr(config, field)!r} cannot be combined with the target {name!r}, {kind.name}, where "
-                f"it would have no effect; leave {field} at its default, or take this out of the targets."
+                f"{field}={getattr(config, field)!r} cannot be combined with the target {name!r}, {kind.name}: {why}; "
+                f"leave {field} at its default, or take this out of the targets."
             )
 
 

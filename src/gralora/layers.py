@@ -55,6 +55,8 @@ class GraloraLayer(Promoted):
     What it says of factors is about linear layers; kinds of layers that differ have a mixin of their own in front.
     """
 
+    not_combinable = ""  # why PEFT's add_weighted_adapter is refused; empty if it is not
+
     def is_gralora(self, adapter_name: str) -> bool:
         return adapter_name in self.lora_B and isinstance(self.lora_B[adapter_name], GranularUp)
 
@@ -179,6 +181,9 @@ class GraloraModel(Promoted):
         biased = [name for name in granular if self.peft_config[name].lora_bias]
         if biased:
             raise ValueError(f"adapter(s) {biased} have lora_bias=True; the combination would lose their biases.")
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, GraloraLayer) and layer.not_combinable and any(map(layer.is_gralora, granular)):
+                raise ValueError(f"adapters of {name!r} cannot be combined: {layer.not_combinable}.")
         kwargs["svd_full_matrices"] = False  # the same leading vectors, and ranks above a layer's features work
         plain = {name: f"{name}_as_plain_lora" for name in granular}
         try:
@@ -312,7 +317,7 @@ def create_and_replace(
 
     layer = getattr(parent, target_name)
     if isinstance(base, TargetParameter):
-        layer = param_wrapper(layer, base.name)
+        layer = param_wrapper(target, base.name) or param_wrapper(layer, base.name)  # had an adapter, or is new
     else:
         check_kind(current_key, layer, tuner.model)  # that PEFT chose the class that it was expected to
     k, hybrid_r = config.gralora_k, config.hybrid_r
