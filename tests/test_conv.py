@@ -176,6 +176,17 @@ def test_start_is_that_of_plain_lora(dims):
 
 
 @dims
+def test_random_start_with_k1_is_that_of_plain_lora(dims):
+    """With init_lora_weights=False neither factor is zero; both are read from PEFT's."""
+    case, deltas, fields = CASES[0], [], {"init_lora_weights": False, "target_modules": ["layer"]}
+    for config in (gralora_config(1, 4, **fields), peft.LoraConfig(r=4, lora_alpha=8, **fields)):
+        torch.manual_seed(0)
+        deltas.append(only_layer(get_peft_model(one_conv(case, dims), config)).get_delta_weight("default"))
+    assert_close64(*deltas)
+    assert deltas[0].any()
+
+
+@dims
 def test_dropout_and_bias(dims):
     """lora_dropout acts on the adapter's input, and lora_bias adds to its output, also when merged."""
     case = CASES[1]

@@ -164,6 +164,16 @@ def test_start_is_that_of_plain_lora(case):
     assert counts[0] == counts[1] == case.r * (case.in_features + case.out_features)
 
 
+def test_random_start_with_k1_is_that_of_plain_lora():
+    """With init_lora_weights=False neither factor is zero; both are read from PEFT's."""
+    deltas, fields = [], {"init_lora_weights": False, "target_modules": ["layer"]}
+    for config in (gralora_config(1, 4, **fields), peft.LoraConfig(r=4, lora_alpha=8, **fields)):
+        torch.manual_seed(0)
+        deltas.append(only_layer(get_peft_model(one_embedding(CASES[0]), config)).get_delta_weight("default"))
+    assert_close64(*deltas)
+    assert deltas[0].any()
+
+
 def test_training_changes_only_the_factors():
     model = adapted(one_embedding(CASES[2]), case_config(CASES[2])).train()
     trained = adapter_parameters(model)

@@ -234,6 +234,18 @@ def test_k1_equals_plain_lora():
     assert_close64(ours(x), plain(x))
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["EOI", "EIO"])
+def test_random_start_with_k1_is_that_of_plain_lora(transposed):
+    """With init_lora_weights=False neither factor is zero; both are read from PEFT's, expert by expert."""
+    deltas, fields = [], {"init_lora_weights": False, "target_modules": [], "target_parameters": ["layer.weight"]}
+    for config in (gralora_config(1, **fields), peft.LoraConfig(r=8, lora_alpha=16, **fields)):
+        torch.manual_seed(0)
+        (layer,) = wrappers(get_peft_model(OneLayer(Experts(transposed)), config))
+        deltas.append(layer.get_delta_weight("default"))
+    assert_close64(*deltas)
+    assert deltas[0].any()
+
+
 def test_training_changes_only_the_factors():
     model = adapted(OneLayer(Experts(False)), experts_config()).train()
     trained = adapter_parameters(model)
@@ -427,6 +439,7 @@ REFUSED = {
         {"k": 8, "r": 16, "hybrid_r": 0},
         ["layer.weight", "in_features=12", "[1, 2, 4]"],
     ),
+    "k-transposed": (lambda: OneLayer(Experts(True)), {"k": 8, "r": 16, "hybrid_r": 0}, ["in_features=12", "layer.w"]),
     "dropout": (lambda: OneLayer(Experts(False)), {"lora_dropout": 0.1}, ["lora_dropout=0.1", "layer.weight"]),
     "bias": (lambda: OneLayer(Experts(False)), {"lora_bias": True}, ["lora_bias=True", "layer.weight"]),
     "transposing": (lambda: OneLayer(Experts(False)), {"fan_in_fan_out": True}, ["fan_in_fan_out", "layer.weight"]),
