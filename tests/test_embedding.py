@@ -26,6 +26,7 @@ from helpers import (
     tiny_llama,
     token_ids,
 )
+from helpers import factors_of as linear_factors_of
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
@@ -60,12 +61,15 @@ def tokens(case, *shape):
 
 def factors_of(layer, hybrid_r, adapter="default"):
     """The linear factors that an embedding's parameters hold: of r ranks, the first hybrid_r are the plain LoRA."""
-    A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]  # [k, V/k, r], [k, r, O/k]
+    A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]  # [r, k, V/k], [k, O/k, r]
+    k = len(B)
+    grid_A = torch.stack([A[hybrid_r:, i].T for i in range(k)])
+    grid_B = torch.stack([B[j, :, hybrid_r:].T for j in range(k)])
     if not hybrid_r:
-        return Factors(A, B, None, None)
-    hybrid_A = torch.cat([chunk[:, :hybrid_r] for chunk in A]).T
-    hybrid_B = torch.cat([chunk[:hybrid_r].T for chunk in B])
-    return Factors(A[..., hybrid_r:], B[:, hybrid_r:], hybrid_A, hybrid_B)
+        return Factors(grid_A, grid_B, None, None)
+    hybrid_A = torch.cat([A[:hybrid_r, i] for i in range(k)], dim=1)
+    hybrid_B = torch.cat([B[j, :, :hybrid_r] for j in range(k)])
+    return Factors(grid_A, grid_B, hybrid_A, hybrid_B)
 
 
 def one_hot(ids, case):
@@ -156,7 +160,7 @@ def test_start_is_that_of_plain_lora(case):
         models.append(get_peft_model(one_embedding(case), config))
     ours, plain = map(only_layer, models)
     assert not ours.lora_embedding_A["default"].any()
-    B = torch.cat([chunk.T for chunk in ours.lora_embedding_B["default"]])
+    B = ours.lora_embedding_B["default"].flatten(0, 1)
     assert torch.equal(B, plain.lora_embedding_B["default"]) and B.any()
     ids = torch.arange(case.in_features)
     assert torch.equal(models[0](ids), ours.base_layer(ids))
@@ -194,14 +198,14 @@ def test_options_of_the_embedding(options):
     layer.base_layer.weight.requires_grad_()
     dy = random_input(case.out_features).expand(6, -1)
     plain = nn.Embedding(case.in_features, case.r, **options).double()
-    plain.weight.data = layer.lora_embedding_A["default"].data.flatten(0, 1)
+    plain.weight.data = layer.lora_embedding_A["default"].data.flatten(1).T
     place = one_hot(ids // 6, Case(2, 0, 0, 2, 0))
     h = plain(ids).unflatten(-1, (2, 2))
-    B = layer.lora_embedding_B["default"].detach().unflatten(1, (2, 2))  # [k_j, k_i, q, O/k]
-    y = 3 * torch.einsum("tjq,ti,jiqo->tjo", h, place, B).flatten(1)
+    B = layer.lora_embedding_B["default"].detach().unflatten(2, (2, 2))  # [k_j, O/k, k_i, q]
+    y = 3 * torch.einsum("tjq,ti,joiq->tjo", h, place, B).flatten(1)
     model(ids).backward(dy)
     y.backward(dy)
-    assert_close64(layer.lora_embedding_A["default"].grad.flatten(0, 1), plain.weight.grad)
+    assert_close64(layer.lora_embedding_A["default"].grad.flatten(1).T, plain.weight.grad)
 
 
 def test_scaled_embedding():
@@ -314,17 +318,27 @@ def test_plain_lora_refuses_the_file(tmp_path):
         PeftModel.from_pretrained(one_embedding(case), tmp_path, config=plain)
 
 
-@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
-def test_tied_embeddings_behave_as_with_plain_lora(targets):
+TIED = {
+    "input": (["embed_tokens"], {}),
+    "output": (["lm_head"], {}),
+    "both": (["embed_tokens", "lm_head"], {}),
+    "tied-adapters": (["embed_tokens", "lm_head"], {"ensure_weight_tying": True}),
+}
+
+
+@pytest.mark.parametrize("targets, fields", TIED.values(), ids=TIED)
+def test_tied_embeddings_behave_as_with_plain_lora(targets, fields):
     """On a shared weight, forward, merge, unmerge and unload give what plain LoRA gives with the same dW (k = 1)."""
     ids, results, generator = token_ids(2, 7), [], torch.Generator().manual_seed(0)
     models = []
-    for fields in ({"use_gralora": True, "gralora_k": 1}, {}):
+    for gralora_fields in ({"use_gralora": True, "gralora_k": 1}, {}):
         base = tiny_llama(torch.float64, tie_word_embeddings=True)
-        models.append(adapted(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets, **fields)))
-    for ours, plain in zip(*(adapter_parameters(model).values() for model in models), strict=True):
-        plain.data = torch.randn(plain.shape, generator=generator, dtype=torch.float64)
-        ours.data = plain.data.T.unsqueeze(0)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), **fields, **gralora_fields)
+        models.append(adapted(base, config))
+    parameters = map(adapter_parameters, models)
+    for (name, ours), plain in zip(next(parameters).items(), next(parameters).values(), strict=True):
+        plain.data.copy_(torch.randn(plain.shape, generator=generator, dtype=torch.float64))
+        ours.data.copy_(plain.data.view_as(ours) if "embedding" in name else plain.data.T.unsqueeze(0))
     for model in models:
         logits = [model(ids).logits]
         model.merge_adapter()
@@ -335,11 +349,25 @@ def test_tied_embeddings_behave_as_with_plain_lora(targets):
         assert_close64(ours, plain)
 
 
-def test_tied_factors_are_refused():
-    """ensure_weight_tying, by which PEFT shares the embedding's factors with the output layer, is refused by name."""
-    config = gralora_config(2, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
-    with pytest.raises(ValueError, match="ensure_weight_tying=True.*embed_tokens"):
-        get_peft_model(tiny_llama(tie_word_embeddings=True), config)
+@pytest.mark.parametrize("hybrid_r", [0, 2])
+def test_tied_factors(hybrid_r, tmp_path):
+    """With ensure_weight_tying the output layer's dW is the embedding's, from factors in the same memory."""
+    config = gralora_config(4, 10 if hybrid_r else 8, hybrid_r, target_modules=["embed_tokens", "lm_head"])
+    config.ensure_weight_tying = True
+    model = adapted(tiny_llama(torch.float64, tie_word_embeddings=True), config)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    dW = head.get_delta_weight("default")
+    assert_close64(dW, 2 * naive_delta(linear_factors_of(head)))
+    assert_close64(dW, embedding.get_delta_weight("default"))
+    x = random_input(3, 16)
+    assert_close64(head(x), x @ (head.base_layer.weight + dW).T)
+    with torch.no_grad():
+        embedding.lora_embedding_A["default"].mul_(2)
+    assert_close64(head.get_delta_weight("default"), 2 * dW)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(torch.float64, tie_word_embeddings=True), tmp_path)
+    ids = token_ids(2, 7)
+    assert_close64(loaded(ids).logits, model(ids).logits)
 
 
 # What is refused

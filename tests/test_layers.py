@@ -6,6 +6,7 @@ import itertools
 import math
 import pickle
 import re
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -42,6 +43,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import gralora
+from gralora.kinds import check_fields
 from gralora.layers import GraloraLayer, install
 
 pytestmark = [
@@ -820,6 +822,15 @@ def test_layers_under_a_parameter_wrapper_are_refused():
     x = random_input(3, 8, dtype=torch.float32)
     with assert_unchanged(model, x), pytest.raises(ValueError, match="target module 'layer'"):
         model.add_adapter("other", gralora_config(target_modules=["layer"]))
+
+
+@pytest.mark.parametrize("field", ["use_dora", "alora_invocation_tokens"])
+@pytest.mark.parametrize("layer", [nn.Embedding(8, 8), nn.Conv2d(8, 8, 1), nn.MultiheadAttention(8, 2)], ids=str)
+def test_variants_of_linear_layers_are_refused_on_others(layer, field):
+    """Should the config take a LoRA variant together with GraLoRA, layers that are not linear still refuse it."""
+    check_fields("layer", nn.Linear(8, 8), SimpleNamespace(**{field: [1]}))
+    with pytest.raises(ValueError, match=f"{field}=.*'layer'"):
+        check_fields("layer", layer, SimpleNamespace(**{field: [1]}))
 
 
 def test_tensor_parallel_models_are_refused():

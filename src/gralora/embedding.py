@@ -12,7 +12,7 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from . import blocks
-from .blocks import GranularDown, GranularUp, Weights
+from .blocks import Weights
 from .ops import reference
 from .ops.factors import hybrid_to_lora
 
@@ -39,38 +39,35 @@ class GranularEmbeddingVariant(LoraVariant):
 class GranularEmbedding:
     """Mixin in front of `GraloraLayer`, over PEFT's `lora.Embedding`, whose factors are parameters, not modules.
 
-    `lora_embedding_A[adapter]` is `[k, V/k, r]` and `lora_embedding_B[adapter]` `[k, r, O/k]`. Of the r ranks the
-    first hybrid_r are the plain LoRA, the others the grid.
+    `lora_embedding_A[adapter]` is `[r, k, V/k]` and `lora_embedding_B[adapter]` `[k, O/k, r]`: PEFT's, in blocks. Of
+    the r ranks the first hybrid_r are the plain LoRA, the others the grid.
     """
 
     def is_gralora(self, adapter_name: str) -> bool:
         return isinstance(self.lora_variant.get(adapter_name), GranularEmbeddingVariant)
 
     def read_factors(self, adapter_name: str, k: int, hybrid_r: int, gain: float) -> None:
-        """PEFT's `[r, V]` and `[O, r]` in blocks; `gain` is for a fan-in, on which their values do not depend."""
-        for factors, read in (
-            (self.lora_embedding_A, GranularDown.read),
-            (self.lora_embedding_B, GranularUp.read),
-        ):
-            plain = factors[adapter_name]
-            factors[adapter_name] = nn.Parameter(read(plain.detach(), k, 0).weight, plain.requires_grad)
+        """The elements stay where they are; `gain` is for a fan-in, on which their values do not depend."""
+        A, B = self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
+        self.lora_embedding_A[adapter_name] = nn.Parameter(A.detach().unflatten(1, (k, -1)), A.requires_grad)
+        self.lora_embedding_B[adapter_name] = nn.Parameter(B.detach().unflatten(0, (k, -1)), B.requires_grad)
         self.lora_variant[adapter_name] = GranularEmbeddingVariant(hybrid_r)
 
     def factors(self, adapter: str) -> tuple[Weights, Weights]:
         """Views as a linear layer's: `[k, V/k, r_g]` and `[hybrid_r, V]`; `[k, r_g, O/k]` and `[O, hybrid_r]`."""
         A, B = self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
         hybrid_r = self.lora_variant[adapter].hybrid_r
+        down, up = A[hybrid_r:].movedim(0, -1), B[..., hybrid_r:].mT
         if not hybrid_r:
-            return Weights(A), Weights(B)
-        hybrid_A, hybrid_B = A[..., :hybrid_r].flatten(0, 1).T, B[:, :hybrid_r].mT.flatten(0, 1)
-        return Weights(A[..., hybrid_r:], hybrid_A), Weights(B[:, hybrid_r:], hybrid_B)
+            return Weights(down), Weights(up)
+        return Weights(down, A[:hybrid_r].flatten(1)), Weights(up, B[..., :hybrid_r].flatten(0, 1))
 
     def update(self, adapter: str, ids: Tensor) -> Tensor:
         """The adapter's output, scaling included, for token ids `[...]`: `[..., O]`."""
         A, up = self.lora_embedding_A[adapter], self.factors(adapter)[1]
-        k, chunk, r = A.shape
-        hybrid, h = self._embed(ids, A.flatten(0, 1)).split([r - up.weight.shape[1], up.weight.shape[1]], dim=-1)
-        place = nn.functional.one_hot(ids // chunk, k).to(h.dtype)  # [..., k_i]
+        (r, k, chunk), r_g = A.shape, up.weight.shape[1]
+        hybrid, h = self._embed(ids, A.flatten(1).T).split([r - r_g, r_g], dim=-1)
+        place = (ids // chunk).unsqueeze(-1) == torch.arange(k, device=ids.device)  # [..., k_i]
         g = h.unflatten(-1, (k, 1, -1)) * place.unsqueeze(-1).unsqueeze(-3)  # [..., k_j, k_i, q]
         y = reference.up(g.flatten(-3), up.weight)
         if up.hybrid_weight is not None:

@@ -44,6 +44,9 @@ def _quantizes_activations(base: Any) -> str:
     return "which quantises activations too, so that no gradient passes through it"
 
 
+LINEAR_ONLY = {name: "with GraLoRA it is for linear layers" for name in ("use_dora", "alora_invocation_tokens")}
+
+
 class Kind(NamedTuple):
     """A kind of base layer, and the LoRA layer that PEFT makes of it.
 
@@ -104,10 +107,7 @@ KINDS = (
         "peft.Embedding",
         obstacle=embedding_obstacle,
         mixin=GranularEmbedding,
-        refuses={
-            "lora_bias": "embeddings have no bias",
-            "ensure_weight_tying": "PEFT ties factors of plain LoRA only",
-        },
+        refuses={"lora_bias": "embeddings have no bias"} | LINEAR_ONLY,
     ),
     *(
         Kind(
@@ -117,6 +117,7 @@ KINDS = (
             f"peft.Conv{n}d",
             obstacle=conv_obstacle,
             mixin=GranularConv,
+            refuses=LINEAR_ONLY,
         )
         for n in (1, 2, 3)
     ),
@@ -131,7 +132,8 @@ KINDS = (
         refuses={
             "lora_bias": "PEFT would ignore it, since it adds dW to the weights",
             "lora_dropout": "PEFT would ignore it, since it adds dW to the weights",
-        },
+        }
+        | LINEAR_ONLY,
     ),
     Kind(
         "a parameter of target_parameters",
@@ -144,7 +146,8 @@ KINDS = (
             "lora_bias": "a parameter has no bias",
             "lora_dropout": "dW is added to the parameter, so that nothing can be dropped",
             "fan_in_fan_out": "the parameter's layout is known",
-        },
+        }
+        | LINEAR_ONLY,
     ),
     # tested without the library: PEFT's classes over a stand-in for the base layer
     Kind("GPTQ", "gptqmodel.BaseQuantLinear", "", "peft.GPTQLoraLinear"),

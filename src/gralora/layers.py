@@ -67,6 +67,17 @@ class GraloraLayer(Promoted):
         self.lora_A[adapter_name] = down.requires_grad_(A.weight.requires_grad)
         self.lora_B[adapter_name] = up.requires_grad_(B.weight.requires_grad)
 
+    def tie_factors(self, adapter: str, embedding: Any) -> None:
+        """Share the memory of a GraLoRA of the embedding whose weight is this output layer's, as PEFT's LoRA does.
+
+        The transposed grid is a grid: its A are the embedding's B transposed, and the other way round.
+        """
+        down, up = embedding.factors(adapter)
+        for factor, source in ((self.lora_A[adapter], up), (self.lora_B[adapter], down)):
+            factor.weight = nn.Parameter(source.weight.detach().mT, factor.weight.requires_grad)
+            if source.hybrid_weight is not None:
+                factor.hybrid_weight = nn.Parameter(source.hybrid_weight.detach().T, factor.weight.requires_grad)
+
     def plain_lora(self, adapter: str, rank: int | None = None) -> tuple[Tensor, Tensor]:
         """A and B, in PEFT's layout, of the plain LoRA that it equals, of rank k * r_g + hybrid_r unless told more."""
         A, B = self.lora_A[adapter], self.lora_B[adapter]
@@ -313,7 +324,14 @@ def create_and_replace(
         check_features(config, current_key, target)
     if isinstance(tuner, lora.LoraModel):
         promote(tuner, GraloraModel)
-    stock(tuner, config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs)
+    tied = getattr(config, "target_modules_to_tie", None) or ()
+    if target_name in tied:
+        config.target_modules_to_tie = None  # PEFT would share the embedding's factors as those of a plain LoRA
+    try:
+        stock(tuner, config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs)
+    finally:
+        if tied:
+            config.target_modules_to_tie = tied
 
     layer = getattr(parent, target_name)
     if isinstance(base, TargetParameter):
@@ -326,6 +344,8 @@ def create_and_replace(
     for part, mixin in [(layer, kind.mixin), *((getattr(layer.base_layer, n), m) for n, m in kind.inner.items())]:
         promote(part, *filter(None, [mixin]), GraloraLayer)
         part.read_factors(adapter_name, k, hybrid_r, gain)
+    if target_name in tied:
+        layer.tie_factors(adapter_name, tuner.model.get_input_embeddings())
 
 
 def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> None:
