@@ -877,14 +877,6 @@ def tiny_mixtral():
     return MixtralForCausalLM(MixtralConfig(vocab_size=VOCAB, **sizes, **heads, experts_implementation="eager"))
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "w1", "w2", "w3"]], ids=["all-linear", "experts"])
-def test_parameters_that_peft_targets_by_itself_are_refused(targets):
-    """Where PEFT makes target_parameters of the experts that were targeted, this is refused before any change."""
-    model = tiny_mixtral()
-    with assert_unchanged(model, token_ids(2, 7)), pytest.raises(ValueError, match="GraLoRA"):
-        get_peft_model(model, gralora_config(2, target_modules=targets))
-
-
 def test_attention_of_a_mixture_of_experts_model():
     """The plain linear layers of a mixture-of-experts model can be adapted."""
     model, ids = tiny_mixtral().double(), token_ids(2, 7)

@@ -154,20 +154,26 @@ class LoraConfig(peft.LoraConfig):
         key = get_pattern_key(pattern, layer)
         return (f"{PATTERNS[field]}[{key!r}]", pattern[key]) if key in pattern else (field, getattr(self, field))
 
-    def check_layer(self, layer: str, in_features: int, out_features: int) -> None:
-        """Raise ValueError, naming the layer and the ks that work, if its k does not divide its rank and features."""
+    def check_layer(self, layer: str, in_features: int, out_features: int, what: str) -> None:
+        """Raise ValueError, naming the layer and the ks that work, if its k does not divide its rank and features.
+
+        Args:
+            layer: its name.
+            in_features, out_features: its sizes.
+            what: its kind, in words.
+        """
         (k_name, k), (r_name, r) = self._source("gralora_k", layer), self._source("r", layer)
         fitting = f"{k_name}={divisors(gcd(r - self.hybrid_r, in_features, out_features))}"
         if (r - self.hybrid_r) % k:
             raise ValueError(
-                f"target module {layer!r}: {r_name}={r} less hybrid_r={self.hybrid_r} must be divisible by "
+                f"target {layer!r}: {r_name}={r} less hybrid_r={self.hybrid_r} must be divisible by "
                 f"{k_name}={k}; use another rank, or one of {fitting}."
             )
         if in_features % k or out_features % k:
             raise ValueError(
-                f"{k_name}={k} must divide the features of target module {layer!r}, which has "
+                f"{k_name}={k} must divide the features of target {layer!r}, {what}, which has "
                 f"in_features={in_features} and out_features={out_features}; use one of {fitting} (for this layer "
-                "alone: gralora_k_pattern), gralora_k='auto', or leave the module out of target_modules."
+                "alone: gralora_k_pattern), gralora_k='auto', or leave it out of the targets."
             )
 
     def with_ks(self, ks: Mapping[str, int]) -> "LoraConfig":
@@ -215,7 +221,7 @@ class LoraConfig(peft.LoraConfig):
 
     def _check_compatible_fields(self) -> None:
         variants = [f.name for f in dataclasses.fields(self) if f.metadata.get("is_lora_variant")]
-        for name in [*variants, "use_qalora", "target_parameters", "megatron_config"]:
+        for name in [*variants, "use_qalora", "megatron_config"]:
             if name in SUPPORTED_VARIANTS:
                 continue
             value = getattr(self, name, None)

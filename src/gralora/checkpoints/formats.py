@@ -200,12 +200,34 @@ def check(adapter: Adapter) -> None:
     config = adapter.config
     if not isinstance(config.gralora_k, int):
         raise ValueError(f"gralora_k={config.gralora_k!r} must be a number in a saved adapter.")
+    _check_linear(adapter)
     if not adapter.layers:
         raise ValueError("the file has no GraLoRA tensors; the adapter is empty or of another method.")
     for layer in adapter.layers:
         f = adapter.specs(layer)
         _check_present(layer, f, config)
         _check_shapes(layer, f, adapter)
+
+
+def _check_linear(adapter: Adapter) -> None:
+    """Raise ValueError, naming field or layer, if the adapter has factors that are not those of a linear layer."""
+    problem = ""
+    if adapter.config.target_parameters:
+        problem = f"target_parameters={plain(adapter.config.target_parameters)!r} in its config"
+    for name in adapter.others:
+        if ".lora_embedding_" in name:
+            problem = problem or f"an embedding's factor {name!r}"
+    for layer in adapter.layers:
+        A = adapter.specs(layer).A
+        if A is not None and A.ndim > 3:
+            problem = problem or f"a convolution's factors {tuple(A.shape)} in layer {layer!r}"
+        if ".base_layer." in layer:
+            problem = problem or f"layer {layer!r} inside of an attention module"
+    if problem:
+        raise ValueError(
+            f"the adapter has {problem}, and gralora's tools for saved adapters read those of linear layers only. "
+            "Load it with peft.PeftModel.from_pretrained; merge_and_unload() there merges it into the model."
+        )
 
 
 def _check_present(layer: str, f: Factors, config: LoraConfig) -> None:
