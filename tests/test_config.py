@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from peft import PeftConfig, PeftType
 
 from gralora import LoraConfig
-from gralora.config import FORMAT, GRALORA_FIELDS, PATTERNS, SUPPORTED_VARIANTS, auto_k, divisors, shortest_patterns
+from gralora.config import (
+    FORMAT,
+    FORMAT_MATCHED,
+    GRALORA_FIELDS,
+    PATTERNS,
+    SUPPORTED_VARIANTS,
+    auto_k,
+    divisors,
+    shortest_patterns,
+)
 
 law = settings(deadline=None, max_examples=100)
 
@@ -46,7 +55,6 @@ REFUSED = {
     "hybrid-exceeds-r": ({"r": 8, "hybrid_r": 9}, ["hybrid_r=9", "r=8", "smaller", "use_gralora=False"]),
     "rank-pattern-k": ({"rank_pattern": {"q": 6}, "gralora_k": 4}, ["rank_pattern['q']=6", "gralora_k=4", "=4 or 8"]),
     "rank-pattern-hybrid": ({"rank_pattern": {"q": 2}, "hybrid_r": 2}, ["hybrid_r=2", "rank_pattern['q']=2"]),
-    "target-parameters": ({"target_parameters": ["experts.up"]}, ["target_parameters=['experts.up']"]),
     "megatron": ({"megatron_config": {"a": 1}}, ["megatron_config={'a': 1}"]),
 }
 
@@ -98,7 +106,7 @@ def test_initialisations_that_decompose_the_weight_are_refused(init, monkeypatch
         LoraConfig(use_gralora=True, init_lora_weights=init, **extra)
 
 
-@pytest.mark.parametrize("fields", [f for f, _ in REFUSED.values() if "target_parameters" not in f], ids=str)
+@pytest.mark.parametrize("fields", [f for f, _ in REFUSED.values()], ids=str)
 def test_plain_lora_is_not_checked(fields):
     """Without use_gralora nothing is refused that PEFT accepts."""
     with warnings.catch_warnings():
@@ -271,8 +279,9 @@ def test_file_without_format_is_refused(tmp_path, value):
 
 def test_file_of_a_newer_format_is_refused(tmp_path):
     """A format that this version does not know is refused by number."""
-    write_config(tmp_path, gralora_format=FORMAT + 1)
-    with pytest.raises(ValueError, match=f"gralora_format={FORMAT + 1} .*which reads {FORMAT}; update gralora"):
+    write_config(tmp_path, gralora_format=FORMAT_MATCHED + 1)
+    message = f"gralora_format={FORMAT_MATCHED + 1} .*which reads {FORMAT} and {FORMAT_MATCHED}; update gralora"
+    with pytest.raises(ValueError, match=message):
         PeftConfig.from_pretrained(tmp_path)
 
 
@@ -301,7 +310,8 @@ def test_config_is_a_lora_config():
     """It is PEFT's LoRA with a few fields more and a format, so whatever handles a LoRA handles it."""
     config = LoraConfig(use_gralora=True)
     assert isinstance(config, peft.LoraConfig) and config.peft_type is PeftType.LORA
-    assert set(GRALORA_FIELDS) == {"use_gralora", "gralora_k", "gralora_k_pattern", "hybrid_r", "gralora_format"}
+    fields = {"use_gralora", "gralora_k", "gralora_k_pattern", "hybrid_r", "gralora_scaling", "gralora_format"}
+    assert set(GRALORA_FIELDS) == fields
     assert all(f.metadata["help"] for f in dataclasses.fields(LoraConfig) if f.name in GRALORA_FIELDS)
 
 

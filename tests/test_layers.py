@@ -6,6 +6,7 @@ import itertools
 import math
 import pickle
 import re
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -42,6 +43,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import gralora
+from gralora.kinds import check_fields
 from gralora.layers import GraloraLayer, install
 
 pytestmark = [
@@ -726,25 +728,12 @@ def images():
 
 
 UNSUPPORTED = {
-    "conv2d": (
-        lambda: Sequence(nn.Linear(8, 8), nn.Conv2d(4, 8, 1)),
-        images,
-        {"target_modules": ["layers.0", "layers.1"]},
-        ["layers.1", "Conv2d"],
-    ),
-    "embedding": (
-        lambda: Sequence(nn.Embedding(8, 8), nn.Linear(8, 8)),
-        lambda: torch.arange(8),
-        {"target_modules": ["layers.1", "layers.0"]},
-        ["layers.0", "Embedding"],
-    ),
     "layer-norm": (
         lambda: Sequence(nn.Linear(8, 8), nn.LayerNorm(8)),
         images,
         {"target_modules": ["layers.0", "layers.1"]},
         ["layers.1", "LayerNorm"],
     ),
-    "attention": (Attention, lambda: images()[:, 0], {"target_modules": ["attention"]}, ["attention", "Multihead"]),
     "attention-out-proj": (
         Attention,
         lambda: images()[:, 0],
@@ -763,14 +752,6 @@ def test_unsupported_layers_are_refused(build, inputs, fields, parts):
         get_peft_model(model, gralora_config(**fields))
     for part in [*parts, "nn.Linear", "Conv1D", "target_modules", "use_gralora=False"]:
         assert part in str(error.value)
-
-
-@pytest.mark.parametrize("name", [name for name in UNSUPPORTED if name != "layer-norm"])
-def test_refused_layers_stay_open_to_plain_lora(name):
-    """What PEFT itself can adapt it still can, through `gralora.LoraConfig` with use_gralora=False."""
-    build, inputs, fields, _ = UNSUPPORTED[name]
-    model = get_peft_model(build(), gralora.LoraConfig(r=2, **fields))
-    model(inputs())
 
 
 FEATURES = {  # in, out, k, the ks that divide both
@@ -817,7 +798,6 @@ CHANGES = {
     "hybrid": ({"hybrid_r": 8}, "hybrid_r=8"),
     "variant": ({"use_qalora": True}, "use_qalora=True"),
     "initialisation": ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
-    "parameters": ({"target_parameters": ["layers.1.weight"]}, "target_parameters"),
 }
 
 
@@ -843,6 +823,15 @@ def test_layers_under_a_parameter_wrapper_are_refused():
     x = random_input(3, 8, dtype=torch.float32)
     with assert_unchanged(model, x), pytest.raises(ValueError, match="target module 'layer'"):
         model.add_adapter("other", gralora_config(target_modules=["layer"]))
+
+
+@pytest.mark.parametrize("field", ["use_dora", "alora_invocation_tokens"])
+@pytest.mark.parametrize("layer", [nn.Embedding(8, 8), nn.Conv2d(8, 8, 1), nn.MultiheadAttention(8, 2)], ids=str)
+def test_variants_of_linear_layers_are_refused_on_others(layer, field):
+    """Should the config take a LoRA variant together with GraLoRA, layers that are not linear still refuse it."""
+    check_fields("layer", nn.Linear(8, 8), SimpleNamespace(**{field: [1]}))
+    with pytest.raises(ValueError, match=f"{field}=.*'layer'"):
+        check_fields("layer", layer, SimpleNamespace(**{field: [1]}))
 
 
 def test_tensor_parallel_models_are_refused():

@@ -14,6 +14,8 @@ import peft
 from peft.utils.other import get_pattern_key
 
 FORMAT = 1  # of the saved tensors; rises when an older gralora could misread them
+FORMAT_MATCHED = 2  # the same tensors with gralora_scaling="matched", which an older gralora would not know
+SCALINGS = ("lora", "matched")
 SUPPORTED_VARIANTS = ("use_dora", "alora_invocation_tokens")
 SUPPORTED_INITS = (True, False, "gaussian")
 PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "gralora_k": "gralora_k_pattern"}
@@ -94,6 +96,16 @@ class LoraConfig(peft.LoraConfig):
     hybrid_r: int = field(
         default=0, metadata={"help": "Part of the rank r that is plain LoRA, 0 <= hybrid_r < r (Hybrid GraLoRA)."}
     )
+    gralora_scaling: Literal["lora", "matched"] = field(
+        default="lora",
+        metadata={
+            "help": (
+                "Factor on the update. 'lora': lora_alpha / r, as in LoRA (lora_alpha / sqrt(r) with use_rslora). "
+                "'matched': that times sqrt(r / (hybrid_r + (r - hybrid_r) / gralora_k)), since fewer ranks meet in "
+                "one entry of the update than in LoRA's; docs/scaling.md derives it."
+            )
+        },
+    )
     gralora_format: int | None = field(
         default=None, metadata={"help": "Format of the saved tensors; set by gralora, leave it empty."}
     )
@@ -116,12 +128,16 @@ class LoraConfig(peft.LoraConfig):
         if not self.use_gralora:
             for name in GRALORA_FIELDS:
                 del config[name]
+        elif self.gralora_scaling == "matched":
+            config["gralora_format"] = FORMAT_MATCHED
         return config
 
     def check(self) -> None:
         """Raise ValueError if use_gralora=True does not fit the other fields."""
         self._check_compatible_fields()
         self._check_ranks()
+        if self.gralora_scaling not in SCALINGS:
+            raise ValueError(f"gralora_scaling={self.gralora_scaling!r} must be one of {', '.join(SCALINGS)}.")
 
     def ranks(self) -> dict[str, int]:
         """The total ranks that layers can get, by the name of what sets them: `r` and the rank_pattern entries."""
@@ -137,20 +153,26 @@ class LoraConfig(peft.LoraConfig):
         key = get_pattern_key(pattern, layer)
         return (f"{PATTERNS[field]}[{key!r}]", pattern[key]) if key in pattern else (field, getattr(self, field))
 
-    def check_layer(self, layer: str, in_features: int, out_features: int) -> None:
-        """Raise ValueError, naming the layer and the ks that work, if its k does not divide its rank and features."""
+    def check_layer(self, layer: str, in_features: int, out_features: int, what: str) -> None:
+        """Raise ValueError, naming the layer and the ks that work, if its k does not divide its rank and features.
+
+        Args:
+            layer: its name.
+            in_features, out_features: its sizes.
+            what: its kind, in words.
+        """
         (k_name, k), (r_name, r) = self._source("gralora_k", layer), self._source("r", layer)
         fitting = f"{k_name}={divisors(gcd(r - self.hybrid_r, in_features, out_features))}"
         if (r - self.hybrid_r) % k:
             raise ValueError(
-                f"target module {layer!r}: {r_name}={r} less hybrid_r={self.hybrid_r} must be divisible by "
+                f"target {layer!r}: {r_name}={r} less hybrid_r={self.hybrid_r} must be divisible by "
                 f"{k_name}={k}; use another rank, or one of {fitting}."
             )
         if in_features % k or out_features % k:
             raise ValueError(
-                f"{k_name}={k} must divide the features of target module {layer!r}, which has "
+                f"{k_name}={k} must divide the features of target {layer!r}, {what}, which has "
                 f"in_features={in_features} and out_features={out_features}; use one of {fitting} (for this layer "
-                "alone: gralora_k_pattern), gralora_k='auto', or leave the module out of target_modules."
+                "alone: gralora_k_pattern), gralora_k='auto', or leave it out of the targets."
             )
 
     def settled(self, ks: Mapping[str, int]) -> "LoraConfig":
@@ -183,7 +205,7 @@ class LoraConfig(peft.LoraConfig):
         )
 
     def _warn_about_unused_fields(self) -> None:
-        unset = {"gralora_k": "auto", "gralora_k_pattern": {}, "hybrid_r": 0}
+        unset = {"gralora_k": "auto", "gralora_k_pattern": {}, "hybrid_r": 0, "gralora_scaling": "lora"}
         given = {name: getattr(self, name) for name in unset if getattr(self, name) != unset[name]}
         if given:
             names = ", ".join(f"{name}={value!r}" for name, value in given.items())
@@ -196,15 +218,15 @@ class LoraConfig(peft.LoraConfig):
                 "the HaohanTsao/peft fork saves the same keys with other tensors, which would load as an adapter that "
                 "does nothing. Convert it first: `gralora convert ADAPTER OUT` (or gralora.convert_adapter)."
             )
-        if self.gralora_format != FORMAT:
+        if self.gralora_format not in (FORMAT, FORMAT_MATCHED):
             raise ValueError(
                 f"gralora_format={self.gralora_format!r} is not known to this version of gralora, which reads "
-                f"{FORMAT}; update gralora."
+                f"{FORMAT} and {FORMAT_MATCHED}; update gralora."
             )
 
     def _check_compatible_fields(self) -> None:
         variants = [f.name for f in dataclasses.fields(self) if f.metadata.get("is_lora_variant")]
-        for name in [*variants, "use_qalora", "target_parameters", "megatron_config"]:
+        for name in [*variants, "use_qalora", "megatron_config"]:
             if name in SUPPORTED_VARIANTS:
                 continue
             value = getattr(self, name, None)

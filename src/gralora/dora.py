@@ -74,8 +74,9 @@ def row_norms(weight: Tensor, down: GranularDown, up: GranularUp, scaling: float
     Args:
         weight: W, `[O, I]`.
         down, up: the factors.
-        scaling: s.
+        scaling: s, without the gain of `up`.
     """
+    scaling = scaling * up.gain
     dtype = torch.promote_types(weight.dtype, torch.float32)
     k = down.weight.shape[0]
     a = down.weight.to(dtype).unflatten(2, (k, -1)).permute(2, 0, 1, 3)  # [k_j, k_i, I/k, q]

@@ -37,7 +37,8 @@ from . import blocks
 from .blocks import GranularDown, GranularUp
 from .config import SUPPORTED_VARIANTS, LoraConfig, auto_k
 from .dora import GranularDora
-from .kinds import base_layer, check_kind, keep_bias, keep_weights_unpacked
+from .experts import TargetParameter, param_wrapper, targeted_parameters
+from .kinds import base_layer, check_fields, check_kind, keep_bias, keep_weights_unpacked, kind_of
 from .ops import dispatch, gralora_linear
 from .ops.factors import hybrid_to_lora, pad_lora
 
@@ -55,15 +56,43 @@ class Promoted:
 
 
 class GraloraLayer(Promoted):
-    """Mixin over one of PEFT's LoRA layer classes; its adapters may be GraLoRA, plain LoRA, or some of each."""
+    """Mixin over one of PEFT's LoRA layer classes; its adapters may be GraLoRA, plain LoRA, or some of each.
+
+    What it says of factors is about linear layers; kinds of layers that differ have a mixin of their own in front.
+    """
+
+    not_combinable = ""  # why PEFT's add_weighted_adapter is refused; empty if it is not
 
     def is_gralora(self, adapter_name: str) -> bool:
         return adapter_name in self.lora_B and isinstance(self.lora_B[adapter_name], GranularUp)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def read_factors(self, adapter_name: str, k: int, hybrid_r: int, gain: float) -> None:
+        """Make a GraLoRA of the plain LoRA that PEFT has just added; see `GranularDown.from_linear`."""
+        A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        down, up = GranularDown.from_linear(A, k, hybrid_r, gain), GranularUp.from_linear(B, k, hybrid_r)
+        self.lora_A[adapter_name] = down.requires_grad_(A.weight.requires_grad)
+        self.lora_B[adapter_name] = up.requires_grad_(B.weight.requires_grad)
+
+    def tie_factors(self, adapter: str, embedding: Any) -> None:
+        """Share the memory of a GraLoRA of the embedding whose weight is this output layer's, as PEFT's LoRA does.
+
+        The transposed grid is a grid: its A are the embedding's B transposed, and the other way round.
+        """
+        down, up = embedding.factors(adapter)
+        for factor, source in ((self.lora_A[adapter], up), (self.lora_B[adapter], down)):
+            factor.weight = nn.Parameter(source.weight.detach().mT, factor.weight.requires_grad)
+            if source.hybrid_weight is not None:
+                factor.hybrid_weight = nn.Parameter(source.hybrid_weight.detach().T, factor.weight.requires_grad)
+
+    def plain_lora(self, adapter: str, rank: int | None = None) -> tuple[Tensor, Tensor]:
+        """A and B, in PEFT's layout, of the plain LoRA that it equals, of rank k * r_g + hybrid_r unless told more."""
+        A, B = self.lora_A[adapter], self.lora_B[adapter]
+        return hybrid_to_lora(A.weight, B.weight, A.hybrid_weight, B.hybrid_weight, rank)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's forward, or base and adapter in one operation where that computes the same."""
-        operands = None if args or kwargs else self._fusible_operands(x)
-        return super().forward(x, *args, **kwargs) if operands is None else gralora_linear(*operands)
+        operands = self._fusible_operands(*args) if len(args) == 1 and not kwargs else None
+        return super().forward(*args, **kwargs) if operands is None else gralora_linear(*operands)
 
     def _fusible_operands(self, x: Tensor) -> tuple[Any, ...] | None:
         """The arguments of `gralora_linear` if that is all there is to do, else None.
@@ -104,13 +133,13 @@ class GraloraLayer(Promoted):
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         elif not weight.dtype == A_weight.dtype == B_weight.dtype == dtype:
             return None
-        scaling = self.scaling[name]
+        scaling = self.scaling[name] if B.gralora_scaling == "lora" else self.scaling[name] * B.gain
         if isinstance(scaling, Tensor):  # prepare_model_for_compiled_hotswap: a number would be compiled in
             B_weight, B_hybrid = B_weight * scaling, None if B_hybrid is None else B_hybrid * scaling
             scaling = 1.0
         weight = weight.t() if transposed else weight
-        dropped = dropout(x) if dropout.training and type(dropout) is nn.Dropout else None
-        return x, weight, bias, A_weight, B_weight, A_hybrid, B_hybrid, scaling, dropped
+        p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        return x, weight, bias, A_weight, B_weight, A_hybrid, B_hybrid, scaling, p
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """dW of one adapter, scaling included, in the layout of the base weight (`[out, in]`, Conv1D: `[in, out]`).
@@ -129,7 +158,7 @@ class GraloraLayer(Promoted):
             ValueError: with safe_merge, if the result would not be finite; not all of PEFT's classes look.
         """
         for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.lora_A:
+            if name in self.scaling:
                 if safe_merge and self.is_gralora(name) and not self.get_delta_weight(name).isfinite().all():
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
                 with keep_bias(self), warnings.catch_warnings():
@@ -187,6 +216,9 @@ class GraloraModel(Promoted):
         biased = [name for name in granular if self.peft_config[name].lora_bias]
         if biased:
             raise ValueError(f"adapter(s) {biased} have lora_bias=True; the combination would lose their biases.")
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, GraloraLayer) and layer.not_combinable and any(map(layer.is_gralora, granular)):
+                raise ValueError(f"adapters of {name!r} cannot be combined: {layer.not_combinable}.")
         kwargs["svd_full_matrices"] = False  # the same leading vectors, and ranks above a layer's features work
         plain = {name: f"{name}_as_plain_lora" for name in granular}
         try:
@@ -200,9 +232,9 @@ class GraloraModel(Promoted):
                 if plain_name in self.peft_config:
                     self.delete_adapter(plain_name)
         for layer in self.model.modules():
-            if isinstance(layer, lora.LoraLayer) and adapter_name in layer.lora_A:
+            if isinstance(layer, lora.LoraLayer) and adapter_name in layer.scaling:
                 # where PEFT's SVD gave a lower rank: it cannot give more than a layer has features
-                A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+                A, B = plain_weights(layer, adapter_name)
                 A.data, B.data = pad_lora(A.data, B.data, self.peft_config[adapter_name].r)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -214,10 +246,11 @@ class GraloraModel(Promoted):
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for where, layer in self.model.named_modules():
             for name in names if isinstance(layer, GraloraLayer) else []:
-                if layer.is_gralora(name) and layer.lora_A[name].weight.ndim != 3:
+                down = dict(layer.lora_A).get(name)
+                if isinstance(down, GranularDown) and down.weight.ndim == 2:
                     raise ValueError(
                         f"adapter {name!r} is GraLoRA, and its lora_A in {where!r} was overwritten by one of shape "
-                        f"{tuple(layer.lora_A[name].weight.shape)}, a plain LoRA's (reduce_intruder_dimension does "
+                        f"{tuple(down.weight.shape)}, a plain LoRA's (reduce_intruder_dimension does "
                         "this). Delete it, and work on a plain copy of the adapter that it was made of: "
                         "add_weighted_adapter([ADAPTER], [1.0], NEW, combination_type='cat')."
                     )
@@ -245,14 +278,14 @@ class GraloraModel(Promoted):
     def _add_as_plain_lora(self, adapter_name: str, plain_name: str) -> None:
         """Add a plain LoRA adapter with the delta weights of a GraLoRA adapter, of one rank for all layers."""
         layers = [m for m in self.model.modules() if isinstance(m, GraloraLayer) and m.is_gralora(adapter_name)]
-        ranks = [layer.lora_A[adapter_name].lora_rank for layer in layers]
+        ranks = [layer.plain_lora(adapter_name)[0].shape[0] for layer in layers]
         self.peft_config[plain_name] = self.peft_config[adapter_name].as_plain_lora(max(ranks))
         self.inject_adapter(self.model, plain_name)
         for layer in layers:
-            A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-            A_lora, B_lora = hybrid_to_lora(A.weight, B.weight, A.hybrid_weight, B.hybrid_weight, max(ranks))
-            layer.lora_A[plain_name].weight.data = A_lora.detach()
-            layer.lora_B[plain_name].weight.data = B_lora.detach() * layer.scaling[adapter_name]
+            A, B = plain_weights(layer, plain_name)
+            lora_A, lora_B = layer.plain_lora(adapter_name, max(ranks))
+            gain = layer.lora_B[adapter_name].gain if adapter_name in layer.lora_B else 1.0
+            A.data, B.data = lora_A.detach(), lora_B.detach() * layer.scaling[adapter_name] * gain
 
     def subtract_mutated_init(
         self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None
@@ -263,6 +296,13 @@ class GraloraModel(Promoted):
                 "does not change the base weights, so save it without."
             )
         return super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
+
+
+def plain_weights(layer: Any, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B of a plain LoRA adapter."""
+    if adapter_name in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+    return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -276,19 +316,22 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 @functools.cache
-def promoted_class(mixin: type[Promoted], cls: type) -> type:
-    """The subclass of `cls` with `mixin` in front, the same object at every call."""
-    return type(f"Gralora{cls.__name__}", (mixin, cls), {"__module__": __name__})
+def promoted_class(*bases: type) -> type:
+    """The subclass of PEFT's class, the last of `bases`, with mixins in front, the same object at every call."""
+    name = bases[-1].__name__
+    if name != "ParamWrapper":  # PEFT knows this one by its class's name
+        name = f"Gralora{name}"
+    return type(name, bases, {"__module__": __name__})
 
 
-def promote(obj: Any, mixin: type[Promoted]) -> None:
-    """Make `obj` an instance of `mixin` as well. Its state, and the behaviour of adapters it had, stay."""
-    if not isinstance(obj, mixin):
-        obj.__class__ = promoted_class(mixin, type(obj))
+def promote(obj: Any, *mixins: type) -> None:
+    """Make `obj` an instance of the mixins as well. Its state, and the behaviour of adapters it had, stay."""
+    if not isinstance(obj, mixins):
+        obj.__class__ = promoted_class(*mixins, type(obj))
 
 
-def _unpickle(mixin: type[Promoted], cls: type) -> Any:
-    promoted = promoted_class(mixin, cls)
+def _unpickle(*bases: type) -> Any:
+    promoted = promoted_class(*bases)
     return promoted.__new__(promoted)
 
 
@@ -298,7 +341,13 @@ def install() -> None:
         return
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = LoraConfig
     lora.LoraModel._create_and_replace = _with_gralora(lora.LoraModel._create_and_replace)
-    CONFIG_KEYS_TO_CHECK[PeftType.LORA] += ["use_gralora", "gralora_k", "gralora_k_pattern", "hybrid_r"]
+    CONFIG_KEYS_TO_CHECK[PeftType.LORA] += [
+        "use_gralora",
+        "gralora_k",
+        "gralora_k_pattern",
+        "hybrid_r",
+        "gralora_scaling",
+    ]
 
 
 def _with_gralora(stock: Callable[..., None]) -> Callable[..., None]:
@@ -332,25 +381,41 @@ def create_and_replace(
         ValueError: before anything is changed, if a targeted layer does not fit the config.
     """
     config = plan(tuner, adapter_name, config)
-    check_variant(config, current_key, target)
-    check_kind(current_key, target, tuner.model)  # with a state_dict, PEFT adapts layers that the config does not name
-    config.check_layer(current_key, *features(target))
+    base = base_layer(target)
+    if kwargs.get("parameter_name"):
+        base = TargetParameter(base, kwargs["parameter_name"])
+    else:  # with a state_dict, PEFT adapts layers that the config does not name
+        check_layer(config, current_key, target, tuner.model)
     if isinstance(tuner, lora.LoraModel):
         promote(tuner, GraloraModel)
-    stock(tuner, config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs)
+    tied = getattr(config, "target_modules_to_tie", None) or ()
+    if target_name in tied:
+        config.target_modules_to_tie = None  # PEFT would share the embedding's factors as those of a plain LoRA
+    try:
+        stock(tuner, config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs)
+    finally:
+        if tied:
+            config.target_modules_to_tie = tied
 
     layer = getattr(parent, target_name)
-    check_kind(current_key, layer, tuner.model)  # that PEFT chose the class that it was expected to
-    promote(layer, GraloraLayer)
-    A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    if isinstance(base, TargetParameter):
+        layer = param_wrapper(target, base.name) or param_wrapper(layer, base.name)  # had an adapter, or is new
+    else:
+        check_kind(current_key, layer, tuner.model)  # that PEFT chose the class that it was expected to
     k, hybrid_r = config.of_layer("gralora_k", current_key), config.hybrid_r
     gain = blocks.kaiming_gain(k, config.init_lora_weights)
-    layer.lora_A[adapter_name] = GranularDown.from_linear(A, k, hybrid_r, gain).requires_grad_(A.weight.requires_grad)
-    layer.lora_B[adapter_name] = GranularUp.from_linear(B, k, hybrid_r).requires_grad_(B.weight.requires_grad)
+    kind = kind_of(base)
+    for part, mixin in [(layer, kind.mixin), *((getattr(layer.base_layer, n), m) for n, m in kind.inner.items())]:
+        promote(part, *filter(None, [mixin]), GraloraLayer)
+        part.read_factors(adapter_name, k, hybrid_r, gain)
+        if adapter_name in part.lora_B:
+            part.lora_B[adapter_name].gralora_scaling = config.gralora_scaling
     if config.use_dora:
         factors = layer.lora_A[adapter_name], layer.lora_B[adapter_name], layer.scaling[adapter_name]
-        stock_dora, base = layer.lora_magnitude_vector[adapter_name], layer.get_base_layer()
+        stock_dora = layer.lora_magnitude_vector[adapter_name]
         layer.lora_magnitude_vector[adapter_name] = GranularDora.from_linear(stock_dora, base, *factors)
+    if target_name in tied:
+        layer.tie_factors(adapter_name, tuner.model.get_input_embeddings())
 
 
 def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> LoraConfig:
@@ -370,17 +435,24 @@ def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> LoraConfig:
     layers = dict(targeted_layers(tuner, config))
     for name, layer in layers.items():
         check_kind(name, layer, tuner.model)
-        check_variant(config, name, layer)
     settled = settle_ks(config, {name: features(layer) for name, layer in layers.items()})
     for name, layer in layers.items():
-        settled.check_layer(name, *features(layer))
+        check_layer(settled, name, layer, tuner.model)
     keep_weights_unpacked(tuner.model)
     tuner.peft_config[adapter_name] = settled
     tuner._gralora_plan = (adapter_name, id(config))
     return settled
 
 
-def check_variant(config: LoraConfig, name: str, layer: nn.Module) -> None:
+def check_layer(config: LoraConfig, name: str, layer: nn.Module | TargetParameter, model: nn.Module) -> None:
+    """Raise ValueError, naming layer and field, if a layer cannot have such an adapter."""
+    check_kind(name, layer, model)
+    check_fields(name, layer, config)
+    check_variant(config, name, layer)
+    config.check_layer(name, *features(layer), what=kind_of(base_layer(layer)).name)
+
+
+def check_variant(config: LoraConfig, name: str, layer: nn.Module | TargetParameter) -> None:
     """Raise ValueError, naming the layer, if it is not of a kind on which DoRA and aLoRA are tested with GraLoRA."""
     if config.use_dora and not hasattr(lora.LoraLayer, "_unmerged_base_weight"):  # which came with the right merging
         raise ValueError(
@@ -433,19 +505,31 @@ def settle_ks(config: LoraConfig, layers: dict[str, tuple[int, int]]) -> LoraCon
     return config.settled(ks)
 
 
-def targeted_layers(tuner: BaseTuner, config: LoraConfig) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of what PEFT will adapt, in its order; the inside of layers that have an adapter is skipped."""
+def targeted_layers(tuner: BaseTuner, config: LoraConfig) -> Iterator[tuple[str, nn.Module | TargetParameter]]:
+    """Name and place of what PEFT will adapt, in its order; the inside of layers that have an adapter is skipped."""
     adapted: tuple[str, ...] = ()
+    modules = []
     for name, module in tuner.model.named_modules():
         if not name or name.startswith(adapted):
             continue
         if isinstance(module, BaseTunerLayer):
             adapted += (f"{name}.",)
+            if not isinstance(module, lora.ParamWrapper):
+                modules.append(base_layer(module))
         match = tuner._check_target_module_exists(config, name)
         if match and not isinstance(match, _ExcludedModule):
+            modules.append(base_layer(module))
             yield name, module
+    for name, parameter in targeted_parameters(tuner.model, config.target_parameters):
+        if any(parameter.module is module for module in modules):
+            raise ValueError(
+                f"target parameter {name!r} is of a {type(parameter.module).__name__} that is adapted as a module; "
+                "take one of them out of target_parameters or target_modules ([] for none)."
+            )
+        yield name, parameter
 
 
-def features(layer: nn.Module) -> tuple[int, int]:
+def features(layer: nn.Module | TargetParameter) -> tuple[int, int]:
     """Input and output features of a supported layer, which may carry adapters already."""
-    return _get_in_out_features(base_layer(layer))
+    base = base_layer(layer)
+    return base.features() if isinstance(base, TargetParameter) else _get_in_out_features(base)

@@ -16,6 +16,7 @@ import torch
 from peft import PeftType
 from torch import Tensor
 
+from ..blocks import scaling_gain
 from ..config import FORMAT, SUPPORTED_VARIANTS, LoraConfig
 from .files import LazyTensors
 
@@ -92,10 +93,15 @@ class Adapter:
     def alpha(self, layer: str) -> float:
         return self.config.of_layer("lora_alpha", layer)
 
+    def gain(self, layer: str) -> float:
+        """Factor of the config's gralora_scaling."""
+        k, _, r_g = self.specs(layer).A.shape
+        return scaling_gain(self.config.gralora_scaling, k, r_g, self.config.hybrid_r)
+
     def scaling(self, layer: str) -> float:
-        """Factor on dW, as PEFT computes it."""
+        """Factor on dW: PEFT's scaling times the gain."""
         rank = self.rank(layer)
-        return self.alpha(layer) / (math.sqrt(rank) if self.config.use_rslora else rank)
+        return self.alpha(layer) / (math.sqrt(rank) if self.config.use_rslora else rank) * self.gain(layer)
 
     def k(self, layer: str) -> int:
         """Blocks per side, by the tensors."""
@@ -194,12 +200,34 @@ def check(adapter: Adapter) -> None:
     config = adapter.config
     if not isinstance(config.gralora_k, int):
         raise ValueError(f"gralora_k={config.gralora_k!r} must be a number in a saved adapter.")
+    _check_linear(adapter)
     if not adapter.layers:
         raise ValueError("the file has no GraLoRA tensors; the adapter is empty or of another method.")
     for layer in adapter.layers:
         f = adapter.specs(layer)
         _check_present(layer, f, config)
         _check_shapes(layer, f, adapter)
+
+
+def _check_linear(adapter: Adapter) -> None:
+    """Raise ValueError, naming field or layer, if the adapter has factors that are not those of a linear layer."""
+    problem = ""
+    if adapter.config.target_parameters:
+        problem = f"target_parameters={plain(adapter.config.target_parameters)!r} in its config"
+    for name in adapter.others:
+        if ".lora_embedding_" in name:
+            problem = problem or f"an embedding's factor {name!r}"
+    for layer in adapter.layers:
+        A = adapter.specs(layer).A
+        if A is not None and A.ndim > 3:
+            problem = problem or f"a convolution's factors {tuple(A.shape)} in layer {layer!r}"
+        if ".base_layer." in layer:
+            problem = problem or f"layer {layer!r} inside of an attention module"
+    if problem:
+        raise ValueError(
+            f"the adapter has {problem}, and gralora's tools for saved adapters read those of linear layers only. "
+            "Load it with peft.PeftModel.from_pretrained; merge_and_unload() there merges it into the model."
+        )
 
 
 def _check_present(layer: str, f: Factors, config: LoraConfig) -> None:
@@ -345,6 +373,7 @@ def _gralora_from_gralora(adapter: Adapter) -> dict[str, Any]:
 NOT_IN_OUTPUT = {  # fields that a trained adapter's output does not depend on, or that are written under another name
     "use_gralora",
     "gralora_format",
+    "gralora_scaling",
     "r",
     "lora_alpha",
     "lora_dropout",
@@ -371,7 +400,7 @@ def _gralora_to_peft(adapter: Adapter) -> dict[str, Any]:
     values = {}
     for name, value in (
         ("rank_pattern", adapter.rank),
-        ("alpha_pattern", adapter.alpha),
+        ("alpha_pattern", lambda layer: adapter.alpha(layer) * adapter.gain(layer)),
         ("gralora_k_pattern", adapter.k),
     ):
         values[name] = {value(layer) for layer in adapter.layers}
