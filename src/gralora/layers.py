@@ -246,25 +246,27 @@ class GraloraModel(Promoted):
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for where, layer in self.model.named_modules():
             for name in names if isinstance(layer, GraloraLayer) else []:
-                down = dict(layer.lora_A).get(name)
-                if isinstance(down, GranularDown) and down.weight.ndim == 2:
+                if layer.is_gralora(name) and name in layer.lora_A and layer.lora_A[name].weight.ndim == 2:
                     raise ValueError(
                         f"adapter {name!r} is GraLoRA, and its lora_A in {where!r} was overwritten by one of shape "
-                        f"{tuple(down.weight.shape)}, a plain LoRA's (reduce_intruder_dimension does "
+                        f"{tuple(layer.lora_A[name].weight.shape)}, a plain LoRA's (reduce_intruder_dimension does "
                         "this). Delete it, and work on a plain copy of the adapter that it was made of: "
                         "add_weighted_adapter([ADAPTER], [1.0], NEW, combination_type='cat')."
                     )
         super().set_adapter(adapter_name, inference_mode)
 
     def _check_merge_allowed(self) -> None:
-        """As PEFT's; its own check of layer_replication looks for the field among the adapters' names."""
+        """As PEFT's; its own check of layer_replication looks for the field among the adapters' names.
+
+        An output layer may share its weight with the embedding: what happens then is as with plain LoRA.
+        """
         super()._check_merge_allowed()
-        first: dict[int, tuple[str, nn.Module]] = {}
+        first: dict[tuple[int, type], tuple[str, nn.Module]] = {}
         for where, layer in self.model.named_modules():
             base = layer.get_base_layer() if isinstance(layer, lora.LoraLayer) else None
             weight = getattr(base, "weight", None)
             if weight is not None:
-                other, other_base = first.setdefault(id(weight), (where, base))
+                other, other_base = first.setdefault((id(weight), type(base)), (where, base))
                 if other_base is not base:
                     raise ValueError(
                         f"the adapters of {other!r} and {where!r} cannot be merged: these layers share one weight "
