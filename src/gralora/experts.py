@@ -102,8 +102,8 @@ class GranularExperts:
             return super().get_delta_weight(adapter, *args, **kwargs)
         param = self.get_param()
         dtype = torch.promote_types(self.lora_B[adapter].weight.dtype, torch.float32)
-        lhs, rhs = self._rows(adapter, dtype)
-        dW = (torch.bmm(lhs, rhs) * float(self.scaling[adapter])).view(param.shape)
+        with torch.autocast(param.device.type, enabled=False):  # a forward pass with several adapters comes here
+            dW = torch.bmm(*self._rows(adapter, dtype)).mul(float(self.scaling[adapter])).view(param.shape)
         return dW if is_8_bit(param) else dW.to(param.dtype)
 
     @contextmanager
