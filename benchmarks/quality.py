@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import fields
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def run(args: argparse.Namespace, stages: list[Stage] | None = None) -> Results:
 
 
 def _show(record: dict[str, Any], elapsed: float) -> None:
-    cell = Cell(**{name: record[name] for name in ("task", "method", "r", "k", "hybrid_r", "scale")})
+    cell = Cell(**{field.name: record[field.name] for field in fields(Cell)})
     loss = "diverged" if record["test_loss"] is None else f"{record['test_loss']:.4f}"
     more = "".join(
         f", {name} {record[name]:.3f}" for name in ("accuracy", "exact_match") if record.get(name) is not None

@@ -2,8 +2,8 @@
 
 The plan is a function of the results: every cell (method, rank, ...) is tuned with one seed over one ladder of
 learning rates, 1e-3 times powers of two, from its first guess outwards until the best is enclosed by two worse; then
-it is run at its best learning rate with other seeds. The seed that chose the learning rate is not among them, so that what the
-tables show was not selected for.
+it is run at its best learning rate with other seeds. The seed that chose the learning rate is not among them, so that
+what the tables show was not selected for.
 """
 
 import math
@@ -47,7 +47,7 @@ class Results:
             self.add(record)
 
     def add(self, record: dict[str, Any]) -> None:
-        self._records[_identity(record)] = record
+        self._records[_identity(record)] = {"start": 1.0} | record  # the first runs were made before there was a start
 
     def get(self, job: Job) -> dict[str, Any] | None:
         return self._records.get(_identity(job.key))
@@ -66,11 +66,13 @@ class Results:
         return len(self._records)
 
 
-KEY = ("task", "method", "r", "k", "hybrid_r", "scale", "lr", "seed", "steps", "tokens_per_step")
+KEY = ("task", "method", "r", "k", "hybrid_r", "scale", "start", "lr", "seed", "steps", "tokens_per_step")
 
 
 def _identity(record: dict[str, Any]) -> tuple:
-    return tuple(float(f"{v:.6g}") if isinstance(v, float | int) else v for v in (record[name] for name in KEY))
+    return tuple(
+        float(f"{v:.6g}") if isinstance(v, float | int) else v for v in (record.get(name, 1.0) for name in KEY)
+    )
 
 
 def job(cell: Cell, exponent: int, seed: int, run: dict[str, int]) -> Job:
@@ -117,10 +119,14 @@ def lora(task: str, r: int) -> Cell:
     return Cell(task, "lora", r)
 
 
-def grid(task: str, r: int, k: int, hybrid_r: int = 0, power: float = 0.0) -> Cell:
-    """GraLoRA whose scaling is lora_alpha / r times a power of r / (ranks that meet in one entry of dW)."""
-    met = hybrid_r + (r - hybrid_r) / k
-    return Cell(task, "gralora", r, k, hybrid_r, (r / met) ** power)
+def grid(task: str, r: int, k: int, hybrid_r: int = 0, power: float = 0.0, smaller_start: bool = False) -> Cell:
+    """GraLoRA whose scaling is lora_alpha / r times a power of r / (ranks that meet in one entry of dW).
+
+    Args:
+        smaller_start: A divided by what the scaling is multiplied by, so that the first updates stay as they are.
+    """
+    scale = (r / (hybrid_r + (r - hybrid_r) / k)) ** power
+    return Cell(task, "gralora", r, k, hybrid_r, scale, 1 / scale if smaller_start else 1.0)
 
 
 def stages(tasks: Iterable[str]) -> list[Stage]:
@@ -142,13 +148,20 @@ def stages(tasks: Iterable[str]) -> list[Stage]:
         ),
         Stage(
             "scaling at r=64",
-            tuple(grid(python, 64, k, power=power) for power in (0.5, 1.0) for k in (4, 2, 8))
-            + (grid(python, 64, 4, hybrid_r=32, power=0.5),),
+            (
+                grid(python, 64, 4, power=0.5),
+                grid(python, 64, 4, power=0.5, smaller_start=True),
+                grid(python, 64, 8, power=0.5),
+                grid(python, 64, 8, power=0.5, smaller_start=True),
+                grid(python, 64, 2, power=0.5),
+                grid(python, 64, 4, power=1.0),
+                grid(python, 64, 4, hybrid_r=32, power=0.5),
+            ),
             seeds=0,
         ),
         Stage("methods at r=128", (lora(python, 128), grid(python, 128, 4), grid(python, 128, 8)), seeds=4),
         Stage("same rank of dW, full fine-tuning", (lora(python, 256), Cell(python, "full")), seeds=4),
-        Stage("scaling, seeds", (grid(python, 64, 4, power=0.5), grid(python, 64, 4, power=1.0)), seeds=4),
+        Stage("scaling, seeds", (grid(python, 64, 4, power=0.5), grid(python, 64, 8, power=0.5)), seeds=4),
         Stage("GSM8K at r=64", (lora(gsm8k, 64), grid(gsm8k, 64, 4), grid(gsm8k, 64, 4, hybrid_r=32)), seeds=4),
         Stage("methods at r=16", (lora(python, 16), grid(python, 16, 2), grid(python, 16, 4)), seeds=4),
         Stage("multiple choice at r=64", (lora(choice, 64), grid(choice, 64, 4)), seeds=4),

@@ -34,6 +34,7 @@ class Cell:
         method: lora, rslora, gralora (with hybrid_r > 0 the hybrid) or full.
         r: total rank; 0 for full fine-tuning.
         scale: factor on lora_alpha / r, which is 1 (rsLoRA: on lora_alpha / sqrt(r), lora_alpha = r).
+        start: factor on the initial entries of A.
     """
 
     task: str
@@ -42,6 +43,7 @@ class Cell:
     k: int = 1
     hybrid_r: int = 0
     scale: float = 1.0
+    start: float = 1.0
 
     @property
     def name(self) -> str:
@@ -49,7 +51,8 @@ class Cell:
             return "full fine-tuning"
         words = {"lora": "LoRA", "rslora": "rsLoRA", "gralora": f"GraLoRA k={self.k}"}[self.method]
         words += f" hybrid_r={self.hybrid_r}" if self.hybrid_r else ""
-        return words + (f" scaling x{self.scale:.3g}" if self.scale != 1 else "") + f" r={self.r}"
+        words += f" scaling x{self.scale:.3g}" if self.scale != 1 else ""
+        return words + (f" A x{self.start:.3g}" if self.start != 1 else "") + f" r={self.r}"
 
     def config(self) -> peft.LoraConfig:
         """All linears of the decoder layers, no dropout."""
@@ -183,7 +186,9 @@ class Trainer:
         else:
             for layer in self.adapted:
                 for p in layer.lora_A.parameters():  # [r, in], or a grid's [k, in/k, r]: shape[1] is the fan-in
-                    bound = 1 / math.sqrt(p.shape[1])  # kaiming_uniform_ with a = sqrt(5), as PEFT's default
+                    bound = self.cell.start / math.sqrt(
+                        p.shape[1]
+                    )  # kaiming_uniform_ with a = sqrt(5), as PEFT's default
                     p.uniform_(-bound, bound, generator=generator)
                 for p in layer.lora_B.parameters():
                     p.zero_()

@@ -116,7 +116,7 @@ class GranularUp(nn.Module):
 
 
 def delta_weight(down: GranularDown, up: GranularUp, scaling: float | Tensor) -> Tensor:
-    """dW = scaling * gain * (grid + B_s A_s), `[O, I]`, in float32 where the factors are half precision, else in their dtype.
+    """dW = scaling * gain * (grid + B_s A_s), `[O, I]`, in the dtype of the factors, at least float32.
 
     Half-precision factors are multiplied in float32, so that merging rounds once, when the sum is stored.
     """
