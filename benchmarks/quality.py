@@ -25,6 +25,7 @@ from typing import Any
 
 import quality_data
 import quality_plan
+import quality_report
 import torch
 from quality_data import Task
 from quality_plan import Results, Stage
@@ -93,10 +94,18 @@ def choose(todo: list[tuple[str, Job]], held: Cell | None, others: set[Cell]) ->
 def run(args: argparse.Namespace, stages: list[Stage] | None = None) -> Results:
     """Make pending runs until there are none or the budget is used up; returns all results, old and new."""
     start = time.monotonic()
-    results = Results(read(args.results)) if args.results.exists() else Results()
+    results = Results()
+    if args.results.exists():
+        records = read(args.results)
+        results = Results(records)
+        if not args.results.read_text().endswith("\n"):  # else the next run would be added to half a line
+            args.results.write_text("".join(json.dumps(record) + "\n" for record in records))
     names = [Task.load(path).name for path in args.tasks]
     stages = quality_plan.stages(names) if stages is None else stages
     settings = {"steps": args.steps, "tokens_per_step": args.tokens_per_step}
+    if not any(quality_plan.pending(stages, settings, results)):
+        print(f"{len(results)} runs there, nothing to do")
+        return results
     context = multiprocessing.get_context("spawn")
     threads = max(torch.get_num_threads() // args.workers, 1)
     pipes: dict[Connection, Job | None] = {}
@@ -257,11 +266,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.tiny:
         with tempfile.TemporaryDirectory() as folder:
-            tiny(Path(folder), workers=1)
+            print(quality_report.write(tiny(Path(folder), workers=1), Path(folder) / "quality.md"))
     elif args.command == "data":
         data(args)
     elif args.command == "run":
         run(args)
+    elif args.command == "report":
+        print(quality_report.write(Results(r for path in args.results for r in read(path)), args.out))
     else:
         parser().error("give a command, or --tiny")
 

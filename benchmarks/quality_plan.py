@@ -47,7 +47,8 @@ class Results:
             self.add(record)
 
     def add(self, record: dict[str, Any]) -> None:
-        self._records[_identity(record)] = {"start": 1.0} | record  # the first runs were made before there was a start
+        record = {"start": 1.0} | record  # the first runs were made before there was a start
+        self._records[_identity(record)] = record
 
     def get(self, job: Job) -> dict[str, Any] | None:
         return self._records.get(_identity(job.key))

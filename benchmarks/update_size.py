@@ -63,11 +63,12 @@ def measure(seeds: int) -> list[dict]:
                 name: [update_sizes(config, gradient(rank, seed), noise, seed) for seed in range(seeds)]
                 for name, config in configs().items()
             }
+            loras = sizes["LoRA"]
             for name, config in configs().items():
                 hybrid_r, k = getattr(config, "hybrid_r", 0), getattr(config, "gralora_k", 1)
                 k = k if getattr(config, "use_gralora", False) else 1
                 for step in STEPS:
-                    pairs = [(own[step], lora[step]) for own, lora in zip(sizes[name], sizes["LoRA"], strict=True)]
+                    pairs = [(own[step], lora[step]) for own, lora in zip(sizes[name], loras, strict=True)]
                     rms, along = (statistics.mean(own[i] / lora[i] for own, lora in pairs) for i in (0, 1))
                     rows.append(
                         {"method": name, "gradient_rank": rank, "noise": noise, "steps": step, "seeds": seeds}
@@ -87,7 +88,8 @@ def main() -> None:
     for row in rows:
         print(
             f"rank {row['gradient_rank']:3d}  noise {row['noise']:.0f}  {row['method']:26s} after {row['steps']:4d}: "
-            f"rms {row['rms']:.2e}, to LoRA's {row['rms_over_lora']:.3f}, along G {row['along_gradient_over_lora']:.3f}"
+            f"rms {row['rms']:.2e}, to LoRA's {row['rms_over_lora']:.3f}, "
+            f"along G {row['along_gradient_over_lora']:.3f}"
             f"  (m/r {row['met_over_r']:.3f}, root {row['met_over_r'] ** 0.5:.3f})"
         )
     if args.out:

@@ -1,0 +1,298 @@
+"""Tables, plots and a summary of the quality benchmark, from its results alone."""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from quality_plan import TUNING_SEED, Results
+from quality_train import Cell
+
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's, two-sided, 1 to 9 degrees
+TASKS = {
+    "python": "Python source, held out by package",
+    "gsm8k": "GSM8K, loss on answers",
+    "choice": "Multiple choice (OpenBookQA)",
+}
+
+
+@dataclass
+class Runs:
+    """What was measured of one cell with one number of steps.
+
+    Attributes:
+        tuning: learning rate -> held-out loss of the seed that chooses; infinite where it diverged.
+        seeds: other seed -> record, at the best learning rate.
+    """
+
+    cell: Cell
+    steps: int
+    tuning: dict[float, float] = field(default_factory=dict)
+    seeds: dict[int, dict[str, Any]] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def lr(self) -> float:
+        return min(self.tuning, key=self.tuning.__getitem__)
+
+    @property
+    def enclosed(self) -> bool:
+        """Whether a lower and a higher learning rate than the best were tried."""
+        return min(self.tuning) < self.lr < max(self.tuning)
+
+    @property
+    def losses(self) -> dict[int, float]:
+        return {seed: _loss(record) for seed, record in sorted(self.seeds.items())}
+
+    @property
+    def name(self) -> str:
+        cell = self.cell
+        if cell.method != "gralora" or cell.scale == 1:
+            return cell.name
+        met = cell.hybrid_r + (cell.r - cell.hybrid_r) / cell.k
+        words = f"scaling x{cell.scale:.3g}"
+        if math.isclose(cell.scale, math.sqrt(cell.r / met)):
+            words = "matched"
+        plain = Cell(cell.task, cell.method, cell.r, cell.k, cell.hybrid_r)
+        return f"{plain.name}, {words}" + (f", A x{cell.start:.3g}" if cell.start != 1 else "")
+
+
+def _loss(record: dict[str, Any]) -> float:
+    return math.inf if record["test_loss"] is None else record["test_loss"]
+
+
+def collect(results: Results) -> dict[Cell, Runs]:
+    """The runs by cell, of the number of steps that most were made with."""
+    by_steps: dict[tuple[int, int], list] = defaultdict(list)
+    for record in results:
+        by_steps[record["steps"], record["tokens_per_step"]].append(record)
+    (steps, _), records = max(by_steps.items(), key=lambda item: len(item[1]))
+    runs: dict[Cell, Runs] = {}
+    for record in records:
+        cell = Cell(**{f.name: record[f.name] for f in fields(Cell)})
+        own = runs.setdefault(cell, Runs(cell, steps))
+        own.records.append(record)
+        if record["seed"] == TUNING_SEED:
+            own.tuning[record["lr"]] = _loss(record)
+    runs = {cell: own for cell, own in runs.items() if own.tuning}
+    for own in runs.values():
+        at_best = [r for r in own.records if math.isclose(r["lr"], own.lr) and r["seed"] != TUNING_SEED]
+        own.seeds = {r["seed"]: r for r in at_best}
+    return runs
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of held-out losses, paired by seed, with its 95% interval; `half` is None for fewer than two pairs."""
+
+    mean: float
+    half: float | None
+    pairs: int
+
+    @property
+    def verdict(self) -> str:
+        if self.half is None:
+            return "open"
+        if abs(self.mean) <= self.half:
+            return "tie"
+        return "better" if self.mean < 0 else "worse"
+
+    def __str__(self) -> str:
+        interval = "" if self.half is None else f" ± {self.half:.4f}"
+        return f"{self.mean:+.4f}{interval}"
+
+
+def difference(own: Runs, other: Runs) -> Difference | None:
+    """How much higher `own`'s loss is, over the seeds that both were run with; None if there is none."""
+    pairs = [own.losses[seed] - other.losses[seed] for seed in own.losses if seed in other.losses]
+    if not pairs:
+        return None
+    return Difference(statistics.mean(pairs), half_width(pairs), len(pairs))
+
+
+def half_width(values: list[float]) -> float | None:
+    """Of the 95% interval of their mean, by Student's distribution; None if there are too few, or one diverged."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return None
+    t = T95[len(values) - 2] if len(values) - 2 < len(T95) else 1.96
+    return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def baseline(cell: Cell, runs: dict[Cell, Runs]) -> Runs | None:
+    """The LoRA that a cell is compared with: of the same rank; for other ranks than the grids', of the lowest."""
+    loras = sorted((c for c in runs if c.task == cell.task and c.method == "lora"), key=lambda c: c.r)
+    grids = {c.r for c in runs if c.task == cell.task and c.method == "gralora"}
+    same = [c for c in loras if c.r == cell.r and c.r in grids]
+    if same:
+        return runs[same[0]]
+    usual = [c for c in loras if c.r == 64] or loras
+    return runs[usual[0]] if usual else None
+
+
+def write(results: Results, out: Path) -> str:
+    """The Markdown report, which is also written to `out`, with plots beside it."""
+    runs = collect(results)
+    some = next(iter(results))
+    tasks = [task for task in TASKS if any(cell.task == task for cell in runs)]
+    steps, tokens = next(iter(runs.values())).steps, some["tokens_per_step"]
+    made = sum(len(own.records) for own in runs.values())
+    lines = [
+        "# Quality at equal parameters",
+        "",
+        "Made by `benchmarks/quality.py report` from the results in `benchmarks/results/`; do not edit.",
+        "",
+        f"{made} runs of {steps} steps of {tokens} tokens ({steps * tokens / 1e6:.2f} million), on {some['card']}, "
+        f"torch {some['torch']}, peft {some['peft']}, transformers {some['transformers']}. Adapters of all linear "
+        "layers, float32 under bf16 autocast, no dropout, lora_alpha = r, AdamW without weight decay, warm-up over 5% "
+        "of the steps, then a cosine to zero. For one seed all methods see the same rows in the same order. A "
+        "method's learning rate is the best, for one seed, of 1e-3 times powers of two, tried until it lies between "
+        "two worse ones; the other seeds are run at that learning rate alone, and only they are in the means and "
+        "intervals. A difference is to LoRA of the same rank (full fine-tuning, and a LoRA whose rank no grid has: "
+        "LoRA r=64), paired by seed, with its 95% interval; a tie is an interval that contains 0. The intervals hold "
+        "one by one, not all at once.",
+        "",
+        "## Summary",
+        "",
+        *summary(runs, tasks),
+    ]
+    for task in tasks:
+        lines += ["", f"## {TASKS[task]}", "", *table([own for own in runs.values() if own.cell.task == task], runs)]
+        plot = out.with_name(f"{out.stem}-{task}.svg")
+        draw(task, runs, plot)
+        lines += ["", f"![Held-out loss by learning rate]({plot.name})"]
+    lines += ["", "## Keeping LoRA's learning rate", "", *transfer(runs)]
+    lines += ["", "## Size of the update", "", *sizes(runs)]
+    text = "\n".join(lines) + "\n"
+    out.write_text(text)
+    return text
+
+
+def summary(runs: dict[Cell, Runs], tasks: Iterable[str]) -> list[str]:
+    """One line for every GraLoRA against each other method of its task and rank, by verdict."""
+    lines = []
+    for task in tasks:
+        own = [r for cell, r in runs.items() if cell.task == task]
+        grids = [r for r in own if r.cell.method == "gralora"]
+        others = [r for r in own if r.cell.method != "gralora"]
+        for grid in grids:
+            for other in others:
+                if other.cell.method in ("lora", "rslora") and other.cell.r < grid.cell.r:
+                    continue
+                if other.cell.r > grid.cell.r and any(c.r == other.cell.r for c in runs if c.method == "gralora"):
+                    continue
+                d = difference(grid, other)
+                if d is not None:
+                    lines.append(
+                        (task, d, f"{grid.name} against {other.name}: **{d.verdict}**, {d} ({d.pairs} seeds)")
+                    )
+    if not lines:
+        return ["No cell has been run with more than the seed that chose its learning rate, so nothing is decided."]
+    return [f"- {TASKS[task]}: {text}" for task, _, text in lines]
+
+
+def table(own: list[Runs], runs: dict[Cell, Runs]) -> list[str]:
+    extras = [name for name in ("accuracy", "exact_match") if any(name in r for o in own for r in o.seeds.values())]
+    header = [
+        "method",
+        "trainable",
+        "best lr",
+        "loss, tuning seed",
+        "loss, other seeds",
+        "to LoRA",
+        "verdict",
+        *extras,
+    ]
+    rows = [header, ["---"] * len(header)]
+    for o in sorted(own, key=lambda o: (o.cell.method == "full", o.cell.r, o.cell.method, o.cell.k, o.cell.scale)):
+        base = baseline(o.cell, runs)
+        d = None if base is None or base is o else difference(o, base)
+        losses = list(o.losses.values())
+        half = half_width(losses)
+        mean = f"{statistics.mean(losses):.4f}" if losses else ""
+        mean += "" if half is None else f" ± {half:.4f}"
+        rows.append(
+            [
+                o.name,
+                f"{o.records[0]['parameters'] / 1e6:.1f} M",
+                f"{o.lr:.3g}{'' if o.enclosed else ' (edge)'}",
+                f"{o.tuning[o.lr]:.4f}",
+                mean + (f" ({len(losses)})" if losses else ""),
+                "" if d is None else str(d),
+                "" if d is None else d.verdict,
+                *[_mean([r.get(name) for r in o.seeds.values()]) for name in extras],
+            ]
+        )
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _mean(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.3f}" if known else ""
+
+
+def transfer(runs: dict[Cell, Runs]) -> list[str]:
+    """What a method loses, for the tuning seed, by LoRA's best learning rate instead of its own."""
+    rows = [["method", "LoRA's lr", "own best lr", "loss at LoRA's lr", "loss at its own", "cost"], ["---"] * 6]
+    for cell, own in runs.items():
+        base = baseline(cell, runs)
+        if base is None or cell.method in ("full", "lora") or base.lr not in own.tuning:
+            continue
+        at_loras, best = own.tuning[base.lr], own.tuning[own.lr]
+        numbers = [f"{base.lr:.3g}", f"{own.lr:.3g}", f"{at_loras:.4f}", f"{best:.4f}", f"{at_loras - best:.4f}"]
+        rows.append([f"{own.name}{'' if cell.task == 'python' else ', ' + cell.task}", *numbers])
+    if len(rows) == 2:
+        return ["No grid was run at LoRA's best learning rate."]
+    words = "For the seed that chooses the learning rate: what it costs to keep the one that is best for LoRA."
+    return [words, "", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def sizes(runs: dict[Cell, Runs]) -> list[str]:
+    """Root mean square of dW's entries, against LoRA's of the same rank, learning rate, seed and step."""
+    steps = sorted({int(step) for own in runs.values() for r in own.records for step in r["update_rms"]})
+    rows = [["method", "pairs of runs", *(f"after {step}" for step in steps)], ["---"] * (len(steps) + 2)]
+    for cell, own in runs.items():
+        base = baseline(cell, runs)
+        if base is None or cell.method not in ("gralora", "rslora"):
+            continue
+        theirs = {(r["lr"], r["seed"]): r["update_rms"] for r in base.records}
+        pairs = [(r["update_rms"], theirs[r["lr"], r["seed"]]) for r in own.records if (r["lr"], r["seed"]) in theirs]
+        ratios = []
+        for step in map(str, steps):
+            known = [a[step] / b[step] for a, b in pairs if a.get(step) and b.get(step)]
+            ratios.append(f"{statistics.median(known):.3f}" if known else "")
+        if pairs:
+            rows.append([f"{own.name}, {cell.task}", str(len(pairs)), *ratios])
+    if len(rows) == 2:
+        return ["No grid was run at a learning rate and with a seed that LoRA was run with."]
+    words = (
+        "Root mean square of dW's entries over LoRA's of the same rank, learning rate and seed; median over pairs. "
+    )
+    return [words + "docs/scaling.md derives what to expect.", "", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def draw(task: str, runs: dict[Cell, Runs], path: Path) -> None:
+    """Held-out loss against learning rate, one panel a rank; of what diverged nothing is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "quality"  # the same file from the same results
+    import matplotlib.pyplot as plt
+
+    own = [r for cell, r in runs.items() if cell.task == task and cell.method != "full"]
+    ranks = sorted({r.cell.r for r in own if r.cell.method == "gralora"}) or sorted({r.cell.r for r in own})
+    figure, axes = plt.subplots(1, len(ranks), figsize=(5.2 * len(ranks), 4.2), squeeze=False, layout="constrained")
+    for axis, rank in zip(axes[0], ranks, strict=True):
+        lowest = min(r.tuning[r.lr] for r in own if r.cell.r == rank)
+        for r in sorted((r for r in own if r.cell.r == rank), key=lambda r: r.name):
+            points = [(lr, loss) for lr, loss in sorted(r.tuning.items()) if loss < lowest + 0.25]
+            style = "--" if r.cell.scale != 1 else "-"
+            width = 2.2 if r.cell.method == "lora" else 1.2
+            axis.plot(*zip(*points, strict=True), style, marker="o", ms=3, lw=width, label=r.name)
+        axis.set(xscale="log", xlabel="learning rate", ylabel="held-out loss", title=f"r = {rank}")
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
