@@ -28,7 +28,9 @@ def gradient(rank: int, seed: int) -> Tensor:
     return left @ right.T / rank**0.5
 
 
-def update_sizes(config: peft.LoraConfig, G: Tensor, noise: float, seed: int) -> dict[int, tuple[float, float]]:
+def update_sizes(
+    config: peft.LoraConfig, G: Tensor, noise: float, seed: int, steps: tuple[int, ...] = STEPS
+) -> dict[int, tuple[float, float]]:
     """Steps -> root mean square of dW's entries, and of its part along G."""
     torch.manual_seed(seed)
     model = peft.get_peft_model(nn.Sequential(nn.Linear(SIZE, SIZE, bias=False)), config)
@@ -36,12 +38,12 @@ def update_sizes(config: peft.LoraConfig, G: Tensor, noise: float, seed: int) ->
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=LR)
     inputs, generator = torch.eye(SIZE), torch.Generator().manual_seed(seed)
     sizes = {}
-    for step in range(1, STEPS[-1] + 1):
+    for step in range(1, steps[-1] + 1):
         noisy = G + noise * torch.randn(G.shape, generator=generator) if noise else G
         optimizer.zero_grad()
         (-(model(inputs) * noisy.T).sum()).backward()
         optimizer.step()
-        if step in STEPS:
+        if step in steps:
             dW = layer.get_delta_weight("default").detach()
             sizes[step] = (dW.square().mean().sqrt().item(), ((dW * G).sum() / G.norm()).item() / SIZE)
     return sizes

@@ -106,7 +106,7 @@ def test_worker_keeps_its_model() -> None:
 # Training
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def task() -> Task:
     tokens = np.random.default_rng(0).integers(1, 32, (24, 17)).astype(np.uint16)
     mask = np.ones(tokens.shape, bool)
@@ -197,6 +197,35 @@ def test_accuracy_is_of_the_likeliest_answer(task: Task) -> None:
     results = own.test()
     assert results["accuracy"] == pytest.approx(2 / 3)
     assert results["test_loss"] == pytest.approx((1 + 3 + 9) / (3 * 12))
+
+
+def test_exact_match_compares_the_final_numbers(task: Task, monkeypatch: Any) -> None:
+    """Prompts are the tokens before the answer, filled up on the left; right is the reply with the answer's number."""
+    own = trainer(LORA, task)
+    own.task.test_mask[1, :8] = False  # a longer prompt than the others'
+    seen, generate = [], own.lm.generate
+
+    class Tokenizer:
+        eos_token_id = 0
+
+        def decode(self, tokens: list[int]) -> str:
+            return "thus #### 1,000"
+
+        def batch_decode(self, rows: torch.Tensor) -> list[str]:
+            return ["#### 1000", "#### 100", "1000"][: len(rows)]
+
+    def watched(**arguments: Any) -> torch.Tensor:
+        seen.append((arguments["input_ids"], arguments["attention_mask"]))
+        return generate(**arguments | {"max_new_tokens": 2})
+
+    monkeypatch.setattr(own.lm, "generate", watched)
+    assert own.exact_match(Tokenizer(), 3) == pytest.approx(1 / 3)
+    ((ids, attention),) = seen
+    expected = np.zeros((3, 8), np.int64)
+    for row, length in enumerate([5, 8, 5]):
+        expected[row, 8 - length :] = task.test_tokens[row][:length]
+    assert ids.tolist() == expected.tolist() and attention.tolist() == (expected > 0).astype(int).tolist()
+    assert own.lm.training
 
 
 def test_runs_made_are_kept_and_skipped(tmp_path: Path, task: Task, capsys: Any) -> None:

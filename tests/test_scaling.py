@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from gralora.checkpoints import formats
 from gralora.checkpoints.files import read_adapter_folder
 from gralora.config import FORMAT, FORMAT_MATCHED
 from gralora.ops import dispatch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import update_size
 
 MATCHED = {"gralora_scaling": "matched"}
 FIELDS = {
@@ -158,6 +162,26 @@ def test_weighted_combination() -> None:
     expected = 2.0 * layer.get_delta_weight("default") + 0.5 * layer.get_delta_weight("other")
     model.add_weighted_adapter(["default", "other"], [2.0, 0.5], "mix", combination_type="cat")
     assert_close64(layer.get_delta_weight("mix"), expected)
+
+
+# What it is for
+
+
+@pytest.mark.parametrize(("k", "hybrid_r"), [(4, 0), (4, 32)])
+def test_size_of_the_update_under_adam(k: int, hybrid_r: int) -> None:
+    """docs/scaling.md: as large as LoRA's after one step, m/r of it later if the gradient has rank one; "matched"
+    multiplies it by the gain throughout, since Adam's steps do not depend on the scaling."""
+    fields = {"r": 64, "lora_alpha": 64, "target_modules": ["0"]}
+    grid = {"use_gralora": True, "gralora_k": k, "hybrid_r": hybrid_r}
+    configs = (peft.LoraConfig(**fields), gralora.LoraConfig(**fields, **grid))
+    configs += (gralora.LoraConfig(**fields, **grid, gralora_scaling="matched"),)
+    G = update_size.gradient(1, seed=0)
+    lora, plain, larger = (update_size.update_sizes(config, G, 0.0, 0, steps=(1, 100)) for config in configs)
+    m = hybrid_r + (64 - hybrid_r) / k
+    assert plain[1][0] / lora[1][0] == pytest.approx(1, abs=0.03)
+    assert plain[100][0] / lora[100][0] == pytest.approx(m / 64, rel=0.03)
+    for step in (1, 100):
+        assert larger[step][0] / plain[step][0] == pytest.approx(math.sqrt(64 / m), rel=1e-3)
 
 
 # On disk
