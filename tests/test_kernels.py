@@ -159,6 +159,14 @@ for n_in, n_out, k, r in [(40, 60, 2, 4), (63, 99, 3, 3), (160, 96, 4, 8), (64, 
     A, B = torch.randn(k, n_in // k, r), torch.randn(k, r, n_out // k)
     exact = reference.delta_weight(A.double(), B.double(), 0.5)
     assert (kernels.delta_weight(A, B, 0.5) - exact).abs().max() < 1e-5 * exact.abs().max(), (n_in, n_out, k, r)
+for tokens, n_in, k, r in [(33, 40, 2, 4), (130, 288, 4, 8), (5, 63, 3, 3), (64, 64, 1, 70)]:
+    x, h = torch.randn(tokens, n_in), torch.randn(k, tokens, r)
+    exact = torch.einsum("tkc,ktr->kcr", x.double().unflatten(1, (k, -1)), h.double())
+    grad, transposed = torch.empty(k, n_in // k, r), torch.empty(k, r, n_in // k)
+    kernels.factor_grad(x, h, grad)
+    assert (grad - exact).abs().max() < 1e-5 * exact.abs().max(), (tokens, n_in, k, r)
+    kernels.factor_grad(x, h, transposed.mT)
+    assert torch.equal(grad, transposed.mT)
 x = torch.rand(40, 1100) + 1
 first, again, other = (kernels.dropout(x, 0.25, 1 / 0.75, torch.tensor(seed)) for seed in (5, 5, 6))
 assert torch.equal(first, again) and not torch.equal(first == 0, other == 0)

@@ -54,6 +54,7 @@ def hopper(device: int | None = None) -> ModuleType | None:
 
 
 HALF = (torch.bfloat16, torch.float16)
+FEW_TOKENS = 2048  # up to which a launch costs more than what cuBLAS gains on a factor's gradient
 MIN_SIZE = 2**22  # elements of x from which the matrix product itself takes the adapter's output in
 
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from . import dispatch
 from .dropout import dropout
 
+_BMM_WIDENS = torch.__version__ >= (2, 8)  # bmm(out_dtype=): a float32 result without a pass to convert it
+
 
 def chunks(x: Tensor, k: int) -> Tensor:
     """View `[T, n]` as `[k, T, n/k]`."""
@@ -82,6 +84,21 @@ def linear_up(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tens
     return y
 
 
+def factor_grad(x: Tensor, h: Tensor, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    """x_i^T h_i, block by block: x `[T, n]`, h `[k, T, R]` -> `[k, n/k, R]`, transposed `[k, R, n/k]`, of `dtype`."""
+    k, T, rank = h.shape
+    kernels = dispatch.factor_kernels(x) if T <= dispatch.FEW_TOKENS else None
+    if kernels is not None:
+        n = x.shape[1] // k
+        grad = torch.empty((k, rank, n) if transposed else (k, n, rank), dtype=dtype, device=x.device)
+        kernels.factor_grad(x, h, grad.mT if transposed else grad)
+        return grad
+    a, b = (h.mT, chunks(x, k)) if transposed else (chunks(x, k).mT, h)
+    if x.is_cuda and dtype == torch.float32 != x.dtype and _BMM_WIDENS:
+        return torch.bmm(a, b, out_dtype=dtype)
+    return torch.bmm(a, b).to(dtype)
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -137,12 +154,12 @@ def backward(
         dx = dropout(dx, p, seed).addmm_(dy, weight).view(shape)
     if needs_A:
         seen = x if seed is None else dropout(x, p, seed)
-        dA = torch.bmm(chunks(seen, k).mT, dh).to(dtypes[0])
+        dA = factor_grad(seen, dh, dtypes[0])
         if hybrid_r:
             dA, d_hybrid_A = dA.split([r, hybrid_r], dim=2)
             d_hybrid_A = d_hybrid_A.permute(2, 0, 1).flatten(1)
     if needs_B:
-        dB = torch.bmm(g.mT, chunks(dy, k)).to(dtypes[1])
+        dB = factor_grad(dy, g, dtypes[1], transposed=True)
         if hybrid_r:
             dB, d_hybrid_B = dB.split([r, hybrid_r], dim=1)
             d_hybrid_B = d_hybrid_B.mT.flatten(0, 1)

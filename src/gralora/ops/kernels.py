@@ -124,6 +124,60 @@ def _dot_size(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
+@triton.jit(do_not_specialize=["T"])
+def _factor_grad_kernel(
+    x_ptr,
+    h_ptr,
+    out_ptr,
+    T,
+    CHUNK: tl.constexpr,
+    RANK: tl.constexpr,
+    STRIDE_XT: tl.constexpr,
+    STRIDE_OC: tl.constexpr,
+    STRIDE_OR: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """A tile of block i of the result, over all tokens; STEPS * BLOCK_T is at least T."""
+    i = tl.program_id(1)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    t = tl.arange(0, BLOCK_T)
+    p_x = x_ptr + t[None, :].to(tl.int64) * STRIDE_XT + i * CHUNK + c[:, None]
+    p_h = h_ptr + (i.to(tl.int64) * T + t[:, None]) * RANK + n[None, :]
+    b_out = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
+    for t0 in range(0, STEPS * BLOCK_T, BLOCK_T):
+        b_x = tl.load(p_x, mask=(c[:, None] < CHUNK) & (t0 + t[None, :] < T), other=0.0)
+        b_h = tl.load(p_h, mask=(t0 + t[:, None] < T) & (n[None, :] < RANK), other=0.0)
+        b_out = tl.dot(b_x, b_h, b_out)
+        p_x += BLOCK_T * STRIDE_XT
+        p_h += BLOCK_T * RANK
+    p_out = out_ptr + i * CHUNK * RANK + c[:, None] * STRIDE_OC + n[None, :] * STRIDE_OR
+    tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=(c[:, None] < CHUNK) & (n[None, :] < RANK))
+
+
+_factor_grad = Launcher(_factor_grad_kernel, num_warps=4, num_stages=4)
+
+
+def factor_grad(x: Tensor, h: Tensor, out: Tensor) -> None:
+    """The gradient of a factor, out_i = x_i^T h_i, in float32, rounded once.
+
+    Args:
+        x: `[T, n]`, unit stride along n: the layer's input, or the gradient of its output.
+        h: `[k, T, r]`, contiguous, dtype of x.
+        out: written: `[k, n/k, r]`, any float dtype, contiguous or the transpose of a contiguous `[k, r, n/k]`.
+    """
+    (k, T, r), chunk = h.shape, out.shape[1]
+    block_r = min(64, _dot_size(r))
+    steps = 1 << (-(-T // 64) - 1).bit_length()  # a power of two: few versions are compiled
+    constants = (chunk, r, x.stride(0), out.stride(1), out.stride(2), 64, 64, block_r, steps)
+    aligned = tuple(t.data_ptr() % 16 == 0 for t in (x, h, out))
+    grid = (-(-chunk // 64), k, -(-r // block_r))
+    _factor_grad((x.dtype, out.dtype, constants, aligned), grid, x, x, h, out, T, *constants)
+
+
 @triton.jit(do_not_specialize=["WIDTH"])
 def _dropout_kernel(x_ptr, y_ptr, seed_ptr, p, scale, WIDTH, STRIDE_XT: tl.constexpr, BLOCK: tl.constexpr):
     """A part of one row, four runs of BLOCK columns: philox gives four numbers at a time."""
