@@ -25,13 +25,11 @@ class Runs:
 
     Attributes:
         tuning: learning rate -> held-out loss of the seed that chooses; infinite where it diverged.
-        seeds: other seed -> record, at the best learning rate.
     """
 
     cell: Cell
     steps: int
     tuning: dict[float, float] = field(default_factory=dict)
-    seeds: dict[int, dict[str, Any]] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -43,9 +41,19 @@ class Runs:
         """Whether a lower and a higher learning rate than the best were tried."""
         return min(self.tuning) < self.lr < max(self.tuning)
 
+    def seeds_at(self, lr: float) -> dict[int, dict[str, Any]]:
+        """Other seed -> record, at a learning rate."""
+        at_lr = [r for r in self.records if math.isclose(r["lr"], lr) and r["seed"] != TUNING_SEED]
+        return {r["seed"]: r for r in sorted(at_lr, key=lambda r: r["seed"])}
+
+    @property
+    def seeds(self) -> dict[int, dict[str, Any]]:
+        """Other seed -> record, at the best learning rate."""
+        return self.seeds_at(self.lr)
+
     @property
     def losses(self) -> dict[int, float]:
-        return {seed: _loss(record) for seed, record in sorted(self.seeds.items())}
+        return {seed: _loss(record) for seed, record in self.seeds.items()}
 
     @property
     def name(self) -> str:
@@ -77,11 +85,7 @@ def collect(results: Results) -> dict[Cell, Runs]:
         own.records.append(record)
         if record["seed"] == TUNING_SEED:
             own.tuning[record["lr"]] = _loss(record)
-    runs = {cell: own for cell, own in runs.items() if own.tuning}
-    for own in runs.values():
-        at_best = [r for r in own.records if math.isclose(r["lr"], own.lr) and r["seed"] != TUNING_SEED]
-        own.seeds = {r["seed"]: r for r in at_best}
-    return runs
+    return {cell: own for cell, own in runs.items() if own.tuning}
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,13 @@ class Difference:
         return f"{self.mean:+.4f}{interval}"
 
 
-def difference(own: Runs, other: Runs) -> Difference | None:
-    """How much higher `own`'s loss is, over the seeds that both were run with; None if there is none."""
-    pairs = [own.losses[seed] - other.losses[seed] for seed in own.losses if seed in other.losses]
+def difference(own: Runs, other: Runs, lr: float | None = None) -> Difference | None:
+    """How much higher `own`'s loss is, at its best or another learning rate, over the seeds that both were run with.
+
+    Returns None if there is no such seed.
+    """
+    losses = {seed: _loss(record) for seed, record in own.seeds_at(own.lr if lr is None else lr).items()}
+    pairs = [losses[seed] - other.losses[seed] for seed in losses if seed in other.losses]
     if not pairs:
         return None
     return Difference(statistics.mean(pairs), half_width(pairs), len(pairs))
@@ -190,7 +198,12 @@ def summary(runs: dict[Cell, Runs], tasks: Iterable[str]) -> list[str]:
                     )
     if not lines:
         return ["No cell has been run with more than the seed that chose its learning rate, so nothing is decided."]
-    return [f"- {TASKS[task]}: {text}" for task, _, text in lines]
+    decided = [d.verdict for _, d, _ in lines if d.half is not None]
+    counts = ", ".join(f"{decided.count(verdict)} {verdict}" for verdict in ("better", "tie", "worse"))
+    total = (
+        f"Of {len(decided)} comparisons of a grid with another method, each at its own best learning rate: {counts}."
+    )
+    return [total, "", *(f"- {TASKS[task]}: {text}" for task, _, text in lines)]
 
 
 def table(own: list[Runs], runs: dict[Cell, Runs]) -> list[str]:
@@ -234,18 +247,33 @@ def _mean(values: list[float | None]) -> str:
 
 
 def transfer(runs: dict[Cell, Runs]) -> list[str]:
-    """What a method loses, for the tuning seed, by LoRA's best learning rate instead of its own."""
-    rows = [["method", "LoRA's lr", "own best lr", "loss at LoRA's lr", "loss at its own", "cost"], ["---"] * 6]
+    """What the learning rate that is best for LoRA costs a grid, beside its own best and beside LoRA."""
+    header = ["method", "LoRA's best lr", "own", "loss with its own", "at LoRA's lr, to LoRA", "verdict"]
+    rows = [header, ["---"] * len(header)]
     for cell, own in runs.items():
         base = baseline(cell, runs)
-        if base is None or cell.method in ("full", "lora") or base.lr not in own.tuning:
+        if base is None or cell.method != "gralora" or base.lr not in own.tuning:
             continue
-        at_loras, best = own.tuning[base.lr], own.tuning[own.lr]
-        numbers = [f"{base.lr:.3g}", f"{own.lr:.3g}", f"{at_loras:.4f}", f"{best:.4f}", f"{at_loras - best:.4f}"]
-        rows.append([f"{own.name}{'' if cell.task == 'python' else ', ' + cell.task}", *numbers])
+        d = difference(own, base, base.lr)
+        rows.append(
+            [
+                f"{own.name}{'' if cell.task == 'python' else ', ' + cell.task}",
+                f"{base.lr:.3g}",
+                f"{own.lr:.3g}{'' if own.enclosed else ' (edge)'}",
+                f"{own.tuning[own.lr] - own.tuning[base.lr]:+.4f}",
+                "" if d is None else f"{d} ({d.pairs})",
+                "" if d is None else d.verdict,
+            ]
+        )
     if len(rows) == 2:
         return ["No grid was run at LoRA's best learning rate."]
-    words = "For the seed that chooses the learning rate: what it costs to keep the one that is best for LoRA."
+    words = (
+        '`matched` is gralora_scaling="matched", `scaling x` another factor on lora_alpha / r. `loss with its own`: '
+    )
+    words += (
+        "the change with the grid's own best learning rate instead of LoRA's, for the seed that chooses. `at LoRA's "
+    )
+    words += "lr`: the grid at LoRA's best learning rate against LoRA, over the other seeds."
     return [words, "", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
@@ -274,25 +302,33 @@ def sizes(runs: dict[Cell, Runs]) -> list[str]:
 
 
 def draw(task: str, runs: dict[Cell, Runs], path: Path) -> None:
-    """Held-out loss against learning rate, one panel a rank; of what diverged nothing is drawn."""
+    """Held-out loss against learning rate: a row of panels a rank, with LoRA's scaling on the left, others right."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "quality"  # the same file from the same results
     import matplotlib.pyplot as plt
 
-    own = [r for cell, r in runs.items() if cell.task == task and cell.method != "full"]
+    own = sorted((r for c, r in runs.items() if c.task == task and c.method != "full"), key=lambda r: r.name)
     ranks = sorted({r.cell.r for r in own if r.cell.method == "gralora"}) or sorted({r.cell.r for r in own})
-    figure, axes = plt.subplots(1, len(ranks), figsize=(5.2 * len(ranks), 4.2), squeeze=False, layout="constrained")
-    for axis, rank in zip(axes[0], ranks, strict=True):
-        lowest = min(r.tuning[r.lr] for r in own if r.cell.r == rank)
-        for r in sorted((r for r in own if r.cell.r == rank), key=lambda r: r.name):
-            points = [(lr, loss) for lr, loss in sorted(r.tuning.items()) if loss < lowest + 0.25]
-            style = "--" if r.cell.scale != 1 else "-"
-            width = 2.2 if r.cell.method == "lora" else 1.2
-            axis.plot(*zip(*points, strict=True), style, marker="o", ms=3, lw=width, label=r.name)
-        axis.set(xscale="log", xlabel="learning rate", ylabel="held-out loss", title=f"r = {rank}")
-        axis.legend(fontsize=7)
-        axis.grid(alpha=0.3)
+    figure, axes = plt.subplots(len(ranks), 2, figsize=(10, 3.8 * len(ranks)), squeeze=False, layout="constrained")
+    for row, rank in zip(axes, ranks, strict=True):
+        here = [r for r in own if r.cell.r == rank]
+        low = min(r.tuning[r.lr] for r in here)
+        rates = sorted({lr for r in here for lr in r.tuning})
+        for axis, title, scaled in zip(
+            row, ("lora_alpha / r", "other scalings, and LoRA"), (False, True), strict=True
+        ):
+            for r in here:
+                if r.cell.method == "lora" or (r.cell.scale != 1) == scaled:
+                    points = [(lr, loss) for lr, loss in sorted(r.tuning.items()) if math.isfinite(loss)]
+                    style = {"lw": 3, "color": "black"} if r.cell.method == "lora" else {"lw": 1.3}
+                    axis.plot(*zip(*points, strict=True), marker="o", ms=4, label=r.name, **style)
+            axis.set(xscale="log", xlabel="learning rate", ylabel="held-out loss", title=f"r = {rank}, {title}")
+            axis.set(ylim=(low - 0.004, low + 0.045))
+            axis.set_xticks(rates, [f"{lr:.3g}" for lr in rates])
+            axis.minorticks_off()
+            axis.legend(fontsize=7)
+            axis.grid(alpha=0.3)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
