@@ -167,7 +167,17 @@ def write(results: Results, out: Path) -> str:
         *summary(runs, tasks),
     ]
     for task in tasks:
-        lines += ["", f"## {TASKS[task]}", "", *table([own for own in runs.values() if own.cell.task == task], runs)]
+        starts = [
+            r["start_loss"] for own in runs.values() if own.cell.task == task for r in own.records if "start_loss" in r
+        ]
+        before = [f"Before training the loss is {statistics.median(starts):.4f}.", ""] if starts else []
+        lines += [
+            "",
+            f"## {TASKS[task]}",
+            "",
+            *before,
+            *table([own for own in runs.values() if own.cell.task == task], runs),
+        ]
         plot = out.with_name(f"{out.stem}-{task}.svg")
         draw(task, runs, plot)
         lines += ["", f"![Held-out loss by learning rate]({plot.name})"]

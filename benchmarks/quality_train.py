@@ -120,6 +120,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.trainable, lr=self.lr, weight_decay=0.0, fused=True, capturable=self.cuda
         )
+        self.start_loss: float | None = None
         self.train_step, self.test_step = self._train_step, self._test_step
         if launch != "eager":
             self._capture()
@@ -210,12 +211,14 @@ class Trainer:
             exact_match: on GSM8K, the tokenizer and on how many test problems to generate answers.
 
         Returns:
-            test_loss (nats a token), train_loss (mean of the last tenth), update_rms (steps to root mean square of
-            dW's entries, mean over layers), parameters, and for some tasks accuracy or exact_match, all of them null
-            where the run diverged.
+            start_loss and test_loss (held out, before and after, nats a token), train_loss (mean of the last tenth),
+            update_rms (steps -> root mean square of dW's entries, mean over layers), parameters, seconds, and for
+            some tasks accuracy or exact_match. Losses are None where the run diverged.
         """
         start = time.perf_counter()
         self.reset(job.lr, job.seed)
+        if self.start_loss is None:
+            self.start_loss = self.test()["test_loss"]
         sizes = {}
         for step in range(1, self.steps + 1):
             self.train_step()
@@ -228,7 +231,7 @@ class Trainer:
             "parameters": sum(p.numel() for p in self.trainable),
             "train_s": time.perf_counter() - start,
         }
-        results |= self.test()
+        results |= {"start_loss": self.start_loss} | self.test()
         if exact_match is not None and self.task.name == "gsm8k" and results["test_loss"] is not None:
             results["exact_match"] = self.exact_match(*exact_match)
         return results | {"wall_s": time.perf_counter() - start}

@@ -241,7 +241,12 @@ def test_runs_made_are_kept_and_skipped(tmp_path: Path, task: Task, capsys: Any)
     results = quality.run(quality.parser().parse_args([*arguments, "--max_runs", "1"]), stages)
     assert len(results) == 3 and "1 runs made" in capsys.readouterr().out
     (new,) = [r for r in results if r["lr"] == 5e-4]
-    assert 2 < new["test_loss"] < 5 and set(new["update_rms"]) == {"1", "4"} and new["parameters"] > 0
+    assert (
+        2 < new["test_loss"] < 5
+        and new["start_loss"] > new["test_loss"]
+        and set(new["update_rms"]) == {"1", "4"}
+        and new["parameters"] > 0
+    )
     assert [r["lr"] for r in quality.read(tmp_path / "r.jsonl")] == [1e-3, 2e-3, 5e-4]
 
 
