@@ -186,10 +186,10 @@ class Trainer:
                 p.copy_(start)
         else:
             for layer in self.adapted:
-                for p in layer.lora_A.parameters():  # [r, in], or a grid's [k, in/k, r]: shape[1] is the fan-in
-                    bound = self.cell.start / math.sqrt(
-                        p.shape[1]
-                    )  # kaiming_uniform_ with a = sqrt(5), as PEFT's default
+                # PEFT's default, kaiming_uniform_ with a = sqrt(5); A is [r, in], or a grid's [k, in/k, r]
+                for p in layer.lora_A.parameters():
+                    fan_in = p.shape[1]
+                    bound = self.cell.start / math.sqrt(fan_in)
                     p.uniform_(-bound, bound, generator=generator)
                 for p in layer.lora_B.parameters():
                     p.zero_()
