@@ -26,6 +26,7 @@ from helpers import (
     only_layer,
     random_input,
     randomize,
+    tiny_gpt2,
     tiny_llama,
 )
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
@@ -36,6 +37,7 @@ from gralora.checkpoints import formats
 from gralora.checkpoints.files import read_adapter_folder
 from gralora.config import FORMAT, FORMAT_MATCHED
 from gralora.ops import dispatch
+from gralora.optimizers import lora_pairs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import update_size
@@ -82,14 +84,15 @@ def test_forward_and_merge(case: Case, fields: dict, scaling: Any, implementatio
     assert_close64(model.merge_and_unload()(x), expected)
 
 
-def test_bias_of_the_adapter_is_scaled_too() -> None:
-    """lora_bias: PEFT scales B x + bias as one, and so is it with a gain, merged or not."""
+def test_bias_of_the_adapter_has_no_gain() -> None:
+    """lora_bias: PEFT merges the bias times its scaling, so the gain is on dW alone, merged or not."""
     case = CASES[3]
     model, x = matched(case, lora_bias=True)
     layer = only_layer(model)
-    update = naive_update(x, factors_of(layer)) + layer.lora_B["default"].bias
-    expected = layer.base_layer(x) + 3.0 * gain(case) * update
+    update = gain(case) * naive_update(x, factors_of(layer)) + layer.lora_B["default"].bias
+    expected = layer.base_layer(x) + 3.0 * update
     assert_close64(model(x), expected)
+    assert_close64(model.merge_and_unload()(x), expected)
 
 
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
@@ -207,6 +210,25 @@ def test_saved_loaded_exported_and_merged(tmp_path: Path, fields: dict) -> None:
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
     plain = save_gralora(tmp_path / "plain", **fields)
     assert (plain - expected).abs().max() > 1e-2  # the factor is no detail
+
+
+def test_bias_on_disk_has_no_gain(tmp_path: Path) -> None:
+    """An exported and a merged adapter with lora_bias give the logits of the one that was saved."""
+    expected = save_gralora(tmp_path / "in", "gpt2", lora_bias=True, **MATCHED)
+    gralora.to_lora(tmp_path / "in", tmp_path / "lora")
+    exported = peft.PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "lora")
+    torch.testing.assert_close(logits(exported), expected, rtol=0, atol=1e-5)
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+    gralora.merge_adapter(tmp_path / "in", tmp_path / "merged", base=tmp_path / "base")
+    merged = type(tiny_gpt2()).from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
+
+
+def test_preconditioners_see_the_gain() -> None:
+    """LoRA-FA divides by the factor on dW squared, which has the gain in it."""
+    case = CASES[3]
+    model, _ = matched(case)
+    assert [pair.scaling for pair in lora_pairs(model)] == [pytest.approx(3.0 * gain(case))] * 2
 
 
 def test_scaling_read_from_a_file_is_the_layers(tmp_path: Path) -> None:
