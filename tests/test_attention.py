@@ -171,7 +171,7 @@ def test_pickle():
 
 
 REFUSED = {
-    "k": ({}, {"k": 3, "r": 6, "hybrid_r": 0}, ["gralora_k=3", "'attention'", "out_features=24", "[1, 2, 4, 8]"]),
+    "k": ({}, {"k": 3, "r": 6, "hybrid_r": 0}, ["gralora_k=3", "'attention'", "out_features=24", "[1, 2]"]),
     "sizes": ({"kdim": 6, "vdim": 4}, {}, ["'attention'", "kdim=6", "vdim=4"]),
     "lora_dropout": ({}, {"lora_dropout": 0.1}, ["lora_dropout=0.1", "'attention'", "nn.MultiheadAttention"]),
     "lora_bias": ({}, {"lora_bias": True}, ["lora_bias=True", "'attention'"]),

@@ -396,6 +396,8 @@ def test_auto_k_counts_the_vocabulary():
     for vocabulary, k in ((32, 4), (34, 2)):
         model = tiny_llama(vocab_size=vocabulary)
         config = gralora_config("auto", 64, target_modules=["embed_tokens", "q_proj"])
-        assert get_peft_model(model, config).peft_config["default"].gralora_k == k
+        settled = get_peft_model(model, config).peft_config["default"]
+        assert settled.of_layer("gralora_k", "model.embed_tokens") == k
+        assert settled.of_layer("gralora_k", "model.layers.0.self_attn.q_proj") == 4
     with pytest.warns(UserWarning, match="found no k > 1"):
         get_peft_model(tiny_llama(vocab_size=33), gralora_config("auto", 64, target_modules=["embed_tokens"]))

@@ -499,10 +499,11 @@ def test_parameter_of_an_adapted_layer_is_refused():
 
 
 def test_auto_k_counts_the_experts():
-    """gralora_k="auto" takes a k that divides the experts' sizes too: 64 ranks would give 4 without them."""
+    """gralora_k="auto" takes for experts a k that divides their sizes; 64 ranks give other layers 4."""
     config = experts_config("auto", 64, 0, parameters=BOTH, modules=["q_proj"])
     sizes = {"hidden_size": 16, "intermediate_size": 6}
     model = get_peft_model(tiny("mixtral", **sizes), config)
-    assert model.peft_config["default"].gralora_k == 2
-    assert {layer.lora_A["default"].weight.shape[1] for layer in wrappers(model)} == {2}
+    settled = model.peft_config["default"]
+    assert settled.of_layer("gralora_k", "model.layers.0.self_attn.q_proj") == 4
+    assert {layer.lora_A["default"].weight.shape[1] for layer in wrappers(model)} == {2, 4}
     assert re.search(r"ExpertsDown\(experts=4, in=6, k=2, r=64, hybrid_r=0\)", repr(model))

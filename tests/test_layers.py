@@ -6,7 +6,6 @@ import itertools
 import math
 import pickle
 import re
-from types import SimpleNamespace
 
 import peft
 import pytest
@@ -825,13 +824,17 @@ def test_layers_under_a_parameter_wrapper_are_refused():
         model.add_adapter("other", gralora_config(target_modules=["layer"]))
 
 
-@pytest.mark.parametrize("field", ["use_dora", "alora_invocation_tokens"])
+LINEAR_ONLY = {"use_dora": True, "alora_invocation_tokens": [1]}
+
+
+@pytest.mark.parametrize("field", LINEAR_ONLY)
 @pytest.mark.parametrize("layer", [nn.Embedding(8, 8), nn.Conv2d(8, 8, 1), nn.MultiheadAttention(8, 2)], ids=str)
 def test_variants_of_linear_layers_are_refused_on_others(layer, field):
-    """Should the config take a LoRA variant together with GraLoRA, layers that are not linear still refuse it."""
-    check_fields("layer", nn.Linear(8, 8), SimpleNamespace(**{field: [1]}))
+    """LoRA variants that go with GraLoRA go with linear layers only."""
+    config = gralora_config(**{field: LINEAR_ONLY[field]})
+    check_fields("layer", nn.Linear(8, 8), config)
     with pytest.raises(ValueError, match=f"{field}=.*'layer'"):
-        check_fields("layer", layer, SimpleNamespace(**{field: [1]}))
+        check_fields("layer", layer, config)
 
 
 def test_tensor_parallel_models_are_refused():

@@ -110,7 +110,7 @@ KINDS = (
         mixin=GranularEmbedding,
         refuses={
             "lora_bias": "embeddings have no bias",
-            "gralora_scaling": "it is derived for layers of sums over all input features, which a one-hot vector has not",
+            "gralora_scaling": "it is derived for sums over all input features, which one-hot vectors have not",
         }
         | LINEAR_ONLY,
     ),

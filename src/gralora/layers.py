@@ -246,7 +246,7 @@ class GraloraModel(Promoted):
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for where, layer in self.model.named_modules():
             for name in names if isinstance(layer, GraloraLayer) else []:
-                if layer.is_gralora(name) and layer.lora_A[name].weight.ndim != 3:
+                if layer.is_gralora(name) and name in layer.lora_A and layer.lora_A[name].weight.ndim == 2:
                     raise ValueError(
                         f"adapter {name!r} is GraLoRA, and its lora_A in {where!r} was overwritten by one of shape "
                         f"{tuple(layer.lora_A[name].weight.shape)}, a plain LoRA's (reduce_intruder_dimension does "
@@ -256,13 +256,17 @@ class GraloraModel(Promoted):
         super().set_adapter(adapter_name, **kwargs)
 
     def _check_merge_allowed(self) -> None:
-        """As PEFT's; its own check of layer_replication looks for the field among the adapters' names."""
+        """As PEFT's; its own check of layer_replication looks for the field among the adapters' names.
+
+        An output layer may share its weight with the embedding: what happens then is as with plain LoRA.
+        """
         super()._check_merge_allowed()
-        first: dict[int, str] = {}
+        first: dict[tuple[int, type], str] = {}
         for where, layer in self.model.named_modules():
             if isinstance(layer, lora.LoraLayer):
-                weight = getattr(layer.get_base_layer(), "weight", None)
-                other = first.setdefault(id(weight), where)
+                base = layer.get_base_layer()
+                weight = getattr(base, "weight", None)
+                other = first.setdefault((id(weight), type(base)), where)
                 if weight is not None and other != where:
                     raise ValueError(
                         f"the adapters of {other!r} and {where!r} cannot be merged: these layers share one weight "
