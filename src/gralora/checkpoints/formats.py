@@ -98,10 +98,14 @@ class Adapter:
         k, _, r_g = self.specs(layer).A.shape
         return scaling_gain(self.config.gralora_scaling, k, r_g, self.config.hybrid_r)
 
+    def peft_scaling(self, layer: str) -> float:
+        """PEFT's scaling, without the gain: the factor on an adapter's bias."""
+        rank = self.rank(layer)
+        return self.alpha(layer) / (math.sqrt(rank) if self.config.use_rslora else rank)
+
     def scaling(self, layer: str) -> float:
         """Factor on dW: PEFT's scaling times the gain."""
-        rank = self.rank(layer)
-        return self.alpha(layer) / (math.sqrt(rank) if self.config.use_rslora else rank) * self.gain(layer)
+        return self.peft_scaling(layer) * self.gain(layer)
 
     def k(self, layer: str) -> int:
         """Blocks per side, by the tensors."""

@@ -260,7 +260,7 @@ class Merges:
         if name in self.biases:
             layer = self.biases[name]
             bias = self.adapter.factors(layer).bias.to(self.device, torch.float32)
-            return base.to(bias) + self.adapter.scaling(layer) * bias
+            return base.to(bias) + self.adapter.peft_scaling(layer) * bias
         return base
 
     def _rescale(self, weight: Tensor, layer: str) -> None:
