@@ -88,7 +88,7 @@ def run(
     def execute(source: str) -> Result:
         return run_program(source, timeout=args.timeout)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         results = list(pool.map(execute, programs))
     records = []
     for i, problem in enumerate(problems):
