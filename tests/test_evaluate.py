@@ -252,6 +252,7 @@ def test_loss_on_the_standard_library(tiny_model, run):
         ("it is -3", -3),
         ("about .5 of it", "0.5"),
         ("no number", None),
+        ("#### 7\n#### 8", 7),
         ("####", None),
     ],
 )
