@@ -475,6 +475,7 @@ def test_estimate():
     for right, n, low, high in known:
         mean, *interval = estimate([1.0] * right + [0.0] * (n - right))
         assert mean == right / n and interval == pytest.approx([low, high], abs=1e-4)
+    assert estimate([0.0] * 3).low == 0 and estimate([1.0] * 3).high == 1
     draw = random.Random(3)
     values = [draw.gauss(5, 2) for _ in range(400)]
     mean, low, high = estimate(values)

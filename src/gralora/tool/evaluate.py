@@ -48,7 +48,8 @@ def estimate(values: list[float]) -> Estimate:
         z2 = CONFIDENCE_Z**2
         middle = (mean + z2 / (2 * n)) / (1 + z2 / n)
         half = CONFIDENCE_Z / (1 + z2 / n) * math.sqrt(mean * (1 - mean) / n + z2 / (4 * n**2))
-        return Estimate(mean, max(0.0, middle - half), min(1.0, middle + half))
+        # exact at the ends, where subtraction would leave a rest
+        return Estimate(mean, middle - half if mean > 0 else 0.0, middle + half if mean < 1 else 1.0)
     if n == 1:
         return Estimate(mean, None, None)
     draw = random.Random(0)
