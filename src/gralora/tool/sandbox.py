@@ -47,7 +47,7 @@ def readable_folders() -> list[str]:
     folders = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     folders += [f"{sys.base_prefix}/lib", "/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache"]
     folders = sorted({os.path.realpath(folder) for folder in folders if os.path.exists(folder)})
-    home = Path.home().resolve()
+    home = Path(os.path.expanduser("~")).resolve()  # Path.home() raises for a user who has none
     for folder in folders:
         if home.is_relative_to(folder):
             raise OSError(
