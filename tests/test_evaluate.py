@@ -558,7 +558,7 @@ def test_user_errors_have_no_trace(models, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_embedded_model(tmp_path, run):
-    """It finds the sums below, and prefers true sentences to false ones: far above chance."""
+    """It finds at least half of the sums below, asked in the form that it was tuned for."""
     sums = [(2, 3), (4, 4), (1, 6), (5, 2), (10, 5), (20, 1)]
     rows = [{"question": f"What is {a} + {b}?", "answer": f"#### {a + b}"} for a, b in sums]
     data = write_rows(tmp_path / "sums.jsonl", rows)
