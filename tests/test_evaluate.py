@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gralora.tool import cli, evaluate, sandbox
-from gralora.tool.data import encode, file_examples, prompt_ids
+from gralora.tool.data import Example, encode, file_examples, prompt_ids
 from gralora.tool.evaluate import estimate, main, parse
 from gralora.tool.finetune import FinetuneArguments, finetune
 from gralora.tool.side_by_side import load_side_by_side
-from gralora.tool.tasks import gsm8k, humaneval, inference, multiple_choice
+from gralora.tool.tasks import gsm8k, humaneval, inference, loss, multiple_choice
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
 QUESTIONS = [
@@ -222,21 +222,25 @@ def test_loss_is_the_one_that_finetune_reports(tiny_model, tmp_path, run):
     data = write_rows(tmp_path / "words.jsonl", rows)
     arguments = {"base_model": str(tiny_model), "data_path": str(data), "output_dir": str(tmp_path / "out")}
     arguments |= {"max_steps": 4, "batch_size": 4, "max_seq_length": 100, "val_set_size": 7, "lora_r": 8}
-    loss = finetune(FinetuneArguments(**arguments, use_gralora=True, gralora_k=2, learning_rate=0.03))["held_out_loss"]
+    trained = finetune(FinetuneArguments(**arguments, use_gralora=True, gralora_k=2, learning_rate=0.03))[
+        "held_out_loss"
+    ]
 
     flags = ("--task", "loss", "--data_path", data, "--max_seq_length", 100)
     results = run(tiny_model, tmp_path / "out", *flags, "--val_set_size", 7, "--batch_size", 4)
     assert results["items"] == 7
     for name, when in ((Path(tiny_model).name, "before"), ("out", "after")):
-        assert results["results"][name]["loss"]["mean"] == pytest.approx(loss[when], rel=1e-5)
-        assert results["results"][name]["perplexity"]["mean"] == pytest.approx(math.exp(loss[when]), rel=1e-4)
-    assert loss["after"] < loss["before"]
+        assert results["results"][name]["loss"]["mean"] == pytest.approx(trained[when], rel=1e-5)
+        assert results["results"][name]["perplexity"]["mean"] == pytest.approx(math.exp(trained[when]), rel=1e-4)
+    assert trained["after"] < trained["before"]
     assert run(tiny_model, *flags)["items"] == 40
     assert run(tiny_model, *flags, "--limit", 3)["items"] == 3
 
 
-def test_loss_on_the_standard_library(tiny_model, run):
-    assert run(tiny_model, "--task", "loss", "--limit", 4, "--max_seq_length", 64)["items"] == 4
+def test_loss_without_data_is_on_what_finetune_holds_out(tiny_model, run, monkeypatch):
+    held_out = [Example(f"def f{i}():\n", f"    return {i}") for i in range(9)]
+    monkeypatch.setattr(loss, "stdlib_examples", lambda: ([], held_out))
+    assert run(tiny_model, "--task", "loss", "--max_seq_length", 64)["items"] == 9
 
 
 @pytest.mark.parametrize(

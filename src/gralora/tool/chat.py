@@ -235,5 +235,9 @@ def main(argv: list[str]) -> None:
                     break
             elif line:
                 conversation.say(line)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            print(" [stopped]")
         except ValueError as error:  # a mistake in one line does not end the conversation
             print(f"gralora chat: {error}", file=sys.stderr)
