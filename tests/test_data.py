@@ -10,7 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from gralora.tool import data
-from gralora.tool.data import IGNORED, Chat, Example, encode, file_examples, marked, prompt_ids, split, stdlib_examples
+from gralora.tool import stdlib as stdlib_module
+from gralora.tool.data import IGNORED, Chat, Example, encode, file_examples, marked, prompt_ids, split
+from gralora.tool.stdlib import stdlib_examples
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +68,8 @@ def test_split_is_by_module(tmp_path):
 
 
 def test_private_module_goes_with_the_public_one():
-    assert data.is_held_out("_tarfile.py") == data.is_held_out("tarfile") is True
-    assert data.is_held_out("_json.py") == data.is_held_out("json") is False
+    assert stdlib_module.is_held_out("_tarfile.py") == stdlib_module.is_held_out("tarfile") is True
+    assert stdlib_module.is_held_out("_json.py") == stdlib_module.is_held_out("json") is False
 
 
 def test_a_function_occurs_once(tmp_path):
@@ -109,7 +111,7 @@ def test_methods_are_cut_after_the_docstring_and_dedented(tmp_path):
         "            return 1\n"
         "        return inner\n"
     )
-    ((example, _),) = data.function_examples(write(tmp_path / "a.py", source))
+    ((example, _),) = stdlib_module.function_examples(write(tmp_path / "a.py", source))
     assert example.prompt == 'def f(self):\n    """One.\n\n    Two.\n    """\n'
     assert example.completion.startswith("    # a comment\n    def inner():\n")
     assert example.completion.endswith("\n    return inner")

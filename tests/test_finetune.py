@@ -14,9 +14,13 @@ from peft import AutoPeftModelForCausalLM, PeftModel, load_peft_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
+from gralora.tool import arguments as arguments_module
 from gralora.tool import finetune as module
+from gralora.tool import resume
+from gralora.tool.arguments import FinetuneArguments
 from gralora.tool.data import encode, file_examples, split
-from gralora.tool.finetune import FinetuneArguments, finetune, verify
+from gralora.tool.finetune import finetune
+from gralora.tool.verify import verify
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated"),
@@ -170,10 +174,10 @@ def test_training_flags_reach_the_trainer(arguments, tmp_path):
 
 def test_report_to(monkeypatch):
     assert FinetuneArguments(report_to="none").training_arguments().report_to == []
-    monkeypatch.setattr(module, "get_available_reporting_integrations", list)
+    monkeypatch.setattr(arguments_module, "get_available_reporting_integrations", list)
     with pytest.raises(ImportError, match="report_to='wandb' needs .*: pip install wandb"):
         FinetuneArguments(report_to="wandb")
-    monkeypatch.setattr(module, "get_available_reporting_integrations", lambda: ["wandb"])
+    monkeypatch.setattr(arguments_module, "get_available_reporting_integrations", lambda: ["wandb"])
     assert FinetuneArguments(report_to="wandb").training_arguments().report_to == ["wandb"]
 
 
@@ -197,7 +201,7 @@ def test_seed_and_accumulation(arguments, tmp_path):
             torch.testing.assert_close(saved["first"], saved[name], rtol=1e-3, atol=1e-5)
 
 
-class CtrlC(module.SaveOnInterrupt):
+class CtrlC(resume.SaveOnInterrupt):
     """Ctrl-C during step 3."""
 
     times = 1
@@ -214,7 +218,7 @@ def test_interrupted_run_resumes_as_if_nothing_had_happened(arguments, tmp_path,
     checkpoint = tmp_path / "out" / "checkpoint-3"
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match=f"step 3 of 6.*{checkpoint}"):
-        patched.setattr(module, "SaveOnInterrupt", CtrlC)
+        patched.setattr(resume, "SaveOnInterrupt", CtrlC)
         finetune(arguments(**changes))
     assert signal.getsignal(signal.SIGINT) is handler
     assert not (tmp_path / "out" / WEIGHTS).exists() and not equal(weights(checkpoint), weights(tmp_path / "whole"))
@@ -226,7 +230,7 @@ def test_interrupted_run_resumes_as_if_nothing_had_happened(arguments, tmp_path,
 
 
 def test_second_interrupt_stops_at_once(arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SaveOnInterrupt", CtrlC)
+    monkeypatch.setattr(resume, "SaveOnInterrupt", CtrlC)
     monkeypatch.setattr(CtrlC, "times", 2)
     with pytest.raises(KeyboardInterrupt, match="without a checkpoint"):
         finetune(arguments())

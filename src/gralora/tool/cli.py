@@ -12,7 +12,7 @@ COMMANDS = {
     "convert": ("gralora.tool.adapters", "convert_command", "write an adapter in another GraLoRA format"),
     "export": ("gralora.tool.adapters", "export_command", "write the plain LoRA that an adapter equals, for serving"),
     "merge": ("gralora.tool.adapters", "merge_command", "write the base model with an adapter merged in"),
-    "verify": ("gralora.tool.finetune", "verify_main", "reload a fine-tuned adapter, merge it, and compare logits"),
+    "verify": ("gralora.tool.verify", "verify_main", "reload a fine-tuned adapter, merge it, and compare logits"),
 }
 
 USER_ERROR = 2  # as argparse

@@ -1,36 +1,20 @@
-"""Training text: records become (prompt, completion) pairs, pairs become tokens whose labels cover the answer only.
+"""Training text: records become (prompt, completion) pairs, pairs become tokens whose labels cover the answer only."""
 
-The default text is what every Python installation brings along: the functions of the standard library, where signature
-and docstring are the prompt and the body is the answer. Files of the user's are the alternative: `file_examples`.
-"""
-
-import ast
-import csv
-import importlib.util
-import io
 import itertools
-import json
 import os.path
 import random
-import re
-import sys
-import sysconfig
-import textwrap
-import tokenize
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from .readers import READERS, data_files
+
 IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
-HELD_OUT_SHARE = 8  # about one module in so many is held out
-# tests, programs and generated tables: little in them is a function that its docstring describes
-SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data", "encodings"}
 
 
 class Example(NamedTuple):
@@ -47,97 +31,6 @@ class Chat(NamedTuple):
     """
 
     texts: tuple[tuple[tuple[str, bool], ...], ...]
-
-
-# ---- the standard library ------------------------------------------------------------------------------------------
-
-
-def stdlib_examples(root: Path | None = None) -> tuple[list[Example], list[Example]]:
-    """Docstring-to-body pairs from Python's own library, for training and held out.
-
-    The split is by top-level module, by a hash of its name: the same on every machine and in every Python version.
-    A body occurs once in all, compared without comments and formatting, so no held-out answer was trained on.
-
-    Args:
-        root: folder with the library's source; default: that of the running Python.
-
-    Returns:
-        Training pairs and held-out pairs, each in a fixed order that mixes the modules.
-
-    Raises:
-        ValueError: if the folder has no Python source, as in installations that ship bytecode only.
-    """
-    root = root or Path(sysconfig.get_path("stdlib"))
-    train, held_out, seen = [], [], set()
-    for path in stdlib_files(root):
-        side = held_out if is_held_out(path.relative_to(root).parts[0]) else train
-        for example, code in function_examples(path):
-            if code not in seen:
-                seen.add(code)
-                side.append(example)
-    if not train or not held_out:
-        raise ValueError(f"no standard library source with docstrings in {str(root)!r}; give --data_path instead.")
-    for side in (train, held_out):
-        random.Random(0).shuffle(side)
-    return train, held_out
-
-
-def stdlib_files(root: Path) -> Iterator[Path]:
-    """Source files of the importable standard library, sorted; site-packages and `SKIPPED_FOLDERS` left out."""
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if parts[0] in sys.stdlib_module_names and not SKIPPED_FOLDERS.intersection(parts):
-            yield path
-
-
-def is_held_out(file_or_folder: str) -> bool:
-    """Whether a top-level module is held out; `_x` goes with `x`, since one often implements the other."""
-    name = file_or_folder.removesuffix(".py").lstrip("_")
-    return int(sha256(name.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
-
-
-def function_examples(path: Path) -> Iterator[tuple[Example, str]]:
-    """One pair per function or method with a docstring and a body, and the body's normalised code.
-
-    Functions inside functions are part of the outer answer. A file that Python cannot parse has none.
-    """
-    try:
-        with tokenize.open(path) as file:
-            source = file.read()
-        tree = ast.parse(source)
-    except (SyntaxError, UnicodeDecodeError):
-        return
-    lines = source.splitlines()
-    for node in outer_functions(tree):
-        if ast.get_docstring(node) is None or all(is_placeholder(statement) for statement in node.body[1:]):
-            continue
-        docstring, first = node.body[:2]
-        if first.lineno == docstring.end_lineno:
-            continue  # `def f(): "doc"; return 1`: nowhere to cut between lines
-        text = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])).split("\n")
-        if not text[0].startswith(("def ", "async def ")):
-            continue  # a string with less indentation than the code: dedent found nothing to take off
-        cut = docstring.end_lineno - node.lineno + 1
-        prompt, completion = "\n".join(text[:cut]) + "\n", "\n".join(text[cut:]).strip("\n")
-        yield Example(prompt, completion), "\n".join(ast.unparse(statement) for statement in node.body[1:])
-
-
-def outer_functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """The functions below a node that are not inside another function, in source order."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield child
-        else:
-            yield from outer_functions(child)
-
-
-def is_placeholder(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Pass) or (
-        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) and statement.value.value is ...
-    )
-
-
-# ---- files of the user's --------------------------------------------------------------------------------------------
 
 
 def text(record: dict[str, Any], name: str, optional: bool = False) -> str:
@@ -270,110 +163,6 @@ def file_examples(
     if not found.examples:
         raise ValueError(f"data_path={str(path)!r} has no records to train on. {found}")
     return found
-
-
-def data_files(path: Path) -> list[Path]:
-    """The file itself, or the files to read in a folder."""
-    endings = ", ".join(READERS)
-    if not path.exists():
-        raise FileNotFoundError(f"data_path={str(path)!r} is no file or folder here; give a local one ({endings}).")
-    if not path.is_dir():
-        if path.suffix.lower() not in READERS:
-            raise ValueError(f"data_path={str(path)!r} must end in one of {endings}.")
-        return [path]
-    files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix.lower() in READERS)
-    if not files:
-        folders = ", ".join(sorted(str(folder) for folder in path.iterdir() if folder.is_dir())) or "none"
-        raise ValueError(f"data_path={str(path)!r} has no file ending in {endings}; folders in it: {folders}.")
-    return [file for file in files if file.name.startswith("train")] or files
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 text.") from error
-
-
-# A reader yields the place and the value of each row; of a row that cannot be read, a ValueError as its value.
-Rows = Iterator[tuple[str, Any]]
-
-
-def jsonl_rows(path: Path) -> Rows:
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                row = ValueError(f"not JSON: {error.msg}, column {error.colno}.")
-            yield f"line {number}", row
-
-
-def json_rows(path: Path) -> Rows:
-    """The elements of a list; a file that begins with an object is read line by line."""
-    source = read_text(path)
-    if source.lstrip().startswith("{"):
-        yield from jsonl_rows(path)
-        return
-    try:
-        rows = json.loads(source) if source.strip() else []
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}, column {error.colno}.") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}, line 1: the file must be a list of records, not a {type(rows).__name__}.")
-    # the text is known to be a valid list, so elements can be walked with what stands between them skipped
-    decode, between, position = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), source.find("[") + 1
-    line, counted = 1, 0
-    for row in rows:
-        position = between.match(source, position).end()
-        line, counted = line + source.count("\n", counted, position), position
-        yield f"line {line}", row
-        _, position = decode(source, position)
-
-
-def text_rows(path: Path) -> Rows:
-    """A text per paragraph; blank lines separate them."""
-    source = read_text(path)
-    line, counted = 1, 0
-    for match in re.finditer(r"(?:[^\n]*\S[^\n]*(?:\n|$))+", source):
-        line, counted = line + source.count("\n", counted, match.start()), match.start()
-        yield f"line {line}", {"text": match.group().rstrip("\n")}
-
-
-def csv_rows(path: Path) -> Rows:
-    csv.field_size_limit(2**31 - 1)  # the default is less than a long text
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
-    number = 0
-    try:
-        for number, row in enumerate(reader, start=1):
-            complete = None not in row and None not in row.values()
-            yield f"row {number}", row if complete else ValueError("it has more or fewer fields than the header.")
-    except csv.Error as error:
-        yield f"row {number + 1}", ValueError(f"not CSV, so reading ends here: {error}.")
-
-
-def parquet_rows(path: Path) -> Rows:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ImportError(f"{path} needs the package pyarrow: pip install pyarrow")
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-            yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-    except ArrowException as error:
-        raise ValueError(f"{path}: not a parquet file that can be read: {error}") from error
-
-
-READERS: dict[str, Callable[[Path], Rows]] = {
-    ".jsonl": jsonl_rows,
-    ".json": json_rows,
-    ".csv": csv_rows,
-    ".parquet": parquet_rows,
-    ".txt": text_rows,
-}
 
 
 def record_example(
