@@ -4,7 +4,7 @@ import itertools
 import os.path
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from .readers import READERS, data_files
+from .sources import Source
 
 IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 
@@ -48,20 +48,28 @@ def instruction_example(instruction: str, answer: str, about: str = "") -> Examp
     return Example(f"### Instruction:\n{task}\n\n### Response:\n", answer)
 
 
-def chat_example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Chat:
-    """The conversation in `messages`, of which the assistant's turns are learnt, by the tokenizer's chat template."""
-    messages = record["messages"]
+def chat_example(
+    name: str,
+    messages: Any,
+    record: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    given: int = 0,
+) -> Chat:
+    """The conversation in field `name`, written by the tokenizer's chat template.
+
+    The assistant's turns are learnt, but not those among the first `given` messages.
+    """
     if not isinstance(messages, list) or not all(is_message(message) for message in messages):
-        raise ValueError(f"field 'messages' must be a list of objects with role and content, got {messages!r:.80}.")
+        raise ValueError(f"field {name!r} must be a list of objects with role and content, got {messages!r:.80}.")
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
-            "field 'messages' needs a chat template, and the tokenizer has none: "
+            f"field {name!r} needs a chat template, and the tokenizer has none: "
             f"{getattr(tokenizer, 'name_or_path', None)!r}; use a base model with one (often named Instruct or Chat), "
             "or the fields prompt+completion."
         )
     # parquet fills fields that only other messages have with null
     messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and says_something(message)]
+    turns = [i for i, m in enumerate(messages) if i >= given and m["role"] == "assistant" and says_something(m)]
 
     def render(count: int, **options: Any) -> str:
         tools = record.get("tools") or None
@@ -71,7 +79,7 @@ def chat_example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | No
         upto = [render(i + 1) for i in turns]
         before = [render(i, add_generation_prompt=True) for i in turns]
     except (TemplateError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"field 'messages': the tokenizer's chat template does not take it: {error}") from error
+        raise ValueError(f"field {name!r}: the tokenizer's chat template does not take it: {error}") from error
     starts = [len(os.path.commonprefix(pair)) for pair in zip(before, upto, strict=True)]
     cuts = [0, *(cut for start, end in zip(starts, upto, strict=True) for cut in (start, len(end)))]
     if turns and cuts == sorted(cuts) and all(upto[-1].startswith(end) for end in upto):
@@ -93,13 +101,52 @@ def says_something(message: dict[str, Any]) -> bool:
     return bool(message.get("content", "").strip() or message.get("tool_calls"))
 
 
+# ShareGPT's names of who speaks -> the roles of chat templates
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+
+def sharegpt_message(turn: Any) -> Any:
+    """A turn with ShareGPT's keys `from` and `value` as a message; others are passed on as they are."""
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn
+    if turn["from"] not in SHAREGPT_ROLES:
+        raise ValueError(
+            f"field 'conversations': from={turn['from']!r} is not known; known: {', '.join(SHAREGPT_ROLES)}."
+        )
+    return {"role": SHAREGPT_ROLES[turn["from"]], "content": turn.get("value")}
+
+
+def sharegpt_example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Chat:
+    turns = record["conversations"]
+    messages = [sharegpt_message(turn) for turn in turns] if isinstance(turns, list) else turns
+    return chat_example("conversations", messages, record, tokenizer)
+
+
+def prompt_example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Example | Chat:
+    """Texts, or lists of messages, of which the assistant's in `completion` are learnt."""
+    prompt, completion = record["prompt"], record["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return chat_example("prompt and completion", prompt + completion, record, tokenizer, given=len(prompt))
+    return Example(text(record, "prompt"), text(record, "completion"))
+
+
 # the fields that a record must have -> how it becomes an example; the first line that fits is taken
 RECORD_KINDS: dict[tuple[str, ...], Callable[[dict[str, Any], PreTrainedTokenizerBase | None], Example | Chat]] = {
-    ("messages",): chat_example,
+    ("messages",): lambda record, tokenizer: chat_example("messages", record["messages"], record, tokenizer),
+    ("conversations",): sharegpt_example,
     ("instruction", "output"): lambda record, _: instruction_example(
         text(record, "instruction"), text(record, "output"), text(record, "input", optional=True)
     ),
-    ("prompt", "completion"): lambda record, _: Example(text(record, "prompt"), text(record, "completion")),
+    ("prompt", "completion"): prompt_example,
     ("query", "response"): lambda record, _: instruction_example(text(record, "query"), text(record, "response")),
     ("question", "answer"): lambda record, _: instruction_example(text(record, "question"), text(record, "answer")),
     ("text",): lambda record, _: Example("", text(record, "text")),
@@ -108,60 +155,69 @@ RECORD_NAMES = [*map("+".join, RECORD_KINDS)]
 
 
 @dataclass
-class FileExamples:
-    """What the rows of files became."""
+class Found:
+    """What the rows of a source became."""
 
-    files: list[Path]
+    source: Source
     examples: list[Example | Chat] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
     empty: int = 0  # rows with nothing to train on
-    broken: list[str] = field(default_factory=list)  # what is wrong with each row that was skipped
+    broken: int = 0  # rows that were skipped
+    first_broken: str = ""  # where it is, and what is wrong with it
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} of {kind}" for kind, count in self.kinds.items()) or "none"
-        more = f" and {len(self.files) - 3} more files" if len(self.files) > 3 else ""
-        parts = [f"{', '.join(map(str, self.files[:3]))}{more}: rows with something to train on: {kinds}"]
+        parts = [f"{self.source}: rows with something to train on: {kinds}"]
         parts += [f"left out with nothing to train on: {self.empty}"] if self.empty else []
-        parts += [f"left out as broken: {len(self.broken)}, the first: {self.broken[0]}"] if self.broken else []
+        parts += [f"left out as broken: {self.broken}, the first: {self.first_broken}"] if self.broken else []
         return "; ".join(parts)
+
+    def read(self, tokenizer: PreTrainedTokenizerBase | None, skip_bad_rows: bool) -> Iterator[Example | Chat]:
+        """The examples that the source's rows stand for, one after the other, and none kept; rows are counted.
+
+        Raises:
+            ValueError: for a broken row, unless `skip_bad_rows`, and for a source with nothing to train on.
+        """
+        self.kinds, self.empty, self.broken = Counter(), 0, 0
+        for place, row in self.source.rows():
+            try:
+                kind, example = record_example(row, tokenizer)
+            except ValueError as error:
+                if not skip_bad_rows:
+                    raise ValueError(f"{place}: {error}") from error
+                self.first_broken = self.first_broken if self.broken else f"{place}: {error}"
+                self.broken += 1
+                continue
+            if example.texts if isinstance(example, Chat) else example.completion.strip():
+                self.kinds["+".join(kind)] += 1
+                yield example
+            else:
+                self.empty += 1
+        if not self.kinds:
+            raise ValueError(f"data_path={self.source.path!r} has no records to train on. {self}")
 
 
 def file_examples(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, skip_bad_rows: bool = False
-) -> FileExamples:
-    """Examples from a file of one of `READERS`, or from the files directly in a folder.
+    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, skip_bad_rows: bool = False, **options: Any
+) -> Found:
+    """All examples of a local file or folder, or of a data set of the hub.
 
-    A record holds the fields of one line of `RECORD_KINDS`; other fields are ignored. Of a folder in which names begin
-    with `train`, only these files are read.
+    A record holds the fields of one line of `RECORD_KINDS`; other fields are ignored.
 
     Args:
-        path: of the file or folder.
-        tokenizer: whose chat template writes `messages`.
+        path: of the file or folder, or hub id.
+        tokenizer: whose chat template writes conversations.
         skip_bad_rows: count a broken row instead of raising.
+        options: others of `Source`.
 
     Raises:
         ValueError: for another kind of file, one with nothing to train on, or a broken row; the message has the file
             and the line, or, of csv and parquet, the row, counted from 1 without the header.
         OSError: if a file cannot be read.
-        ImportError: for parquet without pyarrow.
+        ImportError: for parquet without pyarrow, for the hub without datasets.
     """
-    found = FileExamples(data_files(Path(path)))
-    for file in found.files:
-        for place, row in READERS[file.suffix.lower()](file):
-            try:
-                kind, example = record_example(row, tokenizer)
-            except ValueError as error:
-                if not skip_bad_rows:
-                    raise ValueError(f"{file}, {place}: {error}") from error
-                found.broken.append(f"{file}, {place}: {error}")
-                continue
-            if example.texts if isinstance(example, Chat) else example.completion.strip():
-                found.kinds["+".join(kind)] += 1
-                found.examples.append(example)
-            else:
-                found.empty += 1
-    if not found.examples:
-        raise ValueError(f"data_path={str(path)!r} has no records to train on. {found}")
+    found = Found(Source(str(path), **options))
+    found.examples = list(found.read(tokenizer, skip_bad_rows))
     return found
 
 
@@ -232,8 +288,9 @@ def encode(
             ids = [token for piece, _ in pieces for token in piece][:max_seq_length]
             learnt = [learnt or train_on_inputs for piece, learnt in pieces for _ in piece]
             labels = [token if learn else IGNORED for token, learn in zip(ids, learnt, strict=False)]
-            # a first token is never predicted, so it needs no label
-            if any(label != IGNORED for label in labels[1:]):
+            # a first token is never predicted; a label of its own would count in the mean of the loss
+            labels[:1] = [IGNORED] * len(labels[:1])
+            if any(label != IGNORED for label in labels):
                 rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
     return rows
 

@@ -1,8 +1,10 @@
-"""Local files of training text: which there are, and their rows, each with its place in the file."""
+"""Local files of training text: which there are, and their rows, each with its place in the file.
+
+Rows are read one after the other, so a file may be larger than memory (but for a .json that is one list).
+"""
 
 import csv
 import importlib.util
-import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -10,37 +12,56 @@ from pathlib import Path
 from typing import Any
 
 
-def data_files(path: Path) -> list[Path]:
-    """The file itself, or the files to read in a folder."""
+def data_files(path: Path, split: str | None = None, preferred: str = "train") -> list[Path]:
+    """The file itself, or the files directly in a folder, sorted.
+
+    Of a folder, those whose names begin with `split`; without it, with `preferred`, if there are any, else all.
+    """
     endings = ", ".join(READERS)
-    if not path.exists():
-        raise FileNotFoundError(f"data_path={str(path)!r} is no file or folder here; give a local one ({endings}).")
     if not path.is_dir():
         if path.suffix.lower() not in READERS:
             raise ValueError(f"data_path={str(path)!r} must end in one of {endings}.")
+        if split is not None:
+            raise ValueError(f"split {split!r}: the file {str(path)!r} has no splits; a folder or a hub id may have.")
         return [path]
     files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix.lower() in READERS)
     if not files:
         folders = ", ".join(sorted(str(folder) for folder in path.iterdir() if folder.is_dir())) or "none"
         raise ValueError(f"data_path={str(path)!r} has no file ending in {endings}; folders in it: {folders}.")
-    return [file for file in files if file.name.startswith("train")] or files
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 text.") from error
+    named = [file for file in files if file.name.startswith(split or preferred)]
+    if split is not None and not named:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"split {split!r}: no file in {str(path)!r} has a name that begins so; there are {names}.")
+    return named or files
 
 
 # A reader yields the place and the value of each row; of a row that cannot be read, a ValueError as its value.
 Rows = Iterator[tuple[str, Any]]
 
 
+def lines(path: Path) -> Iterator[tuple[int, str | ValueError]]:
+    """Number and text of each line, with its end; of one that is not UTF-8, a ValueError."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")  # spreadsheets put a mark in front
+            except UnicodeDecodeError:
+                yield number, ValueError("not UTF-8 text.")
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """As `lines`, where rows span lines, so that none can be left out."""
+    for number, line in lines(path):
+        if isinstance(line, ValueError):
+            raise ValueError(f"{path}, line {number}: {line}")
+        yield number, line
+
+
 def jsonl_rows(path: Path) -> Rows:
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
+    for number, line in lines(path):
+        if isinstance(line, ValueError):
+            yield f"line {number}", line
+        elif line.strip():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
@@ -50,10 +71,10 @@ def jsonl_rows(path: Path) -> Rows:
 
 def json_rows(path: Path) -> Rows:
     """The elements of a list; a file that begins with an object is read line by line."""
-    source = read_text(path)
-    if source.lstrip().startswith("{"):
+    if next((line for _, line in text_lines(path) if line.strip()), "").lstrip().startswith("{"):
         yield from jsonl_rows(path)
         return
+    source = "".join(line for _, line in text_lines(path))
     try:
         rows = json.loads(source) if source.strip() else []
     except json.JSONDecodeError as error:
@@ -72,16 +93,21 @@ def json_rows(path: Path) -> Rows:
 
 def text_rows(path: Path) -> Rows:
     """A text per paragraph; blank lines separate them."""
-    source = read_text(path)
-    line, counted = 1, 0
-    for match in re.finditer(r"(?:[^\n]*\S[^\n]*(?:\n|$))+", source):
-        line, counted = line + source.count("\n", counted, match.start()), match.start()
-        yield f"line {line}", {"text": match.group().rstrip("\n")}
+    start, paragraph = 0, []
+    for number, line in text_lines(path):
+        if line.strip():
+            start = start if paragraph else number
+            paragraph.append(line)
+        elif paragraph:
+            yield f"line {start}", {"text": "".join(paragraph).rstrip("\r\n")}
+            paragraph = []
+    if paragraph:
+        yield f"line {start}", {"text": "".join(paragraph).rstrip("\r\n")}
 
 
 def csv_rows(path: Path) -> Rows:
     csv.field_size_limit(2**31 - 1)  # the default is less than a long text
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    reader = csv.DictReader((line for _, line in text_lines(path)), strict=True)
     number = 0
     try:
         for number, row in enumerate(reader, start=1):
@@ -99,7 +125,7 @@ def parquet_rows(path: Path) -> Rows:
 
     try:
         with ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            rows = (row for batch in file.iter_batches(1000) for row in batch.to_pylist())
             yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
     except ArrowException as error:
         raise ValueError(f"{path}: not a parquet file that can be read: {error}") from error
