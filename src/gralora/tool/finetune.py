@@ -1,11 +1,11 @@
 """`gralora finetune`: the Hugging Face Trainer with an adapter. There is no training loop of ours."""
 
+import argparse
 import dataclasses
 import importlib.util
 import json
+import os
 import platform
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,32 +13,82 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
-    AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
+    EarlyStoppingCallback,
     HfArgumentParser,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     set_seed,
 )
+from transformers.hf_argparser import string_to_bool
 
+from . import configfile, output
 from .arguments import FinetuneArguments
-from .data import IGNORED, LEARNT, Chat, Example, encode, file_examples, marked, split
-from .models import check_length, load_pretrained, load_tokenizer
+from .corpus import Corpus, load_corpus
+from .data import IGNORED, LEARNT, marked
+from .models import check_length, load_model, load_tokenizer
+from .packing import PackingCollator, check_packing
+from .progress import Progress, peak_memory_gib
 from .report import LOSS_PLOT, METRICS, history, plot_losses, report, write_card, write_json
-from .resume import check_checkpoint, train_or_interrupt
-from .stdlib import stdlib_examples
-from .verify import LOGITS, PROBES, record_logits
+from .resume import check_checkpoint, check_output, delete_checkpoints, find_checkpoint, train_or_interrupt
+from .verify import LOGITS, PROBES, record_logits, verify_in_new_process
 
 SAMPLE_TOKENS = 48
 TEXT_PROMPT_TOKENS = 16
+EXAMPLES = """examples:
+  gralora finetune --use_gralora --max_steps 40 --output_dir out
+  gralora finetune --model_name_or_path MODEL --data_path data.jsonl --use_gralora --lora_r 64 --output_dir out
+  gralora finetune --model_name_or_path MODEL --data_path data.jsonl --use_gralora --quantization 4bit --bf16 --packing
+  gralora finetune --print_config > config.yaml
+  gralora finetune config.yaml --learning_rate 1e-4
+  gralora finetune config.yaml --resume_from_checkpoint latest
+exit status: 0 done, 2 wrong arguments or data, 130 stopped by Ctrl-C with a checkpoint, 1 anything else"""
+
+
+def make_parser() -> HfArgumentParser:
+    parser = HfArgumentParser(
+        FinetuneArguments,
+        prog="gralora finetune",
+        usage="gralora finetune [CONFIG.yaml] [--flag value ...]",
+        description="Fine-tune a causal language model with GraLoRA or plain LoRA.",
+        epilog=EXAMPLES,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    for bits in ("4bit", "8bit"):
+        parser.add_argument(
+            f"--load_in_{bits}",
+            dest="quantization",
+            nargs="?",
+            const="true",
+            default=argparse.SUPPRESS,
+            type=lambda text, bits=bits: bits if string_to_bool(text) else "none",
+            help=f"The same as --quantization {bits}.",
+        )
+    parser.add_argument("--config", help="A YAML file with flags by their names; flags given here win over it.")
+    parser.add_argument("--print_config", action="store_true", help="Print all settings as such a file, and stop.")
+    output.add_output_flags(parser)
+    return parser
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the examples as they are written."""
 
 
 def main(argv: list[str]) -> None:
     """The command `gralora finetune`."""
-    parser = HfArgumentParser(FinetuneArguments, prog="gralora finetune", allow_abbrev=False)
-    finetune(FinetuneArguments(**vars(parser.parse_args(argv))))
+    call = vars(configfile.parse(make_parser(), argv))
+    quiet, as_json, print_config = call.pop("quiet"), call.pop("json"), call.pop("print_config")
+    del call["config"]
+    args = FinetuneArguments(**call)
+    if print_config:
+        print(configfile.dump(args), end="")
+        return
+    of_many = os.environ.get("RANK", "0") != "0"  # of several processes one speaks
+    output.run(lambda: finetune(args), quiet or of_many, as_json and not of_many)
 
 
 def finetune(args: FinetuneArguments) -> dict[str, Any]:
@@ -55,92 +105,113 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
     check_packages("accelerate", "matplotlib")
     started = time.monotonic()
     training, lora_config = args.training_arguments(), args.lora_config()
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    check_output(args.output_dir, checkpoint, args.overwrite)
     tokenizer = load_tokenizer(args.base_model)
-    train_examples, held_out_examples = examples(args, tokenizer)
-    encoded = [encode(tokenizer, [one], args.max_seq_length, args.train_on_inputs) for one in train_examples]
-    train = [row for rows in encoded for row in rows]
-    held_out = encode(tokenizer, held_out_examples, args.max_seq_length, args.train_on_inputs)[: args.val_set_size]
-    if not train or (args.val_set_size and not held_out):
-        raise ValueError(f"max_seq_length={args.max_seq_length} has no room for any prompt with an answer.")
-    print(
-        f"{len(train)} examples to train on ({encoded.count([])} more have prompts of {args.max_seq_length} tokens or "
-        f"more), {len(held_out)} held out; the first, trained on what is between {' and '.join(LEARNT)}:\n"
-        f"{marked(tokenizer, train[0])}\n----"
-    )
-    model = load_pretrained(AutoModelForCausalLM, args.base_model, dtype=args.dtype)
-    check_length(args.max_seq_length, args.base_model, model)
-    if args.gradient_checkpointing:
-        # the reentrant kind needs an input with gradients, and a frozen model's has none
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    corpus = load_corpus(args, tokenizer)
+    show(corpus, tokenizer, args)
+    model = prepared_model(args)
 
     set_seed(args.seed)
     model = get_peft_model(model, lora_config)
-    check_checkpoint(args.resume_from_checkpoint, model)
+    check_checkpoint(checkpoint, model)
     model.print_trainable_parameters()
+    if args.packing:
+        check_packing(model, args.base_model)
+    padding = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
     trainer = Trainer(
         model=model,
         args=training,
-        train_dataset=train,
-        eval_dataset=held_out or None,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+        train_dataset=corpus.train,
+        eval_dataset=corpus.held_out or None,
+        data_collator=PackingCollator() if args.packing else padding,
         processing_class=tokenizer,
     )
-    prompt = prompt_of(held_out[0]) if held_out else []
+    progress = Progress.replace(trainer)
+    if args.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+    prompt = prompt_of(corpus.held_out[0]) if corpus.held_out else []
     sample_before = complete(model, tokenizer, prompt)
-    train_or_interrupt(trainer, args.resume_from_checkpoint)
+    if checkpoint is None and trainer.is_world_process_zero():
+        delete_checkpoints(args.output_dir)
+    train_or_interrupt(trainer, checkpoint)
     losses = history(trainer.state.log_history)
+    loss = held_out_loss(losses, trainer.state.best_metric)
     if trainer.is_world_process_zero():
-        write_card(args, model, losses)
+        write_card(args, model, loss)
     trainer.save_model()  # PEFT adds to the card what it knows
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward without autocast again
 
-    held_out_losses = [row["held_out_loss"] for row in losses if "held_out_loss" in row]
     trainable, total = model.get_nb_trainable_parameters()
     metrics = {
         "arguments": dataclasses.asdict(args) | {"gralora_k": model.peft_config["default"].gralora_k},
         "parameters": {"trainable": trainable, "total": total},
-        "examples": {"train": len(train), "held_out": len(held_out)},
+        "examples": corpus.counts(),
         "steps": trainer.state.global_step,
-        "held_out_loss": {"before": held_out_losses[0], "after": held_out_losses[-1]} if held_out_losses else None,
+        "held_out_loss": loss,
         "history": losses,
         "sample": {
             "prompt": tokenizer.decode(prompt),
             "before": sample_before,
             "after": complete(model, tokenizer, prompt),
         },
+        "tokens": progress.tokens,
+        "tokens_per_s": progress.tokens_per_s,
+        "peak_memory_gib": round(peak_memory_gib(), 3),
         "time_s": round(time.monotonic() - started, 1),
         "device": str(training.device),
         "versions": {package.__name__: package.__version__ for package in (torch, transformers, peft)}
         | {"python": platform.python_version()},
     }
     if trainer.is_world_process_zero():
-        output = Path(args.output_dir)
-        write_json(output / METRICS, metrics)
-        plot_losses(losses, output / LOSS_PLOT)
-        report(metrics, output)
+        folder = Path(args.output_dir)
+        write_json(folder / METRICS, metrics)
+        plot_losses(losses, folder / LOSS_PLOT)
+        report(metrics, folder)
         if args.verify:
-            record_logits(model, [row["input_ids"] for row in (held_out or train)[:PROBES]], output / LOGITS)
-            # a process of its own: nothing of the trained model but the files can be what is compared
-            subprocess.run([sys.executable, "-m", "gralora.tool.cli", "verify", str(output)], check=True)
-            metrics = json.loads((output / METRICS).read_text(encoding="utf-8"))
+            probes = (corpus.held_out or [corpus.first])[:PROBES]
+            record_logits(args, model, [row["input_ids"] for row in probes], folder / LOGITS)
+            verify_in_new_process(folder)
+            metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     return metrics
+
+
+def show(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, args: FinetuneArguments) -> None:
+    """Print how many examples there are, and one as the model gets it."""
+    counts = corpus.counts()
+    train = f"{counts['train']} examples" if counts["train"] is not None else "a stream of examples"
+    packed = f" in {len(corpus.train)} rows" if args.packing and counts["train"] is not None else ""
+    print(
+        f"{train}{packed} to train on ({counts['left_out']} more have prompts of {args.max_seq_length} tokens or "
+        f"more), {counts['held_out']} held out; the first, trained on what is between {' and '.join(LEARNT)}:\n"
+        f"{marked(tokenizer, corpus.first)}\n----"
+    )
+
+
+def prepared_model(args: FinetuneArguments) -> PreTrainedModel:
+    """The base model as it is trained on, checked against the arguments."""
+    options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    model = load_model(args.base_model, args.dtype, args.quantization, **options)
+    check_length(args.max_seq_length, args.base_model, model)
+    # the reentrant kind needs an input with gradients, and a frozen model's has none
+    checkpointing = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    if args.quantization != "none":
+        model = prepare_model_for_kbit_training(model, args.gradient_checkpointing, **checkpointing)
+    elif args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(**checkpointing)
+    return model
+
+
+def held_out_loss(losses: list[dict[str, float]], best: float | None) -> dict[str, float] | None:
+    """Before training, and of the adapter that is kept: the last, or the best of a run that looks for it."""
+    measured = [row["held_out_loss"] for row in losses if "held_out_loss" in row]
+    return {"before": measured[0], "after": measured[-1] if best is None else best} if measured else None
 
 
 def check_packages(*names: str) -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"fine-tuning needs the package(s) {', '.join(missing)}: pip install 'gralora[finetune]'")
-
-
-def examples(
-    args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Example | Chat], list[Example | Chat]]:
-    """Training and held-out examples: `val_set_size` of a file are held out, whole modules of the standard library."""
-    if args.data_path is None:
-        return stdlib_examples()
-    found = file_examples(args.data_path, tokenizer, args.skip_bad_rows)
-    print(f"data: {found}")
-    return split(found.examples, args.val_set_size)
 
 
 def prompt_of(row: dict[str, list[int]]) -> list[int]:

@@ -1,12 +1,26 @@
 """The base model and its tokenizer: from a folder, a hub, or the package that brings the embedded one."""
 
+import importlib.util
+import logging
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .embedded import embedded_model
 
 EMBEDDED = "embedded"
+# as in the QLoRA paper (arXiv 2305.14314), and as LLM.int8 (arXiv 2208.07339)
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "8bit": {"load_in_8bit": True},
+}
 
 
 def load_pretrained(auto: type, base_model: str, **options: Any) -> Any:
@@ -19,6 +33,18 @@ def load_pretrained(auto: type, base_model: str, **options: Any) -> Any:
             f"base_model={base_model!r} could not be loaded; give a local folder, a hub id that can be reached, or "
             f"{EMBEDDED!r}. {error}"
         ) from error
+
+
+def load_model(base_model: str, dtype: torch.dtype, quantization: str = "none", **options: Any) -> PreTrainedModel:
+    """The base model, in `dtype`, or quantised by bitsandbytes and computing in `dtype`."""
+    if quantization != "none":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ImportError(f"quantization={quantization!r} needs bitsandbytes: pip install 'gralora[quantized]'")
+        # of 8bit, it would say for every layer and pass that inputs are cast
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        config = BitsAndBytesConfig(**QUANTIZATIONS[quantization], bnb_4bit_compute_dtype=dtype)
+        options["quantization_config"] = config
+    return load_pretrained(AutoModelForCausalLM, base_model, dtype=dtype, **options)
 
 
 def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:

@@ -35,19 +35,18 @@ def plot_losses(losses: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def write_card(args: FinetuneArguments, model: PeftModel, losses: list[dict[str, float]]) -> None:
+def write_card(args: FinetuneArguments, model: PeftModel, loss: dict[str, float] | None) -> None:
     """Write the adapter's model card into `output_dir`, unless there is one that `write_card` did not write."""
     path = Path(args.output_dir, CARD)
     if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8"):
         return
     config = model.peft_config["default"]
     base = "SmolLM2-135M-Instruct" if args.base_model == EMBEDDED else args.base_model
-    held_out = [row["held_out_loss"] for row in losses if "held_out_loss" in row]
     settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
     settings |= {"gralora_k": config.gralora_k, "lora_target_modules": sorted(config.target_modules)}
-    for name in ("base_model", "data_path", "output_dir", "resume_from_checkpoint", "verify"):
+    for name in ("base_model", "data_path", "output_dir", "overwrite", "resume_from_checkpoint", "verify"):
         del settings[name]
-    result = f"Held-out loss: {held_out[0]:.4f} before training, {held_out[-1]:.4f} after." if held_out else ""
+    result = f"Held-out loss: {loss['before']:.4f} before training, {loss['after']:.4f} after." if loss else ""
     text = f"""---
 library_name: peft
 ---
@@ -94,5 +93,6 @@ def report(metrics: dict[str, Any], output: Path) -> None:
         print("----")
     if loss := metrics["held_out_loss"]:
         print(f"held-out loss: {loss['before']:.4f} before, {loss['after']:.4f} after {metrics['steps']} steps")
-    print(f"time: {metrics['time_s']} s")
+    speed = f", {metrics['tokens_per_s']} tokens/s while training" if metrics["tokens_per_s"] else ""
+    print(f"time: {metrics['time_s']} s{speed}; peak memory: {metrics['peak_memory_gib']:.1f} GiB")
     print(f"adapter: {output}, metrics: {output / METRICS}, loss curve: {output / LOSS_PLOT}")
