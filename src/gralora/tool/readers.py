@@ -18,6 +18,11 @@ def data_files(path: Path, split: str | None = None, preferred: str = "train") -
     Of a folder, those whose names begin with `split`; without it, with `preferred`, if there are any, else all.
     """
     endings = ", ".join(READERS)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"data_path={str(path)!r} is no file or folder here; give a local one ({endings}), or the id of a data "
+            "set on the hub."
+        )
     if not path.is_dir():
         if path.suffix.lower() not in READERS:
             raise ValueError(f"data_path={str(path)!r} must end in one of {endings}.")

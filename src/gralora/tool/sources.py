@@ -33,15 +33,11 @@ class Source:
     def __post_init__(self) -> None:
         path = Path(self.path)
         saved = path.is_dir() and any((path / name).exists() for name in SAVED_BY_DATASETS)
-        self.files = data_files(path, self.split, self.preferred) if path.exists() and not saved else []
-        if self.files and self.config is not None:
+        on_hub = not path.exists() and path.suffix.lower() not in READERS and HUB_ID.fullmatch(self.path)
+        self.files = [] if saved or on_hub else data_files(path, self.split, self.preferred)
+        if not on_hub and self.config is not None:
             raise ValueError(f"dataset_config={self.config!r} is for data sets of the hub, {self.path!r} is local.")
         if not self.files:
-            if not saved and (path.suffix.lower() in READERS or not HUB_ID.fullmatch(self.path)):
-                raise FileNotFoundError(
-                    f"data_path={self.path!r} is no file or folder here; give a local one ({', '.join(READERS)}), or "
-                    "the id of a data set on the hub."
-                )
             self.dataset = self.load_saved() if saved else self.load_from_hub()
 
     def __str__(self) -> str:
