@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peft import PeftConfig, PeftType
 
 from gralora import LoraConfig
-from gralora.config import FORMAT, GRALORA_FIELDS, auto_k, divisors
+from gralora.config import FORMAT, FORMAT_MATCHED, GRALORA_FIELDS, auto_k, divisors
 
 law = settings(deadline=None, max_examples=100)
 
@@ -221,8 +221,9 @@ def test_file_without_format_is_refused(tmp_path, value):
 
 def test_file_of_a_newer_format_is_refused(tmp_path):
     """A format that this version does not know is refused by number."""
-    write_config(tmp_path, gralora_format=FORMAT + 1)
-    with pytest.raises(ValueError, match=f"gralora_format={FORMAT + 1} .*which reads {FORMAT}; update gralora"):
+    write_config(tmp_path, gralora_format=FORMAT_MATCHED + 1)
+    message = f"gralora_format={FORMAT_MATCHED + 1} .*which reads {FORMAT} and {FORMAT_MATCHED}; update gralora"
+    with pytest.raises(ValueError, match=message):
         PeftConfig.from_pretrained(tmp_path)
 
 
@@ -248,10 +249,10 @@ def test_copies_are_equal(make_copy, fields):
 
 
 def test_config_is_a_lora_config():
-    """It is PEFT's LoRA with three fields more and a format, so whatever handles a LoRA handles it."""
+    """It is PEFT's LoRA with four fields more and a format, so whatever handles a LoRA handles it."""
     config = LoraConfig(use_gralora=True)
     assert isinstance(config, peft.LoraConfig) and config.peft_type is PeftType.LORA
-    assert set(GRALORA_FIELDS) == {"use_gralora", "gralora_k", "hybrid_r", "gralora_format"}
+    assert set(GRALORA_FIELDS) == {"use_gralora", "gralora_k", "hybrid_r", "gralora_scaling", "gralora_format"}
     assert all(f.metadata["help"] for f in dataclasses.fields(LoraConfig) if f.name in GRALORA_FIELDS)
 
 

@@ -85,7 +85,7 @@ def axolotl(load):
 
 
 SETTINGS = {"adapter": "gralora", "lora_r": 8, "lora_alpha": 24, "lora_dropout": 0.1, "peft_use_rslora": True}
-SETTINGS |= {"lora_target_modules": ["q_proj", "up_proj"], "gralora_k": 4, "hybrid_r": 4}
+SETTINGS |= {"lora_target_modules": ["q_proj", "up_proj"], "gralora_k": 4, "hybrid_r": 4, "gralora_scaling": "matched"}
 
 
 def test_axolotl_builds_and_loads_the_adapter(axolotl, model, tiny_model, tmp_path):
@@ -96,6 +96,7 @@ def test_axolotl_builds_and_loads_the_adapter(axolotl, model, tiny_model, tmp_pa
     assert isinstance(config, LoraConfig) and adapted.peft_config["default"] is config
     assert (config.use_gralora, config.gralora_k, config.hybrid_r, config.r, config.lora_alpha) == (True, 4, 4, 8, 24)
     assert (config.lora_dropout, config.use_rslora, config.target_modules) == (0.1, True, {"q_proj", "up_proj"})
+    assert config.gralora_scaling == "matched"
     randomise(adapted)
     adapted.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -108,7 +109,10 @@ def test_axolotl_settings(axolotl, model):
     plugin = axolotl.GraloraPlugin()
     module, _, name = plugin.get_input_args().rpartition(".")
     fields = getattr(sys.modules[module], name)
-    assert fields().model_dump() == {"gralora_k": "auto", "hybrid_r": 0} and fields(gralora_k=4).gralora_k == 4
+    assert (
+        fields().model_dump() == {"gralora_k": "auto", "hybrid_r": 0, "gralora_scaling": "lora"}
+        and fields(gralora_k=4).gralora_k == 4
+    )
     assert plugin.load_adapter(model, Settings(SETTINGS, adapter="lora")) is None
     nothing, config = plugin.load_adapter(model, Settings(SETTINGS, gralora_k=None), config_only=True)
     assert nothing is None and config.gralora_k == "auto" and not isinstance(model, PeftModel)
@@ -150,11 +154,13 @@ ARGS |= {"init_weights": True, "lora_dtype": None, "use_dora": False, "lorap_lr_
 def test_ms_swift_builds_saves_and_loads_the_adapter(swift, model, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("GRALORA_K", "4")
     monkeypatch.setenv("GRALORA_HYBRID_R", "4")
+    monkeypatch.setenv("GRALORA_SCALING", "matched")
     base = logits(model)
     adapted = swift.prepare_model(SimpleNamespace(**ARGS), model)
     config = adapted.peft_config["default"]
     assert (config.use_gralora, config.gralora_k, config.hybrid_r, config.r, config.lora_alpha) == (True, 4, 4, 8, 24)
     assert (config.lora_dropout, config.use_rslora, config.modules_to_save) == (0.1, True, ["lm_head"])
+    assert config.gralora_scaling == "matched"
     randomise(adapted)
     swift.save_pretrained(adapted, str(tmp_path))
     again = swift.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(tmp_path))
@@ -163,8 +169,10 @@ def test_ms_swift_builds_saves_and_loads_the_adapter(swift, model, tiny_model, t
 
 def test_ms_swift_settings(swift, model, monkeypatch):
     monkeypatch.delenv("GRALORA_K", raising=False)
-    with pytest.raises(ValueError, match="--use_dora True cannot be combined with --tuner_type gralora"):
-        swift.prepare_model(SimpleNamespace(**ARGS | {"use_dora": True}), model)
+    with pytest.raises(ValueError, match="--lorap_lr_ratio 2.0 cannot be combined with --tuner_type gralora"):
+        swift.prepare_model(SimpleNamespace(**ARGS | {"lorap_lr_ratio": 2.0}), model)
+    with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
+        swift.prepare_model(SimpleNamespace(**ARGS | {"init_weights": "pissa"}), model)
     adapted = swift.prepare_model(SimpleNamespace(**ARGS | {"lora_dtype": "bfloat16"}), model)
     assert adapted.peft_config["default"].gralora_k == 2, "what auto stands for"
     dtypes = {p.dtype for name, p in adapted.named_parameters() if p.requires_grad and "lora_" in name}

@@ -66,22 +66,38 @@ class GranularUp(nn.Module):
         weight: B, `[k, r_g, O/k]`.
         hybrid_weight: B_s, `[O, hybrid_r]`, or None for a pure GraLoRA.
         bias: `[O]` with PEFT's `lora_bias=True`, else None.
+        gralora_scaling: as in the config; what it multiplies the output by, on top of PEFT's scaling, is `gain`.
     """
 
-    def __init__(self, weight: Tensor, hybrid_weight: Tensor | None = None, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        hybrid_weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        gralora_scaling: str = "lora",
+    ) -> None:
         super().__init__()
+        self.gralora_scaling = gralora_scaling
         self.weight = nn.Parameter(weight)
         self.register_parameter("hybrid_weight", None if hybrid_weight is None else nn.Parameter(hybrid_weight))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, k: int, hybrid_r: int) -> "GranularUp":
+    def from_linear(cls, linear: nn.Linear, k: int, hybrid_r: int, gralora_scaling: str = "lora") -> "GranularUp":
         """Read the B of a plain LoRA, `[O, r]`, as GraLoRA factors; see `GranularDown.from_linear`."""
         hybrid, grid = linear.weight.detach().split([hybrid_r, linear.weight.shape[1] - hybrid_r], dim=1)
         return cls(
             grid.unflatten(0, (k, -1)).transpose(1, 2).contiguous(),
             hybrid.contiguous() if hybrid_r else None,
             None if linear.bias is None else linear.bias.detach().clone(),
+            gralora_scaling,
+        )
+
+    @property
+    def gain(self) -> float:
+        k, r_g, _ = self.weight.shape
+        return scaling_gain(
+            self.gralora_scaling, k, r_g, 0 if self.hybrid_weight is None else self.hybrid_weight.shape[1]
         )
 
     def forward(self, g: Tensor) -> Tensor:
@@ -90,7 +106,8 @@ class GranularUp(nn.Module):
         y = reference.up(g[..., : k * r_g], self.weight)
         if self.hybrid_weight is not None:
             y = y + nn.functional.linear(g[..., k * r_g :], self.hybrid_weight)
-        return y if self.bias is None else y + self.bias
+        y = y if self.bias is None else y + self.bias
+        return y if self.gain == 1 else self.gain * y
 
     def extra_repr(self) -> str:
         k, r_g, chunk = self.weight.shape
@@ -99,12 +116,12 @@ class GranularUp(nn.Module):
 
 
 def delta_weight(down: GranularDown, up: GranularUp, scaling: float | Tensor) -> Tensor:
-    """dW = scaling * (grid + B_s A_s), `[O, I]`, in float32 where the factors are half precision, else in their dtype.
+    """dW = scaling * gain * (grid + B_s A_s), `[O, I]`, in float32 where the factors are half precision, else in their dtype.
 
     Half-precision factors are multiplied in float32, so that merging rounds once, when the sum is stored.
     """
     dtype = torch.promote_types(up.weight.dtype, torch.float32)
-    scaling = float(scaling)  # a tensor after prepare_model_for_compiled_hotswap
+    scaling = float(scaling) * up.gain  # a tensor after prepare_model_for_compiled_hotswap
     dW = ops.delta_weight(down.weight.to(dtype), up.weight.to(dtype), scaling)
     if down.hybrid_weight is not None and up.hybrid_weight is not None:
         dW.addmm_(up.hybrid_weight.to(dtype), down.hybrid_weight.to(dtype), alpha=scaling)
@@ -114,3 +131,11 @@ def delta_weight(down: GranularDown, up: GranularUp, scaling: float | Tensor) ->
 def kaiming_gain(k: int, init_lora_weights: bool | str) -> float:
     """Factor from LoRA's initial A to GraLoRA's: a block's fan-in is I/k; "gaussian" does not depend on fan-in."""
     return 1.0 if init_lora_weights == "gaussian" else math.sqrt(k)
+
+
+def scaling_gain(gralora_scaling: str, k: int, r_g: int, hybrid_r: int) -> float:
+    """Factor on PEFT's scaling: 1, or for "matched" sqrt(r / (r_g / k + hybrid_r)) with r = r_g + hybrid_r.
+
+    r_g / k + hybrid_r ranks meet in one entry of dW, where LoRA has r; docs/scaling.md derives the root.
+    """
+    return 1.0 if gralora_scaling == "lora" else math.sqrt((r_g + hybrid_r) / (r_g / k + hybrid_r))

@@ -1,4 +1,4 @@
-"""LoraConfig: `peft.LoraConfig` with GraLoRA's three fields, and every check that needs no model."""
+"""LoraConfig: `peft.LoraConfig` with GraLoRA's fields, and every check that needs no model."""
 
 import dataclasses
 import warnings
@@ -9,6 +9,8 @@ from typing import Any, Literal
 import peft
 
 FORMAT = 1  # of the saved tensors; rises when an older gralora could misread them
+FORMAT_MATCHED = 2  # the same tensors with gralora_scaling="matched", which an older gralora would not know
+SCALINGS = ("lora", "matched")
 SUPPORTED_INITS = (True, False, "gaussian")
 
 
@@ -54,6 +56,16 @@ class LoraConfig(peft.LoraConfig):
     hybrid_r: int = field(
         default=0, metadata={"help": "Part of the rank r that is plain LoRA, 0 <= hybrid_r < r (Hybrid GraLoRA)."}
     )
+    gralora_scaling: Literal["lora", "matched"] = field(
+        default="lora",
+        metadata={
+            "help": (
+                "Factor on the update. 'lora': lora_alpha / r, as in LoRA (lora_alpha / sqrt(r) with use_rslora). "
+                "'matched': that times sqrt(r / (hybrid_r + (r - hybrid_r) / gralora_k)), since fewer ranks meet in "
+                "one entry of the update than in LoRA's; docs/scaling.md derives it."
+            )
+        },
+    )
     gralora_format: int | None = field(
         default=None, metadata={"help": "Format of the saved tensors; set by gralora, leave it empty."}
     )
@@ -76,12 +88,16 @@ class LoraConfig(peft.LoraConfig):
         if not self.use_gralora:
             for name in GRALORA_FIELDS:
                 del config[name]
+        elif self.gralora_scaling == "matched":
+            config["gralora_format"] = FORMAT_MATCHED
         return config
 
     def check(self) -> None:
         """Raise ValueError if use_gralora=True does not fit the other fields."""
         self._check_compatible_fields()
         self._check_ranks()
+        if self.gralora_scaling not in SCALINGS:
+            raise ValueError(f"gralora_scaling={self.gralora_scaling!r} must be one of {', '.join(SCALINGS)}.")
 
     def ranks(self) -> dict[str, int]:
         """The total ranks that layers can get, by the name of what sets them: `r` and the rank_pattern entries."""
@@ -98,7 +114,7 @@ class LoraConfig(peft.LoraConfig):
         given = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
-            if f.name in ("gralora_k", "hybrid_r") and getattr(self, f.name) != f.default
+            if f.name in ("gralora_k", "hybrid_r", "gralora_scaling") and getattr(self, f.name) != f.default
         }
         if given:
             names = ", ".join(f"{name}={value!r}" for name, value in given.items())
@@ -111,10 +127,10 @@ class LoraConfig(peft.LoraConfig):
                 "the HaohanTsao/peft fork saves the same keys with other tensors, which would load as an adapter that "
                 "does nothing. Convert it first: `gralora convert ADAPTER OUT` (or gralora.convert_adapter)."
             )
-        if self.gralora_format != FORMAT:
+        if self.gralora_format not in (FORMAT, FORMAT_MATCHED):
             raise ValueError(
                 f"gralora_format={self.gralora_format!r} is not known to this version of gralora, which reads "
-                f"{FORMAT}; update gralora."
+                f"{FORMAT} and {FORMAT_MATCHED}; update gralora."
             )
 
     def _check_compatible_fields(self) -> None:

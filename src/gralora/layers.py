@@ -96,13 +96,13 @@ class GraloraLayer(Promoted):
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         elif not weight.dtype == A_weight.dtype == B_weight.dtype == dtype:
             return None
-        scaling = self.scaling[name]
+        scaling = self.scaling[name] if B.gralora_scaling == "lora" else self.scaling[name] * B.gain
         if isinstance(scaling, Tensor):  # prepare_model_for_compiled_hotswap: a number would be compiled in
             B_weight, B_hybrid = B_weight * scaling, None if B_hybrid is None else B_hybrid * scaling
             scaling = 1.0
         weight = weight.t() if transposed else weight
-        dropped = dropout(x) if dropout.training and type(dropout) is nn.Dropout else None
-        return x, weight, bias, A_weight, B_weight, A_hybrid, B_hybrid, scaling, dropped
+        p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        return x, weight, bias, A_weight, B_weight, A_hybrid, B_hybrid, scaling, p
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """dW of one adapter, scaling included, in the layout of the base weight (`[out, in]`, Conv1D: `[in, out]`).
@@ -195,7 +195,7 @@ class GraloraModel(Promoted):
             A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
             A_lora, B_lora = hybrid_to_lora(A.weight, B.weight, A.hybrid_weight, B.hybrid_weight, max(ranks))
             layer.lora_A[plain_name].weight.data = A_lora.detach()
-            layer.lora_B[plain_name].weight.data = B_lora.detach() * layer.scaling[adapter_name]
+            layer.lora_B[plain_name].weight.data = B_lora.detach() * layer.scaling[adapter_name] * B.gain
 
     def subtract_mutated_init(
         self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None
@@ -241,7 +241,7 @@ def install() -> None:
         return
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = LoraConfig
     lora.LoraModel._create_and_replace = _with_gralora(lora.LoraModel._create_and_replace)
-    CONFIG_KEYS_TO_CHECK[PeftType.LORA] += ["use_gralora", "gralora_k", "hybrid_r"]
+    CONFIG_KEYS_TO_CHECK[PeftType.LORA] += ["use_gralora", "gralora_k", "hybrid_r", "gralora_scaling"]
 
 
 def _with_gralora(stock: Callable[..., None]) -> Callable[..., None]:
@@ -288,7 +288,8 @@ def create_and_replace(
     k, hybrid_r = config.gralora_k, config.hybrid_r
     gain = blocks.kaiming_gain(k, config.init_lora_weights)
     layer.lora_A[adapter_name] = GranularDown.from_linear(A, k, hybrid_r, gain).requires_grad_(A.weight.requires_grad)
-    layer.lora_B[adapter_name] = GranularUp.from_linear(B, k, hybrid_r).requires_grad_(B.weight.requires_grad)
+    up = GranularUp.from_linear(B, k, hybrid_r, config.gralora_scaling)
+    layer.lora_B[adapter_name] = up.requires_grad_(B.weight.requires_grad)
 
 
 def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> None:

@@ -17,6 +17,7 @@ from peft import PeftType
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from ..blocks import scaling_gain
 from ..config import FORMAT, LoraConfig
 from .files import LazyTensors
 
@@ -90,10 +91,15 @@ class Adapter:
     def alpha(self, layer: str) -> float:
         return self.config.alpha_pattern.get(get_pattern_key(self.config.alpha_pattern, layer), self.config.lora_alpha)
 
+    def gain(self, layer: str) -> float:
+        """Factor of the config's gralora_scaling."""
+        k, _, r_g = self.specs(layer).A.shape
+        return scaling_gain(self.config.gralora_scaling, k, r_g, self.config.hybrid_r)
+
     def scaling(self, layer: str) -> float:
-        """Factor on dW, as PEFT computes it."""
+        """Factor on dW: PEFT's scaling times the gain."""
         rank = self.rank(layer)
-        return self.alpha(layer) / (math.sqrt(rank) if self.config.use_rslora else rank)
+        return self.alpha(layer) / (math.sqrt(rank) if self.config.use_rslora else rank) * self.gain(layer)
 
     def lora_rank(self, layer: str) -> int:
         """Rank of the plain LoRA that equals the layer's adapter: k * r_g + hybrid_r."""
@@ -336,6 +342,7 @@ def _gralora_from_gralora(adapter: Adapter) -> dict[str, Any]:
 NOT_IN_OUTPUT = {  # fields that a trained adapter's output does not depend on, or that are written under another name
     "use_gralora",
     "gralora_format",
+    "gralora_scaling",
     "r",
     "lora_alpha",
     "lora_dropout",
@@ -359,7 +366,7 @@ def _gralora_to_peft(adapter: Adapter) -> dict[str, Any]:
             "`gralora export --for peft` (a plain LoRA) or `gralora merge` may take it."
         )
     ranks = {adapter.rank(layer) for layer in adapter.layers}
-    alphas = {adapter.alpha(layer) for layer in adapter.layers}
+    alphas = {adapter.alpha(layer) * adapter.gain(layer) for layer in adapter.layers}
     if len(ranks) > 1 or len(alphas) > 1:
         name = "rank_pattern" if len(ranks) > 1 else "alpha_pattern"
         raise ValueError(

@@ -38,6 +38,7 @@ class GraloraArgs(BaseModel):
 
     gralora_k: int | str = Field(default="auto", description="GraLoRA's blocks per side, a number or auto.")
     hybrid_r: int = Field(default=0, description="Part of lora_r that is plain LoRA (Hybrid GraLoRA).")
+    gralora_scaling: str = Field(default="lora", description="lora or matched, as in gralora.LoraConfig.")
 
 
 class GraloraPlugin(BasePlugin):
@@ -63,7 +64,8 @@ class GraloraPlugin(BasePlugin):
             if cfg[name]:
                 raise ValueError(f"{name}: {cfg[name]} cannot be combined with adapter: {NAME}; leave it out.")
         _, plain = load_lora(model, cfg, config_only=True)  # Axolotl's reading of its settings
-        config = granular(plain, cfg.gralora_k or "auto", cfg.hybrid_r or 0)
+        settings = {name: cfg[name] for name in GraloraArgs.model_fields if cfg[name] is not None}
+        config = granular(plain, **settings)
         if config_only:
             return None, config
         options = {}
@@ -78,8 +80,8 @@ class GraloraPlugin(BasePlugin):
         return model, config
 
 
-def granular(plain: peft.LoraConfig, gralora_k: int | str, hybrid_r: int) -> LoraConfig:
+def granular(plain: peft.LoraConfig, **settings: Any) -> LoraConfig:
     """The GraLoRA config with the fields of a plain LoRA's."""
     fields = {f.name: getattr(plain, f.name) for f in dataclasses.fields(peft.LoraConfig) if f.init}
     del fields["peft_type"]  # given only where a config is read from a file
-    return LoraConfig(**fields, use_gralora=True, gralora_k=gralora_k, hybrid_r=hybrid_r)
+    return LoraConfig(**fields, use_gralora=True, **settings)

@@ -22,7 +22,7 @@ from torch import nn
 from gralora import LoraConfig
 
 NAME = "gralora"
-REFUSED = ("use_dora", "lorap_lr_ratio", "target_parameters")  # arguments of ms-swift
+REFUSED = ("lorap_lr_ratio", "target_parameters")  # arguments of ms-swift that mean other optimizers and layers
 
 
 class GraloraTuner(PeftTuner):
@@ -43,10 +43,12 @@ class GraloraTuner(PeftTuner):
             modules_to_save=get_modules_to_save(args, model),
             bias=args.lora_bias,
             use_rslora=args.use_rslora,
+            use_dora=args.use_dora,
             init_lora_weights=args.init_weights,
             use_gralora=True,
             gralora_k=k if k == "auto" else int(k),
             hybrid_r=int(os.environ.get("GRALORA_HYBRID_R", "0")),
+            gralora_scaling=os.environ.get("GRALORA_SCALING", "lora"),
         )
         model = get_peft_model(model, config)
         if args.lora_dtype:

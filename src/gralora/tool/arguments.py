@@ -10,7 +10,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from ..config import LoraConfig
+from ..config import SCALINGS, LoraConfig
 from .data import RECORD_NAMES
 from .models import EMBEDDED, QUANTIZATIONS
 from .readers import READERS
@@ -21,6 +21,7 @@ KNOWN = {
     "lr_scheduler_type": [kind.value for kind in SchedulerType],
     "report_to": ["none", *INTEGRATION_TO_CALLBACK],
     "quantization": ["none", *QUANTIZATIONS],
+    "gralora_scaling": SCALINGS,
 }
 LEAST = {"batch_size": 1, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "max_seq_length": 2, "lora_r": 1}
 LEAST |= {"val_set_size": 0, "max_grad_norm": 0, "neftune_noise_alpha": 0, "early_stopping_patience": 1}
@@ -101,6 +102,9 @@ class FinetuneArguments:
     )
     gralora_k: str = HfArg(default="auto", help="GraLoRA's blocks per side, a number or auto.")
     hybrid_r: int = HfArg(default=0, help="Part of lora_r that is plain LoRA (Hybrid GraLoRA).")
+    gralora_scaling: str = HfArg(
+        default="lora", help="'matched' makes GraLoRA's update as large as LoRA's at the same learning rate."
+    )
     seed: int = HfArg(default=42, help="Of the adapter's start, the order of the data, and dropout.")
     num_train_epochs: float = HfArg(default=1.0, help="Passes over the data.")
     max_steps: int = HfArg(default=-1, help="Optimizer steps, instead of num_train_epochs where positive.")
@@ -233,6 +237,7 @@ class FinetuneArguments:
             use_gralora=self.use_gralora,
             gralora_k=self.gralora_k,
             hybrid_r=self.hybrid_r,
+            gralora_scaling=self.gralora_scaling,
         )
 
     def training_arguments(self) -> TrainingArguments:
