@@ -188,7 +188,7 @@ def test_folder(tmp_path):
     (tmp_path / "empty" / "data").mkdir(parents=True)
     with pytest.raises(ValueError, match=f"no file ending in .jsonl.*folders in it: {tmp_path / 'empty' / 'data'}"):
         file_examples(tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match="data_path='./no/file' is no file or folder here"):
+    with pytest.raises(FileNotFoundError, match="data_path='no/file' is no file or folder here"):
         file_examples("./no/file")
 
 
