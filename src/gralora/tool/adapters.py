@@ -14,9 +14,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 READABLE = tuple(formats.FORMATS)
 WRITABLE = tuple(name for name, known in formats.FORMATS.items() if known.write_config is not None)
 
+EXAMPLES = {
+    "convert": "example:\n  gralora convert ADAPTER OUT --to peft",
+    "export": "example:\n  gralora export ADAPTER OUT --for vllm --base MODEL",
+    "merge": "example:\n  gralora merge ADAPTER OUT --base MODEL --dtype bfloat16",
+    "inspect": "examples:\n  gralora inspect ADAPTER\n  gralora inspect ADAPTER --json --png norms.png",
+}
+
 
 def _parser(name: str, description: str, **positional: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"gralora {name}", description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=f"gralora {name}",
+        description=description,
+        epilog=EXAMPLES[name],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     for argument, text in positional.items():
         parser.add_argument(argument, type=Path, help=text)
     parser.add_argument(
