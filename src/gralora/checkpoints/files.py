@@ -5,6 +5,7 @@ Only safetensors and JSON are ever read; pickled checkpoints (`.bin`, `.pt`) can
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+DEPTH = 32  # of nested JSON; configs need a few
 DTYPES = {  # safetensors' names
     "F64": torch.float64,
     "F32": torch.float32,
@@ -128,20 +130,38 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], done: Callable[
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raise ValueError if the file is not one JSON object."""
+    """Raise ValueError if the file is not one JSON object, names a field twice, or nests deeper than DEPTH."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError(f"{str(path)!r} nests deeper than {DEPTH} levels.") from None
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} holds a JSON {type(content).__name__}, not an object.")
+    level: list[Any] = [content]
+    for _ in range(DEPTH):
+        level = [v for x in level for v in (x.values() if isinstance(x, dict) else x) if isinstance(v, dict | list)]
+    if level:
+        raise ValueError(f"{str(path)!r} nests deeper than {DEPTH} levels.")
     return content
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
 def write_json(path: Path, content: Any) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    """Write a file that is there whole, or as it was before."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
         sync(file)
+    os.replace(temporary, path)
 
 
 def read_adapter_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], LazyTensors]:
@@ -182,7 +202,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     check_absent(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -193,7 +213,10 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def publish(folder: Path, path: Path) -> None:
-    """Move a finished folder to its place, durably."""
+    """Move a finished folder to its place, durably: also after a power failure it is whole or not there."""
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
     sync_folder(folder)
     os.replace(folder, path)
     sync_folder(path.parent)
