@@ -207,7 +207,7 @@ def other_k(r: random.Random, config: dict, tensors: dict) -> None:
     for name, t in tensors.items():
         if t.ndim == 3 and t.numel() % k == 0 and re.search(r"lora_[AB]", name):
             size = t.shape[2] if "_A" in name else t.shape[1]
-            if t.numel() % (k * size) == 0:
+            if size and t.numel() % (k * size) == 0:
                 tensors[name] = (t.reshape(k, -1, size) if "_A" in name else t.reshape(k, size, -1)).contiguous()
     if r.random() < 0.5:
         config["gralora_k"] = k
