@@ -19,6 +19,7 @@ from saved import CONFIG, WEIGHTS, save_gralora
 
 import gralora
 from gralora.checkpoints import files
+from gralora.tool.finetune import FinetuneArguments, finetune
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -197,6 +198,96 @@ def test_killed_save(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_many_killed_saves(tmp_path: Path) -> None:
     try_killed_saves(tmp_path, SLOW)
+
+
+def test_replacing_an_adapter_killed_anywhere(tmp_path: Path) -> None:
+    """The old one, the new one, or a refusal that says where the new one is; going on gives the new one."""
+    save_gralora(tmp_path / "old")
+    save_gralora(tmp_path / "new", lora_alpha=1)
+    old, new, folder = contents(tmp_path / "old"), contents(tmp_path / "new"), tmp_path / "adapter"
+    found, events = [], 0
+    for n in range(0, 100):  # 0: not killed, to count
+        if n > events:
+            break
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "old", folder)
+        (folder / "other").write_bytes(b"kept")
+        shutil.copytree(tmp_path / "new", folder / ".new")
+        events = in_child(lambda: files.replace_files(folder / ".new", folder), kill_at=n) or events
+        state = contents(folder)
+        here = {name: state.get(name) for name in (CONFIG, WEIGHTS)}
+        if here == {name: old[name] for name in here}:
+            found.append("old")
+        elif here == {name: new[name] for name in here}:
+            found.append("new")
+        else:
+            found.append("refused")
+            with pytest.raises(FileNotFoundError, match="The new one is complete: move the files"):
+                gralora.load_adapter(tiny_llama(), folder)
+            files.finish_replacing(folder)
+            assert contents(folder) == new | {"other": b"kept"}
+    assert set(found) == {"old", "new", "refused"} and events > 5
+
+
+# Finetune
+
+
+def finetune_arguments(tmp_path: Path, base: Path, **changes: Any) -> FinetuneArguments:
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(f'{{"instruction": "say {x}", "output": "{x}{x}"}}' for x in range(20)))
+    fields = {"base_model": str(base), "data_path": str(data), "output_dir": str(tmp_path / "out"), "max_steps": 6}
+    fields |= {"batch_size": 2, "micro_batch_size": 2, "max_seq_length": 64, "val_set_size": 0, "save_steps": 2}
+    fields |= {"lora_r": 8, "use_gralora": True, "lora_target_modules": ["q_proj"], "learning_rate": 1e-2}
+    if "overwrite" in FinetuneArguments.__dataclass_fields__:
+        fields["overwrite"] = True
+    return FinetuneArguments(**fields | changes)
+
+
+def adapter_files(folder: Path) -> dict[str, bytes | None]:
+    return {name: (folder / name).read_bytes() if (folder / name).exists() else None for name in (CONFIG, WEIGHTS)}
+
+
+def try_finetune_kills(tmp_path: Path, base: Path, times: int) -> None:
+    """Over a finished adapter: it stays, or the new one is there; a checkpoint goes on or is refused."""
+    out, r, found = tmp_path / "out", random.Random(0), []
+    finetune(finetune_arguments(tmp_path, base, seed=1))
+    first = tmp_path / "first"
+    shutil.copytree(out, first)
+    started = time.monotonic()
+    finetune(finetune_arguments(tmp_path, base))
+    duration, old, new = time.monotonic() - started, adapter_files(first), adapter_files(out)
+    assert old[WEIGHTS] != new[WEIGHTS] and None not in (*old.values(), *new.values())
+    while len(found) < times:
+        shutil.rmtree(out)
+        shutil.copytree(first, out)
+        in_child(lambda: finetune(finetune_arguments(tmp_path, base)), kill_after=r.uniform(0, duration))
+        state = adapter_files(out)
+        if state != old and state != new:  # killed while the files were moved: nothing is lost
+            files.finish_replacing(out)
+            state = adapter_files(out)
+        assert state in (old, new)
+        found.append("old" if state == old else "new")
+        checkpoints = sorted(out.glob("checkpoint-*"))
+        if checkpoints and len(found) % 5 == 0:
+            chosen = str(r.choice(checkpoints))
+            try:
+                finetune(finetune_arguments(tmp_path, base, resume_from_checkpoint=chosen))
+            except (ValueError, OSError) as error:
+                assert "checkpoint" in str(error) and adapter_files(out) == state
+                found[-1] += ", checkpoint refused"
+            else:
+                assert adapter_files(out)[WEIGHTS] in (new[WEIGHTS], old[WEIGHTS])
+                found[-1] += ", resumed"
+    print(f"finetune killed {times} times: {', '.join(f'{found.count(x)} {x}' for x in sorted(set(found)))}")
+
+
+def test_killed_finetune(tmp_path: Path, tiny_model: Path) -> None:
+    try_finetune_kills(tmp_path, tiny_model, 2)
+
+
+@pytest.mark.slow
+def test_finetune_killed_often(tmp_path: Path, tiny_model: Path) -> None:
+    try_finetune_kills(tmp_path, tiny_model, SLOW)
 
 
 # Full disks and read-only folders

@@ -18,6 +18,7 @@ from torch import Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+FINISHED = ".finished"  # subfolder of an adapter's, while its files are replaced
 DEPTH = 32  # of nested JSON; configs need a few
 DTYPES = {  # safetensors' names
     "F64": torch.float64,
@@ -174,6 +175,11 @@ def read_adapter_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any],
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"adapter {str(folder)!r} is not a folder; a Hub id must be downloaded first.")
+    if not (folder / CONFIG).is_file() and (folder / FINISHED).is_dir():
+        raise FileNotFoundError(
+            f"{str(folder)!r} has no {CONFIG}: a program was killed while it replaced the adapter. The new one is "
+            f"complete: move the files of {str(folder / FINISHED)!r} into {str(folder)!r}."
+        )
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no {CONFIG}, so it is not an adapter.")
     if not (folder / WEIGHTS).is_file():
@@ -212,14 +218,42 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def replace_files(folder: Path, path: Path) -> None:
+    """Move the files of an adapter that was written to `folder`, in `path`, over those of an older one in `path`.
+
+    There is never a mix of the two: the old config is removed first and the new one moved last. If the process is
+    killed in between, the new files are complete in `path` and its subfolder FINISHED, and `finish_replacing` goes on.
+    """
+    finish_replacing(path)
+    sync_files(folder)
+    os.replace(folder, path / FINISHED)
+    finish_replacing(path)
+
+
+def finish_replacing(path: Path) -> None:
+    """Go on where `replace_files` was interrupted, if it was."""
+    finished = path / FINISHED
+    if not finished.is_dir():
+        return
+    (path / CONFIG).unlink(missing_ok=True)
+    for file in sorted(finished.iterdir(), key=lambda file: file.name == CONFIG):
+        os.replace(file, path / file.name)
+        sync_folder(path)
+    finished.rmdir()
+
+
 def publish(folder: Path, path: Path) -> None:
     """Move a finished folder to its place, durably: also after a power failure it is whole or not there."""
+    sync_files(folder)
+    os.replace(folder, path)
+    sync_folder(path.parent)
+
+
+def sync_files(folder: Path) -> None:
     for file in folder.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
     sync_folder(folder)
-    os.replace(folder, path)
-    sync_folder(path.parent)
 
 
 def sync(file: Any) -> None:
