@@ -127,7 +127,7 @@ class AdapterMachine(RuleBasedStateMachine):
     def know(self, name: str, config: Any, like: str | None = None) -> None:
         """Note a new adapter: by its factors, or as equal to another before that was scaled."""
         self.configs[name] = config
-        self.model.eval()  # PEFT adds dropout in training mode
+        self.settle()
         if like is None:
             dWs = {layer: self.dW(name, layer) for layer in LAYERS}
             self.updates[name] = {layer: dW * self.scaling(config) for layer, dW in dWs.items() if dW is not None}
@@ -135,6 +135,12 @@ class AdapterMachine(RuleBasedStateMachine):
             dWs = {layer: self.dW(like, layer) for layer in LAYERS}
             scaling = self.scaling(self.configs[like])
             self.updates[name] = {layer: dW * scaling for layer, dW in dWs.items() if dW is not None}
+
+    def settle(self) -> None:
+        """After adding: PEFT adds dropout in training mode, and a layer's first adapter enabled."""
+        self.model.eval()
+        if self.disabled:
+            self.model.base_model.disable_adapter_layers()
 
     def choose(self, data: st.DataObject, of: list[str] | None = None) -> str:
         return data.draw(st.sampled_from(sorted(self.updates) if of is None else of))
@@ -285,7 +291,7 @@ class AdapterMachine(RuleBasedStateMachine):
             if parts:
                 found[layer] = sum(parts[1:], parts[0])
         self.updates[name] = found
-        self.model.eval()
+        self.settle()
         self.activate(self.active)
 
     @precondition(lambda self: self.merged is None)

@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import json
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +46,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from ..checkpoints.files import finish_replacing, replace_files
 from ..config import LoraConfig
 from .data import (
     IGNORED,
@@ -72,6 +74,7 @@ KNOWN = {
     "lr_scheduler_type": [kind.value for kind in SchedulerType],
     "report_to": ["none", *INTEGRATION_TO_CALLBACK],
 }
+NEW = ".new"  # where the adapter is written, before it replaces an older one
 CARD, CARD_MARK = "README.md", "Written by `gralora finetune`."  # a card without the mark is the user's
 # how far logits may be off after reloading and merging, as a share of their root mean square; merging rounds weights
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -267,6 +270,7 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
         # the reentrant kind needs an input with gradients, and a frozen model's has none
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
+    finish_replacing(Path(args.output_dir))
     set_seed(args.seed)
     model = get_peft_model(model, lora_config)
     check_checkpoint(args, model)
@@ -283,9 +287,15 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
     sample_before = complete(model, tokenizer, prompt)
     train_or_interrupt(trainer, args.resume_from_checkpoint)
     losses = history(trainer.state.log_history)
+    output, new = Path(args.output_dir), Path(args.output_dir, NEW)
     if trainer.is_world_process_zero():
         write_card(args, model, losses)
-    trainer.save_model()  # PEFT adds to the card what it knows
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        shutil.copyfile(output / CARD, new / CARD)
+    trainer.save_model(str(new))  # PEFT adds to the card what it knows
+    if trainer.is_world_process_zero():
+        replace_files(new, output)
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward without autocast again
 
     held_out_losses = [row["held_out_loss"] for row in losses if "held_out_loss" in row]
@@ -308,7 +318,6 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
         | {"python": platform.python_version()},
     }
     if trainer.is_world_process_zero():
-        output = Path(args.output_dir)
         write_json(output / METRICS, metrics)
         plot_losses(losses, output / LOSS_PLOT)
         report(metrics, output)
@@ -341,7 +350,8 @@ def load_pretrained(auto: type, base_model: str, **options: Any) -> Any:
     """What an Auto class of transformers makes of the base model."""
     folder = str(embedded_model()) if base_model == EMBEDDED else base_model
     try:
-        return auto.from_pretrained(folder, **options)
+        # False, since the default asks people whether to run a model's code
+        return auto.from_pretrained(folder, trust_remote_code=False, **options)
     except OSError as error:
         raise OSError(
             f"base_model={base_model!r} could not be loaded; give a local folder, a hub id that can be reached, or "
