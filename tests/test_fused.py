@@ -8,12 +8,13 @@ import sys
 import pytest
 import torch
 
-from gralora.ops import _linear_op, dispatch, gralora_linear, reference
+from gralora.ops import _linear_op, add_update, dispatch, dropout, gralora_linear, reference
+from gralora.ops.dropout import draw_seed
 
 # k, r, hybrid_r
 GRIDS = [(1, 3, 0), (2, 4, 0), (4, 8, 3), (3, 3, 2), (2, 2, 5)]
 grids = pytest.mark.parametrize("grid", GRIDS, ids=lambda g: "k{}-r{}-h{}".format(*g))
-dropout = pytest.mark.parametrize("with_dropped", [False, True], ids=["plain", "dropout"])
+dropouts = pytest.mark.parametrize("p", [0.0, 0.3], ids=["plain", "dropout"])
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +23,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def operands(grid, with_dropped, tokens=(2, 5), bias=True):
+def operands(grid, p, tokens=(2, 5), bias=True):
     """Arguments of `gralora_linear`; all float tensors but weight and bias require gradients."""
     k, r, h = grid
     n_in, n_out = 6 * k, 4 * k
@@ -33,8 +34,16 @@ def operands(grid, with_dropped, tokens=(2, 5), bias=True):
 
     hybrid = (draw(h, n_in), draw(n_out, h)) if h else (None, None)
     frozen = draw(n_out, n_in, grad=False), draw(n_out, grad=False) if bias else None
-    dropped = draw(*tokens, n_in) if with_dropped else None
-    return [draw(*tokens, n_in), *frozen, draw(k, n_in // k, r), draw(k, r, n_out // k), *hybrid, 0.7, dropped]
+    seed = torch.tensor(7) if p else None
+    return [draw(*tokens, n_in), *frozen, draw(k, n_in // k, r), draw(k, r, n_out // k), *hybrid, 0.7, p, seed]
+
+
+def exactly(args):
+    """`reference.linear` of the operands, with the mask that dropout draws of their seed."""
+    *tensors, p, seed = args
+    x = tensors[0]
+    kept = None if seed is None else dropout(torch.ones_like(x).flatten(0, -2), p, seed).view_as(x)
+    return reference.linear(*tensors, kept)
 
 
 def trainable(args):
@@ -48,10 +57,10 @@ def rebuild(args, leaves):
 
 
 @grids
-@dropout
-def test_gradcheck(grid, with_dropped):
+@dropouts
+def test_gradcheck(grid, p):
     """Numerical and analytical gradients agree, the first and the second."""
-    args = operands(grid, with_dropped)
+    args = operands(grid, p)
 
     def function(*leaves):
         return gralora_linear(*rebuild(args, leaves))
@@ -61,11 +70,11 @@ def test_gradcheck(grid, with_dropped):
 
 
 @grids
-@dropout
-def test_equals_the_definition(grid, with_dropped):
+@dropouts
+def test_equals_the_definition(grid, p):
     """Output and all gradients are those of `reference.linear`."""
-    args = operands(grid, with_dropped)
-    ours, exact = gralora_linear(*args), reference.linear(*args)
+    args = operands(grid, p)
+    ours, exact = gralora_linear(*args), exactly(args)
     dy = torch.randn_like(ours)
     torch.testing.assert_close(ours, exact, atol=1e-12, rtol=0)
     for a, b in zip(
@@ -74,15 +83,38 @@ def test_equals_the_definition(grid, with_dropped):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
-@dropout
+@grids
+@dropouts
+def test_added_to_another_result(grid, p):
+    """`add_update` on a base's output is the whole layer: value, all gradients, the first and the second."""
+    x, weight, _, A, B, hybrid_A, hybrid_B, scaling, *_ = args = operands(grid, p, bias=False)
+
+    def function(*leaves):
+        x, _, _, *factors = rebuild(args, leaves)[:7]
+        torch.manual_seed(0)
+        return add_update(torch.nn.functional.linear(x, weight), x, *factors, scaling, p)
+
+    torch.manual_seed(0)
+    exact = exactly([*args[:-1], draw_seed(x) if p else None])
+    ours = function(*trainable(args))
+    torch.testing.assert_close(ours, exact, atol=1e-12, rtol=0)
+    dy = torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad(y, trainable(args), dy) for y in (ours, exact)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+    assert torch.autograd.gradgradcheck(function, trainable(args))
+    with torch.no_grad():
+        assert torch.equal(function(*trainable(args)), ours)
+
+
+@dropouts
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_any_subset_of_gradients(with_dropped, compiled):
+def test_any_subset_of_gradients(p, compiled):
     """With only some inputs trainable, their gradients are the same as with all."""
-    args = operands((2, 4, 3), with_dropped)
+    args = operands((2, 4, 3), p)
     function = torch.compile(gralora_linear, fullgraph=True, backend="aot_eager") if compiled else gralora_linear
     places = [i for i, t in enumerate(args) if isinstance(t, torch.Tensor) and t.requires_grad]
     dy = torch.ones(2, 5, 8, dtype=torch.float64)
-    exact = dict(zip(places, torch.autograd.grad(reference.linear(*args), trainable(args), dy), strict=True))
+    exact = dict(zip(places, torch.autograd.grad(exactly(args), trainable(args), dy), strict=True))
     for chosen in itertools.chain(itertools.combinations(places, 1), itertools.combinations(places, 2)):
         torch._dynamo.reset()
         some = [t.detach().requires_grad_(i in chosen) if i in places else t for i, t in enumerate(args)]
@@ -92,20 +124,20 @@ def test_any_subset_of_gradients(with_dropped, compiled):
 
 
 @grids
-@dropout
-def test_custom_op(grid, with_dropped):
+@dropouts
+def test_custom_op(grid, p):
     """torch's checks of a custom op: schema, fake tensors, autograd registration, AOT dispatch with dynamic shapes."""
-    torch.library.opcheck(_linear_op, tuple(operands(grid, with_dropped)))
+    torch.library.opcheck(_linear_op, tuple(operands(grid, p)))
 
 
 @grids
-@dropout
-def test_compiled_without_graph_breaks(grid, with_dropped):
+@dropouts
+def test_compiled_without_graph_breaks(grid, p):
     """torch.compile(fullgraph=True) gives the same output and gradients."""
-    args = operands(grid, with_dropped)
+    args = operands(grid, p)
     compiled = torch.compile(gralora_linear, fullgraph=True, backend="aot_eager")
     for tokens in [(2, 5), (3, 4)]:
-        args = operands(grid, with_dropped, tokens)
+        args = operands(grid, p, tokens)
         ours, eager = compiled(*args), gralora_linear(*args)
         assert torch.equal(ours, eager)
         dy = torch.randn_like(ours)
@@ -113,9 +145,39 @@ def test_compiled_without_graph_breaks(grid, with_dropped):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("p", [0.25, 1.0])
+def test_dropout_follows_its_seed(p):
+    """As many zeros as asked for, the rest scaled; the seed decides which, and torch's generator decides the seed."""
+    x = torch.rand(200, 300) + 1
+    seeds = torch.tensor(1), torch.tensor(1), torch.tensor(2)
+    first, again, other = (dropout(x, p, seed) for seed in seeds)
+    assert abs((first == 0).double().mean() - p) < 0.01 and torch.equal(first, again)
+    if p < 1:
+        assert not torch.equal(first, other)
+        torch.testing.assert_close(first[first != 0], x[first != 0] / (1 - p))
+    args = operands((2, 4, 3), p)[:-1]
+    torch.manual_seed(0)
+    one, two = gralora_linear(*args), gralora_linear(*args)
+    torch.manual_seed(0)
+    assert torch.equal(gralora_linear(*args), one)
+    assert p == 1 or not torch.equal(one, two)
+
+
+def test_dropout_keeps_no_mask():
+    """Between forward and backward only the seed is stored beside what is stored without dropout."""
+
+    def stored(p):
+        elements = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: elements.append(t.numel()) or t, lambda t: t):
+            gralora_linear(*operands((2, 4, 3), p))
+        return sum(elements)
+
+    assert stored(0.3) == stored(0.0) + 1
+
+
 def test_strided_inputs():
     """Inputs, weights and incoming gradients of any strides give the result of their contiguous copies."""
-    args = operands((2, 4, 3), False)
+    args = operands((2, 4, 3), 0.0)
     x, weight, *rest = args
     wide = torch.randn(5, 2, 24, dtype=torch.float64)[..., ::2].transpose(0, 1).requires_grad_()
     ours = gralora_linear(wide, weight.t().contiguous().t(), *rest)

@@ -121,7 +121,18 @@ NAMES = ["r", "lora_alpha", "alpha", "gralora_alpha", "gralora_k", "hybrid_r", "
 NAMES += ["alpha_pattern", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "peft_type"]
 NAMES += ["layers_pattern", "base_model_name_or_path", "auto_mapping", "gralora_format", "use_gralora", "lora_bias"]
 NAMES += ["trainable_token_indices", "layer_replication", "runtime_config", "self", "cls", "kwargs", "megatron_core"]
-NAMES += ["lora_dropout", "gralora_dropout", "task_type", "init_lora_weights", "fan_in_fan_out", "peft_version", ""]
+NAMES += [
+    "gralora_k_pattern",
+    "gralora_scaling",
+    "use_dora",
+    "lora_dropout",
+    "gralora_dropout",
+    "task_type",
+    "init_lora_weights",
+    "fan_in_fan_out",
+    "peft_version",
+    "",
+]
 
 
 def set_field(r: random.Random, config: dict, tensors: dict) -> None:

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from gralora.ops import fused, gralora_linear, reference
+from gralora.ops import dropout, fused, gralora_linear, reference
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -98,7 +98,7 @@ def test_hopper_kernel_is_used():
         pytest.skip("not a Hopper GPU")
     x, weight, _, A, B, *_ = make(SHAPES[0], torch.bfloat16, "cuda")
     g = fused.down(x, A, 0, 1.0)
-    assert dispatch.use_down_kernel(x) and dispatch.use_linear_kernel(x, weight, g, B)
+    assert dispatch.factor_kernels(x) and dispatch.linear_kernel(x, weight, g, B)
 
 
 @pytest.mark.gpu
@@ -117,6 +117,23 @@ def test_delta_weight_on_gpu(shape):
         assert relative(value, truth.double()) < 1e-6
 
 
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[6], SHAPES[8]], ids=lambda s: "T{}-{}x{}-k{}-r{}-h{}".format(*s))
+def test_dropout_on_gpu(shape):
+    """Forward and backward see one mask, that of the seed: results as near to float64 as the plain definition's."""
+    tensors, seed = make(shape, torch.bfloat16, "cuda"), torch.tensor(3, device="cuda")
+    kept = dropout(torch.ones_like(tensors[0]), 0.3, seed)
+    assert abs((kept == 0).double().mean() - 0.3) < 0.02 and len(kept.unique()) == 2
+    dy = torch.randn(shape[0], shape[2], device="cuda", dtype=torch.bfloat16)
+    doubles = [None if t is None else t.double() for t in tensors]
+    exact = gradients(lambda *args: reference.linear(*args, (kept != 0) / 0.7), doubles, dy.double())
+    plain = gradients(lambda *args: reference.linear(*args, kept), tensors, dy)
+    ours = gradients(lambda *args: gralora_linear(*args, 0.3, seed), tensors, dy)
+    for name, a, b, c in zip(["y", "dx", "dA", "dB", "d_hybrid_A", "d_hybrid_B"], ours, plain, exact, strict=False):
+        assert relative(a, c) <= 1.2 * relative(b, c) + 1e-6, name
+
+
 INTERPRETED = """
 import torch
 from gralora.ops import kernels, reference
@@ -130,10 +147,31 @@ for tokens, n_in, k, r in [(33, 40, 2, 4), (130, 96, 4, 8), (5, 63, 3, 3), (64, 
     strided = torch.full((k, tokens, r + 2), torch.nan)[..., :r]
     kernels.down(x, A.transpose(1, 2).contiguous().transpose(1, 2), 0.5, strided)
     assert torch.equal(g, strided)
+for tokens, n_out, k, r in [(33, 40, 2, 4), (70, 288, 4, 8), (5, 63, 3, 3), (64, 64, 1, 70)]:
+    g, B, y = torch.randn(k, tokens, r), torch.randn(k, r, n_out // k), torch.randn(tokens, n_out)
+    exact = y.double() + reference.up(g.double().transpose(0, 1).flatten(1), B.double())
+    transposed = y.clone()
+    kernels.up(g, B, y)
+    assert (y - exact).abs().max() < 1e-5 * exact.abs().max(), (tokens, n_out, k, r)
+    kernels.up(g, B.mT.contiguous().mT, transposed)
+    assert torch.equal(y, transposed)
 for n_in, n_out, k, r in [(40, 60, 2, 4), (63, 99, 3, 3), (160, 96, 4, 8), (64, 70, 1, 20)]:
     A, B = torch.randn(k, n_in // k, r), torch.randn(k, r, n_out // k)
     exact = reference.delta_weight(A.double(), B.double(), 0.5)
     assert (kernels.delta_weight(A, B, 0.5) - exact).abs().max() < 1e-5 * exact.abs().max(), (n_in, n_out, k, r)
+for tokens, n_in, k, r in [(33, 40, 2, 4), (130, 288, 4, 8), (5, 63, 3, 3), (64, 64, 1, 70)]:
+    x, h = torch.randn(tokens, n_in), torch.randn(k, tokens, r)
+    exact = torch.einsum("tkc,ktr->kcr", x.double().unflatten(1, (k, -1)), h.double())
+    grad, transposed = torch.empty(k, n_in // k, r), torch.empty(k, r, n_in // k)
+    kernels.factor_grad(x, h, grad)
+    assert (grad - exact).abs().max() < 1e-5 * exact.abs().max(), (tokens, n_in, k, r)
+    kernels.factor_grad(x, h, transposed.mT)
+    assert torch.equal(grad, transposed.mT)
+x = torch.rand(40, 1100) + 1
+first, again, other = (kernels.dropout(x, 0.25, 1 / 0.75, torch.tensor(seed)) for seed in (5, 5, 6))
+assert torch.equal(first, again) and not torch.equal(first == 0, other == 0)
+assert torch.allclose(first[first != 0], x[first != 0] / 0.75) and abs((first == 0).double().mean() - 0.25) < 0.01
+assert ((first == 0).double().mean(0) < 0.7).all() and ((first == 0).double().mean(1) < 0.35).all()
 print("interpreted")
 """
 

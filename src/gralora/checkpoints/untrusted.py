@@ -17,7 +17,7 @@ import torch
 from huggingface_hub.dataclasses import type_validator
 from torch import Tensor
 
-from ..config import LoraConfig
+from ..config import PATTERNS, LoraConfig
 
 MATCHING_S = 10.0  # that matching an adapter's patterns with the model's layers may take
 # of a regular expression that may take exponential time, or a high power of a name's length; others are not tried out
@@ -57,8 +57,9 @@ def check_fields(fields: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={reprlib.repr(value)} in the config must be of type {what}.") from None
     for name in ("r", "gralora_k", "hybrid_r"):
         check_rank(name, fields.get(name))
-    for key, value in fields.get("rank_pattern", {}).items():
-        check_rank(f"rank_pattern[{key!r}]", value)
+    for name in ("rank_pattern", "gralora_k_pattern"):
+        for key, value in fields.get(name, {}).items():
+            check_rank(f"{name}[{key!r}]", value)
     for key, value in fields.get("alpha_pattern", {}).items():
         check_number(f"alpha_pattern[{key!r}]", value)
     check_number("lora_alpha", fields.get("lora_alpha"))
@@ -95,7 +96,7 @@ def patterns(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
     layers_pattern = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
     found += [("layers_pattern", rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.") for pattern in layers_pattern]
     found += [("modules_to_save", rf"(^|.*\.){module}($|\..*)") for module in fields.get("modules_to_save") or []]
-    for name in ("rank_pattern", "alpha_pattern"):
+    for name in PATTERNS.values():
         found += [(name, rf"(.*\.)?({key})$") for key in fields.get(name) or {}]
     return found
 

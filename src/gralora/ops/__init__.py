@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, fused, reference
+from .dropout import draw_seed, dropout
 
 
 def gralora_linear(
@@ -15,7 +16,8 @@ def gralora_linear(
     hybrid_A: Tensor | None,
     hybrid_B: Tensor | None,
     scaling: float,
-    dropped: Tensor | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """x W^T + bias + scaling * (grid + B_s A_s x), differentiable in x and the factors, not in weight and bias.
 
@@ -26,12 +28,15 @@ def gralora_linear(
         A, B: grid factors, `[k, I/k, r]` and `[k, r, O/k]`; computed with in the dtype of x.
         hybrid_A, hybrid_B: plain LoRA part, `[h, I]` and `[O, h]`, or None.
         scaling: factor on the adapter's output.
-        dropped: x after dropout, which the adapter then sees in place of x, shape and dtype of x; or None.
+        p: probability of dropout on what the adapter sees of x.
+        seed: of dropout, int64 `[]` on the device of x; drawn from torch's generator if it is None and p > 0.
 
     Returns:
         y, `[..., O]`, dtype of x. Gradients have the dtype of what they belong to.
     """
-    args = x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, dropped
+    if p and seed is None:
+        seed = draw_seed(x)
+    args = x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed
     if torch.compiler.is_compiling():
         return _linear_op(*args)[0]
     if not torch.is_grad_enabled():
@@ -43,34 +48,94 @@ class GraloraLinearFunction(torch.autograd.Function):
     """`fused.forward` and `fused.backward` for eager mode, where the dispatch of a custom op would cost more."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, dropped):
-        y, g = fused.forward(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, dropped)
-        ctx.save_for_backward(x, weight, A, B, hybrid_A, hybrid_B, g, dropped)
-        ctx.scaling = scaling
+    def forward(ctx, x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed):
+        y, g = fused.forward(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed)
+        ctx.save_for_backward(x, weight, A, B, hybrid_A, hybrid_B, g, seed)
+        ctx.scaling, ctx.p = scaling, p
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, A, B, hybrid_A, hybrid_B, g, dropped = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated in turn
-            inputs = x, weight, None, A, B, hybrid_A, hybrid_B, ctx.scaling, dropped
-            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
-            grads = iter(torch.autograd.grad(reference.linear(*inputs), wanted, dy, create_graph=True))
-            return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
+        x, weight, A, B, hybrid_A, hybrid_B, g, seed = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            inputs = x, weight, None, A, B, hybrid_A, hybrid_B, ctx.scaling
+            y = reference.linear(*inputs, None if seed is None else _kept(x, ctx.p, seed))
+            return *_differentiable(y, inputs, ctx.needs_input_grad[:8], dy), None, None
         needs = _needs(ctx.needs_input_grad)
-        grads = fused.backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, ctx.scaling, dropped, needs)
+        grads = fused.backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, ctx.scaling, ctx.p, seed, needs)
         return _in_place_of_inputs(grads)
 
 
 def _needs(needs_input_grad):
-    """Whether gradients are needed of x, of A or hybrid_A, of B or hybrid_B, of dropped, from those of all inputs."""
-    x, _, _, A, B, hybrid_A, hybrid_B, _, dropped = needs_input_grad
-    return x, A or hybrid_A, B or hybrid_B, dropped
+    """Whether gradients are needed of x, of A or hybrid_A, of B or hybrid_B, from those of all inputs."""
+    x, _, _, A, B, hybrid_A, hybrid_B, *_ = needs_input_grad
+    return x, A or hybrid_A, B or hybrid_B
 
 
 def _in_place_of_inputs(grads):
-    dx, dA, dB, d_hybrid_A, d_hybrid_B, d_dropped = grads
-    return dx, None, None, dA, dB, d_hybrid_A, d_hybrid_B, None, d_dropped
+    dx, dA, dB, d_hybrid_A, d_hybrid_B = grads
+    return dx, None, None, dA, dB, d_hybrid_A, d_hybrid_B, None, None, None
+
+
+def add_update(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    hybrid_A: Tensor | None,
+    hybrid_B: Tensor | None,
+    scaling: float,
+    p: float = 0.0,
+) -> Tensor:
+    """y + scaling * (grid + B_s A_s x), in place: for base layers whose product with x is not ours to compute.
+
+    Args:
+        y: `[..., O]`, contiguous, dtype of x, no leaf that requires gradients; changed.
+        The others are those of `gralora_linear`.
+    """
+    seed = draw_seed(x) if p else None
+    args = y, x, A, B, hybrid_A, hybrid_B, scaling, p, seed
+    if torch.is_grad_enabled():
+        return GraloraUpdateFunction.apply(*args)
+    fused.add_update(*args)
+    return y
+
+
+class GraloraUpdateFunction(torch.autograd.Function):
+    """`fused.add_update`; the gradient of y is that of the result."""
+
+    @staticmethod
+    def forward(ctx, y, x, A, B, hybrid_A, hybrid_B, scaling, p, seed):
+        ctx.mark_dirty(y)
+        g = fused.add_update(y, x, A, B, hybrid_A, hybrid_B, scaling, p, seed)
+        ctx.save_for_backward(x, A, B, hybrid_A, hybrid_B, g, seed)
+        ctx.scaling, ctx.p = scaling, p
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, A, B, hybrid_A, hybrid_B, g, seed = ctx.saved_tensors
+        needs_y, needs_x, needs_A, needs_B, needs_hybrid_A, needs_hybrid_B, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            inputs = x, A, B, hybrid_A, hybrid_B
+            update = ctx.scaling * reference.update(x if seed is None else x * _kept(x, ctx.p, seed), *inputs[1:])
+            grads = _differentiable(update, inputs, ctx.needs_input_grad[1:6], dy)
+        else:
+            needs = needs_x, needs_A or needs_hybrid_A, needs_B or needs_hybrid_B
+            grads = fused.backward(dy, x, None, A, B, hybrid_A, hybrid_B, g, ctx.scaling, ctx.p, seed, needs)
+        return dy if needs_y else None, *grads, None, None, None
+
+
+def _kept(x, p, seed):
+    """What dropout multiplies x with, 0 or 1 / (1 - p)."""
+    return dropout(torch.ones_like(x).flatten(0, -2), p, seed).view_as(x)
+
+
+def _differentiable(y, inputs, needed, dy):
+    """Gradients of those inputs that need one, to be differentiated in turn; None for the others."""
+    wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [next(grads) if need else None for need in needed]
 
 
 def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -101,14 +166,14 @@ class DeltaWeightFunction(torch.autograd.Function):
     "gralora::linear",
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor? hybrid_A, Tensor? hybrid_B, "
-    "float scaling, Tensor? dropped) -> (Tensor, Tensor)",
+    "float scaling, float p, Tensor? seed) -> (Tensor, Tensor)",
 )
-def _linear_op(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, dropped):
-    return fused.forward(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, dropped)
+def _linear_op(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed):
+    return fused.forward(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed)
 
 
 @_linear_op.register_fake
-def _(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, dropped):
+def _(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed):
     R = A.shape[2] + (0 if hybrid_A is None else hybrid_A.shape[0])
     T = x.numel() // x.shape[-1]
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(A.shape[0], T, R)
@@ -118,39 +183,39 @@ def _(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, dropped):
     "gralora::linear_backward",
     mutates_args=(),
     schema="(Tensor dy, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? hybrid_A, Tensor? hybrid_B, Tensor g, "
-    "float scaling, Tensor? dropped, bool[] needs) -> Tensor[]",
+    "float scaling, float p, Tensor? seed, bool[] needs) -> Tensor[]",
 )
-def _linear_backward_op(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, dropped, needs):
+def _linear_backward_op(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, p, seed, needs):
     """The gradients that `needs` asks for, without the None entries: a custom op can return no None."""
-    grads = fused.backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, dropped, tuple(needs))
+    grads = fused.backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, p, seed, tuple(needs))
     return [grad.contiguous() for grad in grads if grad is not None]
 
 
-def _wanted(x, A, B, hybrid_A, hybrid_B, dropped, needs):
+def _wanted(x, A, B, hybrid_A, hybrid_B, needs):
     """What the entries of `fused.backward`'s result are gradients of; None where there is none."""
-    needs_x, needs_A, needs_B, needs_dropped = needs
-    inputs = x, A, B, hybrid_A, hybrid_B, dropped
-    needed = needs_x, needs_A, needs_B, needs_A, needs_B, needs_dropped
+    needs_x, needs_A, needs_B = needs
+    inputs = x, A, B, hybrid_A, hybrid_B
+    needed = needs_x, needs_A, needs_B, needs_A, needs_B
     return [t if need else None for t, need in zip(inputs, needed, strict=True)]
 
 
 @_linear_backward_op.register_fake
-def _(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, dropped, needs):
-    wanted = _wanted(x, A, B, hybrid_A, hybrid_B, dropped, needs)
+def _(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, p, seed, needs):
+    wanted = _wanted(x, A, B, hybrid_A, hybrid_B, needs)
     return [t.new_empty(t.shape) for t in wanted if t is not None]
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, A, B, hybrid_A, hybrid_B, scaling, dropped = inputs
-    ctx.save_for_backward(x, weight, A, B, hybrid_A, hybrid_B, output[1], dropped)
-    ctx.scaling = scaling
+    x, weight, _, A, B, hybrid_A, hybrid_B, scaling, p, seed = inputs
+    ctx.save_for_backward(x, weight, A, B, hybrid_A, hybrid_B, output[1], seed)
+    ctx.scaling, ctx.p = scaling, p
 
 
 def _op_backward(ctx, dy, _):
-    x, weight, A, B, hybrid_A, hybrid_B, g, dropped = ctx.saved_tensors
+    x, weight, A, B, hybrid_A, hybrid_B, g, seed = ctx.saved_tensors
     needs = list(_needs(ctx.needs_input_grad))
-    grads = iter(_linear_backward_op(dy, x, weight, A, B, hybrid_A, hybrid_B, g, ctx.scaling, dropped, needs))
-    wanted = _wanted(x, A, B, hybrid_A, hybrid_B, dropped, needs)
+    grads = iter(_linear_backward_op(dy, x, weight, A, B, hybrid_A, hybrid_B, g, ctx.scaling, ctx.p, seed, needs))
+    wanted = _wanted(x, A, B, hybrid_A, hybrid_B, needs)
     return _in_place_of_inputs([None if t is None else next(grads) for t in wanted])
 
 

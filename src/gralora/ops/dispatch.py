@@ -53,28 +53,25 @@ def hopper(device: int | None = None) -> ModuleType | None:
     return hopper
 
 
-MIN_SIZE = 2**22  # elements of x; below, Triton's launch costs more than the pass over memory that it saves
+HALF = (torch.bfloat16, torch.float16)
+FEW_TOKENS = 2048  # up to which a launch costs more than what cuBLAS gains on a factor's gradient
+MIN_SIZE = 2**22  # elements of x from which the matrix product itself takes the adapter's output in
 
 
-def use_down_kernel(x: Tensor) -> bool:
-    return (
-        x.is_cuda
-        and x.numel() >= MIN_SIZE
-        and choice in ("auto", "triton")
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and x.stride(1) == 1
-        and kernels() is not None
-    )
+def factor_kernels(x: Tensor) -> ModuleType | None:
+    """The kernels that project x `[T, I]` down and up, or None where torch is to do that."""
+    if x.is_cuda and choice in ("auto", "triton") and x.dtype in HALF and x.stride(1) == 1:
+        return kernels()
+    return None
 
 
-def use_linear_kernel(x: Tensor, weight: Tensor, g: Tensor, B: Tensor) -> bool:
-    return (
-        x.is_cuda
-        and x.numel() >= MIN_SIZE
-        and choice in ("auto", "triton")
-        and hopper(x.device.index) is not None
-        and hopper(x.device.index).wins(x, weight, g, B)
-    )
+def linear_kernel(x: Tensor, weight: Tensor, g: Tensor, B: Tensor) -> ModuleType | None:
+    """The kernel that computes base and adapter in one, or None where it does not apply or does not win."""
+    if x.is_cuda and x.numel() >= MIN_SIZE and choice in ("auto", "triton"):
+        module = hopper(x.device.index)
+        if module is not None and module.wins(x, weight, g, B):
+            return module
+    return None
 
 
 def use_delta_weight_kernel(A: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """An adapted linear layer, base and adapter together, in as few passes over memory as torch's own kernels allow.
 
-The forward keeps only `x` and the exchanged sub-ranks `g`; nothing of the size of `y` is made but `y`. Chunks of x and
+The forward keeps only `x` and the exchanged sub-ranks `g`, with dropout also its seed; nothing of the size of `y` is
+made but `y`. Chunks of x and
 y are strided views, [k, T, I/k] and [k, T, O/k], that batched matrix products read and write in place.
 
 Both directions are the same three operations, because the exchange is its own mirror image:
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .dropout import dropout
+
+_BMM_WIDENS = torch.__version__ >= (2, 8)  # bmm(out_dtype=): a float32 result without a pass to convert it
 
 
 def chunks(x: Tensor, k: int) -> Tensor:
@@ -31,28 +35,29 @@ def exchange(h: Tensor) -> Tensor:
     return h if k == 1 else h.as_strided((k, T, k, q), (q, r, T * r, 1)).contiguous().view(k, T, r)
 
 
-def pack(
-    A: Tensor, B: Tensor, hybrid_A: Tensor | None, hybrid_B: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, int]:
-    """Grid and hybrid factors as one pair `[k, I/k, R]`, `[k, R, O/k]` of `dtype`, with R = r + h; and h."""
-    A, B = A.to(dtype), B.to(dtype)
+def pack(A: Tensor, B: Tensor, hybrid_A: Tensor | None, hybrid_B: Tensor | None) -> tuple[Tensor, Tensor, int]:
+    """Grid and hybrid factors as one pair `[k, I/k, R]`, `[k, R, O/k]` with R = r + h; and h."""
     if hybrid_A is None or hybrid_B is None:
         return A, B, 0
     k = A.shape[0]
-    tail_A = hybrid_A.to(dtype).unflatten(1, (k, A.shape[1])).permute(1, 2, 0)
-    tail_B = hybrid_B.to(dtype).unflatten(0, (k, B.shape[2])).mT
+    tail_A = hybrid_A.unflatten(1, (k, A.shape[1])).permute(1, 2, 0)
+    tail_B = hybrid_B.unflatten(0, (k, B.shape[2])).mT
     return torch.cat([A, tail_A], dim=2), torch.cat([B, tail_B], dim=1), hybrid_A.shape[0]
 
 
 def down(x: Tensor, A: Tensor, hybrid_r: int, scaling: float) -> Tensor:
-    """Exchanged sub-ranks, times `scaling`: x `[T, I]`, A `[k, I/k, R]` -> g `[k, T, R]`."""
+    """Exchanged sub-ranks, times `scaling`: x `[T, I]`, A `[k, I/k, R]` -> g `[k, T, R]`, dtype of x."""
     k, T, r = A.shape[0], x.shape[0], A.shape[2] - hybrid_r
-    if dispatch.use_down_kernel(x):
+    kernels = dispatch.factor_kernels(x)
+    if kernels is not None:
         g = x.new_empty(k, T, r + hybrid_r)
-        dispatch.kernels().down(x, A[..., :r], scaling, g[..., :r])
-        if hybrid_r:
-            g[..., r:] = scaling * (x @ A[..., r:].flatten(0, 1))
+        if not hybrid_r:
+            kernels.down(x, A, scaling, g)
+            return g
+        kernels.down(x, A[..., :r], scaling, g[..., :r])
+        g[..., r:] = scaling * (x @ A[..., r:].flatten(0, 1).to(x.dtype))
         return g
+    A = A.to(x.dtype)
     grid = A[..., :r] if hybrid_r else A
     g = exchange(x.new_empty(k, T, r).baddbmm_(chunks(x, k), grid, beta=0, alpha=scaling))
     if not hybrid_r:
@@ -61,17 +66,41 @@ def down(x: Tensor, A: Tensor, hybrid_r: int, scaling: float) -> Tensor:
 
 
 def linear_up(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tensor) -> Tensor:
-    """x W^T + bias + up(g, B): x `[T, I]`, weight `[O, I]`, g `[k, T, R]`, B `[k, R, O/k]` -> `[T, O]`."""
-    if dispatch.use_linear_kernel(x, weight, g, B):
-        return dispatch.hopper(x.device.index).linear_up(x, weight, bias, g, B)
+    """x W^T + bias + up(g, B): x `[T, I]`, weight `[O, I]`, g `[k, T, R]`, B `[k, R, O/k]` -> `[T, O]`, dtype of x."""
+    matmul = dispatch.linear_kernel(x, weight, g, B)
+    if matmul is not None:
+        return matmul.linear_up(x, weight, bias, g, B.to(x.dtype))
     if bias is None and x.is_cuda and x.numel() >= dispatch.MIN_SIZE:
         # the product with W reads the adapter's output while it multiplies: cheaper than a pass of its own
         y = x.new_empty(x.shape[0], weight.shape[0])
-        chunks(y, B.shape[0]).baddbmm_(g, B, beta=0)
+        chunks(y, B.shape[0]).baddbmm_(g, B.to(x.dtype), beta=0)
         return y.addmm_(x, weight.t())
-    y = torch.nn.functional.linear(x, weight, bias)
-    chunks(y, B.shape[0]).baddbmm_(g, B)
+    return add_up(torch.nn.functional.linear(x, weight, bias), g, B)
+
+
+def add_up(y: Tensor, g: Tensor, B: Tensor) -> Tensor:
+    """y + up(g, B), in place: y `[T, O]`, g `[k, T, R]` of its dtype, B `[k, R, O/k]`."""
+    kernels = dispatch.factor_kernels(y) if y.numel() < dispatch.MIN_SIZE else None
+    if kernels is not None:
+        kernels.up(g, B, y)
+    else:
+        chunks(y, B.shape[0]).baddbmm_(g, B.to(y.dtype))
     return y
+
+
+def factor_grad(x: Tensor, h: Tensor, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    """x_i^T h_i, block by block: x `[T, n]`, h `[k, T, R]` -> `[k, n/k, R]`, transposed `[k, R, n/k]`, of `dtype`."""
+    k, T, rank = h.shape
+    kernels = dispatch.factor_kernels(x) if T <= dispatch.FEW_TOKENS else None
+    if kernels is not None:
+        n = x.shape[1] // k
+        grad = torch.empty((k, rank, n) if transposed else (k, n, rank), dtype=dtype, device=x.device)
+        kernels.factor_grad(x, h, grad.mT if transposed else grad)
+        return grad
+    a, b = (h.mT, chunks(x, k)) if transposed else (chunks(x, k).mT, h)
+    if x.is_cuda and dtype == torch.float32 != x.dtype and _BMM_WIDENS:
+        return torch.bmm(a, b, out_dtype=dtype)
+    return torch.bmm(a, b).to(dtype)
 
 
 def forward(
@@ -83,60 +112,82 @@ def forward(
     hybrid_A: Tensor | None,
     hybrid_B: Tensor | None,
     scaling: float,
-    dropped: Tensor | None,
+    p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y `[..., O]`, and the exchanged sub-ranks g `[k, T, R]` for the backward. Factors are cast to the dtype of x."""
-    A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B, x.dtype)
+    A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
     rows = _rows(x)
-    g = down(rows if dropped is None else _rows(dropped), A, hybrid_r, scaling)
+    g = down(rows if seed is None else dropout(rows, p, seed), A, hybrid_r, scaling)
     y = linear_up(rows, weight, bias, g, B)
     # as matmul does: to autograd y is no view, so that callers may change it in place
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])), g
 
 
+def add_update(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    hybrid_A: Tensor | None,
+    hybrid_B: Tensor | None,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """Add the adapter's output to y `[..., O]`, contiguous, in place; the result is g `[k, T, R]` for the backward."""
+    A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
+    rows = _rows(x)
+    g = down(rows if seed is None else dropout(rows, p, seed), A, hybrid_r, scaling)
+    add_up(y.view(-1, y.shape[-1]), g, B)
+    return g
+
+
 def backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     A: Tensor,
     B: Tensor,
     hybrid_A: Tensor | None,
     hybrid_B: Tensor | None,
     g: Tensor,
     scaling: float,
-    dropped: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
+    p: float,
+    seed: Tensor | None,
+    needs: tuple[bool, bool, bool],
 ) -> list[Tensor | None]:
-    """Gradients of x, A, B, hybrid_A, hybrid_B and dropped.
+    """Gradients of x, A, B, hybrid_A and hybrid_B; that of x without the base's part if weight is None.
 
-    `needs` says which of those of x, of (hybrid_)A, of (hybrid_)B and of dropped; the others are None.
+    `needs` says which of those of x, of (hybrid_)A and of (hybrid_)B; the others are None.
     """
-    needs_x, needs_A, needs_B, needs_dropped = needs
+    needs_x, needs_A, needs_B = needs
     dtypes = A.dtype, B.dtype
-    A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B, x.dtype)
+    A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
     k, r, shape = A.shape[0], A.shape[2] - hybrid_r, x.shape
-    dy, seen = _rows(dy), _rows(x if dropped is None else dropped)
-    dx = dA = dB = d_hybrid_A = d_hybrid_B = d_dropped = None
-    if needs_A or needs_dropped or (needs_x and dropped is None):
+    dy, x = _rows(dy), _rows(x)
+    dx = dA = dB = d_hybrid_A = d_hybrid_B = None
+    if needs_x or needs_A:
         dh = down(dy, B.mT, hybrid_r, scaling)
-    if needs_x:
-        dx = linear_up(dy, weight.t(), None, dh, A.mT) if dropped is None else dy @ weight
-        dx = dx.view(shape)
-    if needs_dropped:
-        d_dropped = torch.empty_like(seen, memory_format=torch.contiguous_format)
-        chunks(d_dropped, k).baddbmm_(dh, A.mT, beta=0)
-        d_dropped = d_dropped.view(shape)
+    if needs_x and seed is None and weight is not None:
+        dx = linear_up(dy, weight.t(), None, dh, A.mT).view(shape)
+    elif needs_x:
+        dx = x.new_empty(x.shape)
+        chunks(dx, k).baddbmm_(dh, A.mT.to(x.dtype), beta=0)
+        dx = dx if seed is None else dropout(dx, p, seed)
+        dx = (dx if weight is None else dx.addmm_(dy, weight)).view(shape)
     if needs_A:
-        dA = torch.bmm(chunks(seen, k).mT, dh).to(dtypes[0])
+        seen = x if seed is None else dropout(x, p, seed)
+        dA = factor_grad(seen, dh, dtypes[0])
         if hybrid_r:
             dA, d_hybrid_A = dA.split([r, hybrid_r], dim=2)
             d_hybrid_A = d_hybrid_A.permute(2, 0, 1).flatten(1)
     if needs_B:
-        dB = torch.bmm(g.mT, chunks(dy, k)).to(dtypes[1])
+        dB = factor_grad(dy, g, dtypes[1], transposed=True)
         if hybrid_r:
             dB, d_hybrid_B = dB.split([r, hybrid_r], dim=1)
             d_hybrid_B = d_hybrid_B.mT.flatten(0, 1)
-    return [dx, dA, dB, d_hybrid_A, d_hybrid_B, d_dropped]
+    return [dx, dA, dB, d_hybrid_A, d_hybrid_B]
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -267,7 +267,7 @@ def wins(x: Tensor, weight: Tensor, g: Tensor, B: Tensor) -> bool:
     return (
         _tiles(T, N) >= _processors(x.device.index)
         and x.dtype in GLUON_DTYPES
-        and weight.dtype == B.dtype == x.dtype
+        and weight.dtype == x.dtype
         and x.stride(1) == 1
         and 1 in weight.stride()
         and 1 in B.stride()[1:]

@@ -37,7 +37,7 @@ def _down_kernel(
     for c0 in range(0, CHUNK, BLOCK_C):
         b_x = tl.load(p_x, mask=(t[:, None] < T) & (c0 + c[None, :] < CHUNK), other=0.0)
         b_A = tl.load(p_A, mask=(c0 + c[:, None] < CHUNK) & (n[None, :] < RANK), other=0.0)
-        b_h = tl.dot(b_x, b_A, b_h)
+        b_h = tl.dot(b_x, b_A.to(b_x.dtype), b_h)
         p_x += BLOCK_C
         p_A += BLOCK_C * STRIDE_AI
     # column n of block i is place (i, n % q) of output block n // q
@@ -54,7 +54,7 @@ def down(x: Tensor, A: Tensor, scaling: float, g: Tensor) -> None:
 
     Args:
         x: `[T, I]`, unit stride along I.
-        A: `[k, I/k, r]`, dtype of x, any strides.
+        A: `[k, I/k, r]`, any float dtype, computed with in that of x; any strides.
         scaling: factor on the result, applied in float32.
         g: written: `[k, T, r]`, dtype of x; its first dimension has T times the stride of its second, its last 1.
     """
@@ -63,12 +63,150 @@ def down(x: Tensor, A: Tensor, scaling: float, g: Tensor) -> None:
     block_r = _dot_size(r)
     constants = (chunk, r, r // k, x.stride(0), *A.stride(), g.stride(1), block_t, 64, block_r)
     aligned = tuple(t.data_ptr() % 16 == 0 for t in (x, A, g))
-    _down((x.dtype, constants, aligned), (-(-T // block_t), k, 1), x, x, A, g, float(scaling), T, *constants)
+    _down((x.dtype, A.dtype, constants, aligned), (-(-T // block_t), k, 1), x, x, A, g, float(scaling), T, *constants)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _up_kernel(
+    g_ptr,
+    B_ptr,
+    y_ptr,
+    T,
+    CHUNK: tl.constexpr,
+    RANK: tl.constexpr,
+    STRIDE_BK: tl.constexpr,
+    STRIDE_BR: tl.constexpr,
+    STRIDE_BO: tl.constexpr,
+    STRIDE_YT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One tile of tokens and outputs of block j: y += g_j B_j."""
+    j = tl.program_id(2)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    n = tl.arange(0, BLOCK_R)
+    in_t, in_o = t[:, None] < T, o[None, :] < CHUNK
+    p_y = y_ptr + t[:, None].to(tl.int64) * STRIDE_YT + j * CHUNK + o[None, :]
+    p_g = g_ptr + (j.to(tl.int64) * T + t[:, None]) * RANK + n[None, :]
+    p_B = B_ptr + j * STRIDE_BK + n[:, None] * STRIDE_BR + o[None, :] * STRIDE_BO
+    b_y = tl.load(p_y, mask=in_t & in_o, other=0.0).to(tl.float32)
+    for n0 in range(0, RANK, BLOCK_R):
+        b_g = tl.load(p_g, mask=in_t & (n0 + n[None, :] < RANK), other=0.0)
+        b_B = tl.load(p_B, mask=(n0 + n[:, None] < RANK) & in_o, other=0.0)
+        b_y = tl.dot(b_g, b_B.to(b_g.dtype), b_y)
+        p_g += BLOCK_R
+        p_B += BLOCK_R * STRIDE_BR
+    tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=in_t & in_o)
+
+
+_up = Launcher(_up_kernel, num_warps=4)
+
+
+def up(g: Tensor, B: Tensor, y: Tensor) -> None:
+    """Add the up-projection of the exchanged sub-ranks to y, summing in float32 and rounding once.
+
+    Args:
+        g: `[k, T, r]`, contiguous.
+        B: `[k, r, O/k]`, any float dtype, computed with in that of g; any strides.
+        y: changed: `[T, O]`, dtype of g, unit stride along O.
+    """
+    (k, T, r), chunk = g.shape, B.shape[2]
+    constants = (chunk, r, *B.stride(), y.stride(0), 64, 64, min(64, _dot_size(r)))
+    aligned = tuple(t.data_ptr() % 16 == 0 for t in (g, B, y))
+    grid = (-(-T // 64), -(-chunk // 64), k)
+    _up((g.dtype, B.dtype, constants, aligned), grid, g, g, B, y, T, *constants)
 
 
 def _dot_size(n: int) -> int:
     """The power of two, at least tl.dot's 16, that holds n."""
     return max(16, 1 << (n - 1).bit_length())
+
+
+@triton.jit(do_not_specialize=["T"])
+def _factor_grad_kernel(
+    x_ptr,
+    h_ptr,
+    out_ptr,
+    T,
+    CHUNK: tl.constexpr,
+    RANK: tl.constexpr,
+    STRIDE_XT: tl.constexpr,
+    STRIDE_OC: tl.constexpr,
+    STRIDE_OR: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """A tile of block i of the result, over all tokens; STEPS * BLOCK_T is at least T."""
+    i = tl.program_id(1)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    t = tl.arange(0, BLOCK_T)
+    p_x = x_ptr + t[None, :].to(tl.int64) * STRIDE_XT + i * CHUNK + c[:, None]
+    p_h = h_ptr + (i.to(tl.int64) * T + t[:, None]) * RANK + n[None, :]
+    b_out = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
+    for t0 in range(0, STEPS * BLOCK_T, BLOCK_T):
+        b_x = tl.load(p_x, mask=(c[:, None] < CHUNK) & (t0 + t[None, :] < T), other=0.0)
+        b_h = tl.load(p_h, mask=(t0 + t[:, None] < T) & (n[None, :] < RANK), other=0.0)
+        b_out = tl.dot(b_x, b_h, b_out)
+        p_x += BLOCK_T * STRIDE_XT
+        p_h += BLOCK_T * RANK
+    p_out = out_ptr + i * CHUNK * RANK + c[:, None] * STRIDE_OC + n[None, :] * STRIDE_OR
+    tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=(c[:, None] < CHUNK) & (n[None, :] < RANK))
+
+
+_factor_grad = Launcher(_factor_grad_kernel, num_warps=4, num_stages=4)
+
+
+def factor_grad(x: Tensor, h: Tensor, out: Tensor) -> None:
+    """The gradient of a factor, out_i = x_i^T h_i, in float32, rounded once.
+
+    Args:
+        x: `[T, n]`, unit stride along n: the layer's input, or the gradient of its output.
+        h: `[k, T, r]`, contiguous, dtype of x.
+        out: written: `[k, n/k, r]`, any float dtype, contiguous or the transpose of a contiguous `[k, r, n/k]`.
+    """
+    (k, T, r), chunk = h.shape, out.shape[1]
+    block_r = min(64, _dot_size(r))
+    steps = 1 << (-(-T // 64) - 1).bit_length()  # a power of two: few versions are compiled
+    constants = (chunk, r, x.stride(0), out.stride(1), out.stride(2), 64, 64, block_r, steps)
+    aligned = tuple(t.data_ptr() % 16 == 0 for t in (x, h, out))
+    grid = (-(-chunk // 64), k, -(-r // block_r))
+    _factor_grad((x.dtype, out.dtype, constants, aligned), grid, x, x, h, out, T, *constants)
+
+
+@triton.jit(do_not_specialize=["WIDTH"])
+def _dropout_kernel(x_ptr, y_ptr, seed_ptr, p, scale, WIDTH, STRIDE_XT: tl.constexpr, BLOCK: tl.constexpr):
+    """A part of one row, four runs of BLOCK columns: philox gives four numbers at a time."""
+    t, first = tl.program_id(0), tl.program_id(1) * BLOCK
+    c = first + tl.arange(0, BLOCK)
+    u_0, u_1, u_2, u_3 = tl.philox(tl.load(seed_ptr), c, t, 0, 0)
+    for run in tl.static_range(4):
+        u = u_0 if run == 0 else u_1 if run == 1 else u_2 if run == 2 else u_3
+        n = 4 * first + run * BLOCK + tl.arange(0, BLOCK)
+        b_x = tl.load(x_ptr + t.to(tl.int64) * STRIDE_XT + n, mask=n < WIDTH, other=0.0).to(tl.float32)
+        kept = tl.uint_to_uniform_float(u) >= p
+        b_y = b_x * tl.where(kept, scale, 0.0)  # NaN stays NaN, as in torch
+        tl.store(y_ptr + t.to(tl.int64) * WIDTH + n, b_y.to(y_ptr.dtype.element_ty), mask=n < WIDTH)
+
+
+_dropout = Launcher(_dropout_kernel, num_warps=4)
+
+
+def dropout(x: Tensor, p: float, scale: float, seed: Tensor) -> Tensor:
+    """x `[T, I]`, unit stride along I, with elements zeroed with probability p and the others times `scale`.
+
+    Which ones depends on the seed, int64 `[]` on x's device, and on the place in `[T, I]`.
+    """
+    (T, width), y = x.shape, x.new_empty(x.shape)
+    constants = (x.stride(0), 128)
+    aligned = tuple(t.data_ptr() % 16 == 0 for t in (x, y, seed))
+    grid = (T, -(-width // 512), 1)
+    _dropout((x.dtype, constants, aligned), grid, x, x, y, seed, float(p), float(scale), width, *constants)
+    return y
 
 
 @triton.jit

@@ -83,11 +83,11 @@ def linear(
     hybrid_A: Tensor | None,
     hybrid_B: Tensor | None,
     scaling: float,
-    dropped: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
-    """The adapted layer: x W^T + bias + scaling * update(x). Shapes: `gralora_linear`.
+    """The adapted layer: x W^T + bias + scaling * update(x * kept). Shapes: `gralora_linear`.
 
-    The adapter sees `dropped`, x after dropout, in place of x if it is given.
+    `kept`, shape of x, is what dropout multiplies x with before the adapter sees it: 0 or 1/(1-p); None is 1.
     """
-    y = update(x if dropped is None else dropped, A, B, hybrid_A, hybrid_B)
+    y = update(x if kept is None else x * kept, A, B, hybrid_A, hybrid_B)
     return torch.nn.functional.linear(x, weight, bias) + scaling * y

@@ -161,12 +161,14 @@ def print_tables(description: dict[str, Any]) -> None:
         head.add_row("also saved", f"{name} {shape}")
     console.print(head)
 
-    table = Table("layer", "in", "out", "r", "scaling", "norm", "2-norm", "rank", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        "layer", "in", "out", "r", "k", "scaling", "norm", "2-norm", "rank", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     table.columns[0].no_wrap = True
     for layer, d in description["layers"].items():
-        sizes = map(str, (d["in_features"], d["out_features"], d["r"]))
+        sizes = map(str, (d["in_features"], d["out_features"], d["r"], d["k"]))
         numbers = (f"{d[name]:.3g}" for name in ("scaling", "norm", "spectral_norm"))
         table.add_row(layer.removeprefix("model."), *sizes, *numbers, f"{d['rank']}/{d['lora_rank']}")
     console.print(table)

@@ -111,6 +111,9 @@ class FinetuneArguments:
     )
     gralora_k: str = HfArg(default="auto", help="GraLoRA's blocks per side, a number or auto.")
     hybrid_r: int = HfArg(default=0, help="Part of lora_r that is plain LoRA (Hybrid GraLoRA).")
+    gralora_scaling: str = HfArg(
+        default="lora", help="'matched' makes GraLoRA's update as large as LoRA's at the same learning rate."
+    )
     seed: int = HfArg(default=42, help="Of the adapter's start, the order of the data, and dropout.")
     num_train_epochs: float = HfArg(default=1.0, help="Passes over the data.")
     max_steps: int = HfArg(default=-1, help="Optimizer steps, instead of num_train_epochs where positive.")
@@ -196,6 +199,7 @@ class FinetuneArguments:
             use_gralora=self.use_gralora,
             gralora_k=self.gralora_k,
             hybrid_r=self.hybrid_r,
+            gralora_scaling=self.gralora_scaling,
         )
 
     def training_arguments(self) -> TrainingArguments:
@@ -398,6 +402,7 @@ def check_checkpoint(args: FinetuneArguments, model: PeftModel) -> None:
         "use_gralora",
         "gralora_k",
         "hybrid_r",
+        "gralora_scaling",
     ):
         if getattr(saved, name) != getattr(asked, name):
             raise ValueError(

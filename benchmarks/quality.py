@@ -1,0 +1,269 @@
+"""Quality of GraLoRA against LoRA at equal trainable parameters, each method at its own best learning rate.
+
+    python benchmarks/quality.py data --task python --model MODEL --out python.npz [--data FOLDER ...]
+    python benchmarks/quality.py run --model MODEL --tasks python.npz gsm8k.npz --results results.jsonl --budget_s 500
+    python benchmarks/quality.py report benchmarks/results/quality-*.jsonl --out docs/quality.md
+    python benchmarks/quality.py --tiny            # all of it on the CPU, in less than a minute
+
+`run` adds one JSON line for every finished run and skips those that are there, so that it can be stopped and called
+again; it stops by itself when the budget is used up. All methods see the same rows in the same order for one seed.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import multiprocessing
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import quality_data
+import quality_plan
+import torch
+from quality_data import Task
+from quality_plan import Results, Stage
+from quality_train import Cell, Job, Trainer
+from speed import environment
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+
+class Worker:
+    """Trains jobs one after the other; builds the model anew only when the cell changes."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        self.tasks = {task.name: task for task in map(Task.load, args.tasks)}
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model) if args.exact_match else None
+        self.facts = environment()
+        self.trainer: Trainer | None = None
+
+    def __call__(self, job: Job) -> dict[str, Any]:
+        start = time.perf_counter()
+        if self.trainer is None or self.trainer.cell != job.cell:
+            self.trainer = None
+            gc.collect()
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+            torch.manual_seed(0)
+            model = copy.deepcopy(self.base).to(self.device)
+            launch = self.args.launch if self.device == "cuda" else "eager"
+            task = self.tasks[job.cell.task]
+            self.trainer = Trainer(model, job.cell, task, job.steps, job.tokens_per_step, launch)
+        build_s = time.perf_counter() - start
+        # exact match takes as long as training, so the runs that choose the learning rate do without
+        wanted = self.tokenizer is not None and job.seed != quality_plan.TUNING_SEED
+        results = self.trainer.run(job, (self.tokenizer, self.args.exact_match) if wanted else None)
+        return job.key | results | {"build_s": build_s} | self.facts
+
+
+def _worker(pipe: Connection, args: argparse.Namespace, threads: int) -> None:
+    torch.set_num_threads(threads)
+    try:
+        worker = Worker(args)
+        pipe.send(None)
+        while (job := pipe.recv()) is not None:
+            pipe.send(worker(job))
+    except Exception:
+        pipe.send(traceback.format_exc())
+
+
+def choose(todo: list[tuple[str, Job]], held: Cell | None, others: set[Cell]) -> Job | None:
+    """The next job of a worker that has the model of the cell `held`, while `others` are trained by other workers.
+
+    Of the most important stage that has jobs: its own cell's first, then a cell that nobody has.
+    """
+    if not todo:
+        return None
+    jobs = [job for stage, job in todo if stage == todo[0][0]]
+    own = [job for job in jobs if job.cell == held]
+    free = [job for job in jobs if job.cell not in others]
+    # a job of a cell that another worker has is left to it while there is a free one in a later stage
+    later = [job for _, job in todo if job.cell == held] + [job for _, job in todo if job.cell not in others]
+    return [*own, *free, *later, *jobs][0]
+
+
+def run(args: argparse.Namespace, stages: list[Stage] | None = None) -> Results:
+    """Make pending runs until there are none or the budget is used up; returns all results, old and new."""
+    start = time.monotonic()
+    results = Results(read(args.results)) if args.results.exists() else Results()
+    names = [Task.load(path).name for path in args.tasks]
+    stages = quality_plan.stages(names) if stages is None else stages
+    settings = {"steps": args.steps, "tokens_per_step": args.tokens_per_step}
+    context = multiprocessing.get_context("spawn")
+    threads = max(torch.get_num_threads() // args.workers, 1)
+    pipes: dict[Connection, Job | None] = {}
+    held: dict[Connection, Cell | None] = {}
+    processes = []
+    for _ in range(args.workers):
+        ours, theirs = context.Pipe()
+        processes.append(context.Process(target=_worker, args=(theirs, args, threads)))
+        processes[-1].start()
+        theirs.close()
+        pipes[ours], held[ours] = None, None
+    starting = set(pipes)
+    longest, made = 0.0, 0
+    sent: dict[Connection, float] = {}
+    try:
+        while starting or sent:
+            left = args.budget_s - (time.monotonic() - start)
+            ready = wait([*starting, *sent], timeout=min(max(left, 0), 1e6))
+            if not ready:
+                print(f"budget used up; {len(sent)} runs given up", flush=True)
+                break
+            for pipe in ready:
+                answer = pipe.recv()
+                if isinstance(answer, str):
+                    raise RuntimeError(f"a worker failed:\n{answer}")
+                if answer is not None:
+                    longest = max(longest, time.monotonic() - sent.pop(pipe))
+                    made += 1
+                    results.add(answer)
+                    with args.results.open("a") as file:
+                        file.write(json.dumps(answer) + "\n")
+                    _show(answer, time.monotonic() - start)
+                starting.discard(pipe)
+                pipes[pipe] = None
+            for pipe in [p for p in pipes if p not in sent and p not in starting]:
+                left = args.budget_s - (time.monotonic() - start)
+                running = [pipes[p] for p in sent]
+                todo = [(s, j) for s, j in quality_plan.pending(stages, settings, results) if j not in running]
+                job = choose(todo, held[pipe], {held[p] for p in pipes if p is not pipe and held[p] is not None})
+                if job is None or made + len(sent) >= args.max_runs or left < 1.2 * longest:
+                    continue
+                pipe.send(job)
+                pipes[pipe], held[pipe], sent[pipe] = job, job.cell, time.monotonic()
+    finally:
+        for pipe in pipes:
+            if pipe not in sent and pipe not in starting:
+                pipe.send(None)
+        for process in processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.terminate()
+    left_over = sum(1 for _ in quality_plan.pending(stages, settings, results))
+    print(f"{made} runs made in {time.monotonic() - start:.0f} s, {len(results)} there, {left_over} or more to do")
+    return results
+
+
+def _show(record: dict[str, Any], elapsed: float) -> None:
+    cell = Cell(**{name: record[name] for name in ("task", "method", "r", "k", "hybrid_r", "scale")})
+    loss = "diverged" if record["test_loss"] is None else f"{record['test_loss']:.4f}"
+    more = "".join(
+        f", {name} {record[name]:.3f}" for name in ("accuracy", "exact_match") if record.get(name) is not None
+    )
+    print(
+        f"{elapsed:6.0f} s  {cell.task}, {cell.name}, lr {record['lr']:.3g}, seed {record['seed']}: {loss}{more}"
+        f"  [build {record['build_s']:.0f} s, train {record['train_s']:.1f} s, all {record['wall_s']:.1f} s]",
+        flush=True,
+    )
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a results file; a last line that was cut off is left out."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def data(args: argparse.Namespace) -> None:
+    """Write one task as an .npz file."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    end, length = tokenizer.eos_token_id, args.length + 1
+    if args.task == "python":
+        folders = args.data or quality_data.default_folders()
+        task = quality_data.python_task(
+            folders, encode, end, length, args.train_rows, args.test_rows, args.per_package
+        )
+    elif args.task == "gsm8k":
+        task = quality_data.gsm8k_task(args.train[0], args.test, encode, end, length)
+    else:
+        task = quality_data.choice_task(args.train, args.test, encode, end, length)
+    task.save(args.out)
+    print(f"{args.out}: {task.describe()}; {args.out.stat().st_size / 2**20:.1f} MiB")
+
+
+def tiny(folder: Path, workers: int) -> Results:
+    """Data, training of a base model from scratch, and the whole plan, on a model of bytes; writes to `folder`."""
+
+    def encode(text: str) -> list[int]:
+        return list(text.encode())
+
+    task = quality_data.python_task([quality_data.default_folders()[0]], encode, 0, 65, 256, 32, 8)
+    task.save(folder / "python.npz")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    options = {"vocab_size": 256, "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": True}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **options))
+    trainer = Trainer(model, Cell("python", "full"), task, 100, 512, "eager")
+    trainer.run(Job(Cell("python", "full"), 4e-3, seed=9, steps=100, tokens_per_step=512))
+    model.save_pretrained(folder / "model")
+    args = parser().parse_args(
+        ["run", "--model", str(folder / "model"), "--tasks", str(folder / "python.npz"), "--workers", str(workers)]
+        + ["--results", str(folder / "results.jsonl"), "--steps", "20", "--tokens_per_step", "512"]
+    )
+    return run(args, quality_plan.tiny_stages("python"))
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--tiny", action="store_true", help="run everything in the small on the CPU, print the report")
+    commands = p.add_subparsers(dest="command")
+    d = commands.add_parser("data", help="make a task's tokens")
+    d.add_argument("--task", choices=["python", "gsm8k", "choice"], required=True)
+    d.add_argument("--model", type=Path, required=True, help="folder with the tokenizer")
+    d.add_argument("--out", type=Path, required=True)
+    d.add_argument(
+        "--data", type=Path, nargs="+", help="python: folders of packages [standard library, site-packages]"
+    )
+    d.add_argument(
+        "--train", type=Path, nargs="+", help="gsm8k: the .jsonl; choice: .json files in LLM-Adapters' layout"
+    )
+    d.add_argument("--test", type=Path, help="as --train")
+    d.add_argument("--length", type=int, default=512, help="tokens a row [512]")
+    d.add_argument("--train_rows", type=int, default=6400, help="python: [6400]")
+    d.add_argument("--test_rows", type=int, default=128, help="python: [128]")
+    d.add_argument("--per_package", type=int, default=200, help="python: most rows of one package [200]")
+    r = commands.add_parser("run", help="make the runs that are not there yet")
+    r.add_argument("--model", type=Path, required=True, help="folder of a causal LM of the Llama family")
+    r.add_argument("--tasks", type=Path, nargs="+", required=True, help=".npz files of `data`")
+    r.add_argument("--results", type=Path, required=True, help=".jsonl, read and added to")
+    r.add_argument("--steps", type=int, default=200, help="optimizer steps a run [200]")
+    r.add_argument("--tokens_per_step", type=int, default=8192, help="[8192]")
+    r.add_argument("--workers", type=int, default=4, help="processes that share the device [4]")
+    r.add_argument("--budget_s", type=float, default=float("inf"), help="seconds after which it ends")
+    r.add_argument("--max_runs", type=int, default=10**9, help="runs after which it ends")
+    r.add_argument(
+        "--launch", choices=["eager", "graph", "compiled"], default="compiled", help="how a GPU runs a step [compiled]"
+    )
+    r.add_argument("--exact_match", type=int, default=0, help="GSM8K: test problems to generate answers for [0: none]")
+    t = commands.add_parser("report", help="tables, plots and summary")
+    t.add_argument("results", type=Path, nargs="+", help=".jsonl files of `run`")
+    t.add_argument("--out", type=Path, required=True, help="the Markdown file; plots are written beside it")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    if args.tiny:
+        with tempfile.TemporaryDirectory() as folder:
+            tiny(Path(folder), workers=1)
+    elif args.command == "data":
+        data(args)
+    elif args.command == "run":
+        run(args)
+    else:
+        parser().error("give a command, or --tiny")
+
+
+if __name__ == "__main__":
+    main()

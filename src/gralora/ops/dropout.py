@@ -1,0 +1,30 @@
+"""Dropout that keeps no mask: the mask is a function of a seed, and drawn again where it is needed again."""
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+
+
+def draw_seed(x: Tensor) -> Tensor:
+    """A seed, int64 `[]` on the device of x, from torch's default generator there."""
+    return torch.randint(2**63 - 1, (), device=x.device)
+
+
+def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """x with elements set to zero with probability p, the others divided by 1 - p.
+
+    Which ones depends on seed, shape and device alone, so the gradient of this is this, applied to the gradient.
+
+    Args:
+        x: `[T, I]`, any dtype.
+        p: probability, 0 to 1.
+        seed: int64 `[]`, on the device of x; read on the host where there is no kernel.
+    """
+    scale = 1 / (1 - p) if p < 1 else 0.0
+    kernels = dispatch.factor_kernels(x)
+    if kernels is not None:
+        return kernels.dropout(x, p, scale, seed)
+    generator = torch.Generator(x.device).manual_seed(int(seed))
+    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
+    return (x * kept).mul_(scale)
