@@ -224,9 +224,10 @@ class GraloraModel(Promoted):
         try:
             for name, plain_name in plain.items():
                 self._add_as_plain_lora(name, plain_name)
-            super().add_weighted_adapter(
-                [plain.get(name, name) for name in adapters], weights, adapter_name, combination_type, **kwargs
-            )
+            # PEFT copies the first one's config, and that of a plain rsLoRA adapter, or one with patterns, rescales
+            order = sorted(range(len(adapters)), key=lambda i: adapters[i] not in plain)
+            adapters, weights = [plain.get(adapters[i], adapters[i]) for i in order], [weights[i] for i in order]
+            super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, **kwargs)
         finally:
             for plain_name in plain.values():
                 if plain_name in self.peft_config:

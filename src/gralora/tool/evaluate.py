@@ -16,7 +16,7 @@ from transformers import set_seed
 
 from ..checkpoints.files import check_absent, write_json
 from .adapters import DTYPES
-from .finetune import load_tokenizer
+from .models import load_tokenizer
 from .side_by_side import SideBySide, common_base, load_side_by_side
 from .tasks import TASKS
 

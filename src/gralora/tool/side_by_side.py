@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ..checkpoints.files import CONFIG, read_adapter_folder, read_json
 from ..checkpoints.load import check_names, expected_names, load_adapter
 from .embedded import embedded_model
-from .finetune import EMBEDDED, load_pretrained, load_tokenizer
+from .models import EMBEDDED, load_pretrained, load_tokenizer
 
 
 @dataclass

@@ -4,7 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import encode, file_examples, split, stdlib_examples
+from ..data import encode, file_examples, split
+from ..stdlib import stdlib_examples
 from .inference import answer_losses
 
 
