@@ -10,7 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from gralora.tool import data
-from gralora.tool.data import IGNORED, Chat, Example, encode, file_examples, marked, prompt_ids, split, stdlib_examples
+from gralora.tool import stdlib as stdlib_module
+from gralora.tool.data import IGNORED, Chat, Example, encode, file_examples, marked, prompt_ids, split
+from gralora.tool.stdlib import stdlib_examples
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +68,8 @@ def test_split_is_by_module(tmp_path):
 
 
 def test_private_module_goes_with_the_public_one():
-    assert data.is_held_out("_tarfile.py") == data.is_held_out("tarfile") is True
-    assert data.is_held_out("_json.py") == data.is_held_out("json") is False
+    assert stdlib_module.is_held_out("_tarfile.py") == stdlib_module.is_held_out("tarfile") is True
+    assert stdlib_module.is_held_out("_json.py") == stdlib_module.is_held_out("json") is False
 
 
 def test_a_function_occurs_once(tmp_path):
@@ -109,7 +111,7 @@ def test_methods_are_cut_after_the_docstring_and_dedented(tmp_path):
         "            return 1\n"
         "        return inner\n"
     )
-    ((example, _),) = data.function_examples(write(tmp_path / "a.py", source))
+    ((example, _),) = stdlib_module.function_examples(write(tmp_path / "a.py", source))
     assert example.prompt == 'def f(self):\n    """One.\n\n    Two.\n    """\n'
     assert example.completion.startswith("    # a comment\n    def inner():\n")
     assert example.completion.endswith("\n    return inner")
@@ -145,7 +147,8 @@ def test_jsonl_and_json_records(tmp_path):
     lines = write(tmp_path / "a.jsonl", "\n\n".join(map(json.dumps, RECORDS)) + "\n")
     found = file_examples(lines)
     assert found.examples == EXAMPLES
-    assert found.kinds == {kind: 2 if kind == "instruction+output" else 1 for kind in data.RECORD_NAMES[1:]}
+    kinds = [kind for kind in data.RECORD_NAMES if kind not in ("messages", "conversations")]
+    assert found.kinds == {kind: 2 if kind == "instruction+output" else 1 for kind in kinds}
     for indent in (None, 2):
         assert file_examples(write(tmp_path / "a.json", json.dumps(RECORDS, indent=indent))).examples == EXAMPLES
     assert file_examples(write(tmp_path / "b.json", lines.read_text())).examples == EXAMPLES, "lines in a .json"
@@ -185,8 +188,8 @@ def test_folder(tmp_path):
     (tmp_path / "empty" / "data").mkdir(parents=True)
     with pytest.raises(ValueError, match=f"no file ending in .jsonl.*folders in it: {tmp_path / 'empty' / 'data'}"):
         file_examples(tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match="data_path='some/hub-id' is no file or folder here"):
-        file_examples("some/hub-id")
+    with pytest.raises(FileNotFoundError, match="data_path='no/file' is no file or folder here"):
+        file_examples("./no/file")
 
 
 def test_rows_with_nothing_to_learn_are_counted(tmp_path):
@@ -201,7 +204,7 @@ def test_rows_with_nothing_to_learn_are_counted(tmp_path):
 def test_broken_rows_can_be_skipped(tmp_path):
     path = write(tmp_path / "a.jsonl", f'{GOOD}\n{{"text": \n{{"text": 1}}\n{GOOD}\n')
     found = file_examples(path, skip_bad_rows=True)
-    assert found.examples == [Example("", "x")] * 2 and len(found.broken) == 2
+    assert found.examples == [Example("", "x")] * 2 and found.broken == 2
     assert f"left out as broken: 2, the first: {path}, line 2: not JSON" in str(found)
     with pytest.raises(ValueError, match=f"no records to train on.*broken: 1, the first: {path}, line 1"):
         file_examples(write(path, "[]"), skip_bad_rows=True)
@@ -246,6 +249,20 @@ def test_broken_parquet(tmp_path):
     pytest.importorskip("pyarrow")
     with pytest.raises(ValueError, match="a.parquet: not a parquet file"):
         file_examples(write(tmp_path / "a.parquet", "x"))
+
+
+def test_line_ends_of_other_systems(tmp_path):
+    write(tmp_path / "a.csv", "").write_bytes('text\r\n"a\r\nb"\r\nc\r\n'.encode("utf-8-sig"))
+    assert [example.completion for example in file_examples(tmp_path / "a.csv").examples] == ["a\r\nb", "c"]
+    write(tmp_path / "a.txt", "").write_bytes(b"a\r\nb\r\n\r\nc\r\n")
+    assert [example.completion for example in file_examples(tmp_path / "a.txt").examples] == ["a\r\nb", "c"]
+
+
+def test_a_line_that_is_not_utf8_can_be_skipped(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD.encode() + b"\n\xff\n" + GOOD.encode())
+    found = file_examples(path, skip_bad_rows=True)
+    assert len(found.examples) == 2 and found.first_broken == f"{path}, line 2: not UTF-8 text."
 
 
 def test_text_that_is_not_utf8_names_file_and_line(tmp_path):
@@ -347,6 +364,40 @@ def test_what_the_template_refuses_names_file_and_line(chat):
         chat("{{ raise_exception('no system') }}", MESSAGES)
 
 
+def test_prompt_and_completion_of_messages(chat, tmp_path):
+    """Of the assistant's turns, those in the completion are learnt."""
+    tokenizer, _ = chat(CHATML, MESSAGES)
+    record = {"prompt": MESSAGES[:4], "completion": MESSAGES[4:5]}
+    found = file_examples(write(tmp_path / "a.jsonl", json.dumps(record)), tokenizer)
+    (row,) = encode(tokenizer, found.examples, 100)
+    assert marked(tokenizer, row) == (
+        "<system>Be brief.<end>\n<user>a?<end>\n<assistant>b<end>\n<user>c?<end>\n<assistant>>>>d<end>\n<<<"
+    )
+    assert found.kinds == {"prompt+completion": 1}
+    with pytest.raises(ValueError, match="line 1: field 'prompt' must be text"):
+        file_examples(write(tmp_path / "a.jsonl", json.dumps(record | {"completion": "d"})), tokenizer)
+
+
+def test_sharegpt(chat, tmp_path):
+    """Names of who speaks become roles, tools among them; messages under that name are taken as they are."""
+    tokenizer, found = chat(CHATML, [*MESSAGES[:2], {"role": "tool", "content": "7"}, *MESSAGES[2:5]])
+    names = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
+    turns = [{"from": names[role], "value": content} for role, content in TURNS[:2]]
+    turns += [{"from": "observation", "value": "7"}]
+    turns += [{"from": names[role], "value": content} for role, content in TURNS[2:5]]
+    for record in (turns, [*MESSAGES[:2], {"role": "tool", "content": "7"}, *MESSAGES[2:5]]):
+        path = write(tmp_path / "a.jsonl", json.dumps({"conversations": record, "id": "ignored"}))
+        assert file_examples(path, tokenizer).examples == found.examples
+    assert "<tool>7<end>" in marked(tokenizer, encode(tokenizer, found.examples, 200)[0])
+    for turn, message in (
+        ({"from": "bot", "value": "x"}, "from='bot' is not known; known: system, human"),
+        ({"from": "gpt"}, "'conversations' must be a list of objects"),
+    ):
+        path = write(tmp_path / "a.jsonl", json.dumps({"conversations": [turn]}))
+        with pytest.raises(ValueError, match=f"line 1: field {message}|line 1: field 'conversations': {message}"):
+            file_examples(path, tokenizer)
+
+
 # ---- tokens
 
 
@@ -362,8 +413,9 @@ def test_only_the_answer_and_the_end_carry_loss(tokenizer):
 def test_inputs_are_learnt_on_request(tokenizer):
     examples = [Example("abc", "d"), Chat(((("x", False), ("y", True)),))]
     rows = encode(tokenizer, examples, 100, train_on_inputs=True)
-    assert [row["labels"] for row in rows] == [row["input_ids"] for row in rows]
-    assert [tokenizer.decode(row["labels"]) for row in rows] == ["abcd<end>", "xy"]
+    assert [row["labels"][1:] for row in rows] == [row["input_ids"][1:] for row in rows]
+    assert [tokenizer.decode(row["input_ids"]) for row in rows] == ["abcd<end>", "xy"]
+    assert [row["labels"][0] for row in rows] == [IGNORED] * 2, "nothing predicts a first token"
 
 
 def test_long_pieces_are_shown_shortened(tokenizer):

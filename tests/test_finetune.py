@@ -14,9 +14,13 @@ from peft import AutoPeftModelForCausalLM, PeftModel, load_peft_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
+from gralora.tool import arguments as arguments_module
+from gralora.tool import cli, resume
 from gralora.tool import finetune as module
+from gralora.tool.arguments import FinetuneArguments
 from gralora.tool.data import encode, file_examples, split
-from gralora.tool.finetune import FinetuneArguments, finetune, verify
+from gralora.tool.finetune import finetune
+from gralora.tool.verify import verify
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated"),
@@ -67,7 +71,7 @@ def test_gralora_run(arguments, capsys):
     assert {key.split(".")[-2] for key in weights(output)} == {"lora_A", "lora_B"}
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((output / "metrics.json").read_text()) == metrics
-    assert metrics["examples"] == {"train": 35, "held_out": 5} and metrics["steps"] == 6
+    assert metrics["examples"] == {"train": 35, "held_out": 5, "left_out": 0} and metrics["steps"] == 6
     assert [row["step"] for row in metrics["history"] if "loss" in row] == [1, 2, 4, 6]
     assert [row["step"] for row in metrics["history"] if "held_out_loss" in row] == [0, 2, 4, 6]
 
@@ -97,7 +101,7 @@ def test_without_use_gralora_it_is_plain_lora_of_the_same_size(arguments, tmp_pa
     assert "use_gralora" not in json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert {tensor.dim() for tensor in weights(tmp_path / "out").values()} == {2}
     assert plain["held_out_loss"] is None and plain["sample"]["before"] == ""
-    granular = finetune(arguments(max_steps=1, val_set_size=0))
+    granular = finetune(arguments(max_steps=1, val_set_size=0, overwrite=True))
     assert plain["parameters"] == granular["parameters"] and plain["parameters"]["trainable"] > 0
     assert granular["arguments"]["gralora_k"] == 2, "the number that auto stands for"
 
@@ -106,7 +110,7 @@ def test_model_card(arguments, tmp_path):
     """It says what was trained on what; each run writes its own, and leaves one that a person wrote."""
     card = tmp_path / "out" / "README.md"
     for alpha in (16, 48):
-        args = arguments(max_steps=1, val_set_size=2, lora_alpha=alpha)
+        args = arguments(max_steps=1, val_set_size=2, lora_alpha=alpha, overwrite=True)
         loss = finetune(args)["held_out_loss"]
         text = card.read_text()
         assert f"- base model: {args.base_model}" in text and f"- data: {args.data_path}" in text
@@ -118,7 +122,7 @@ def test_model_card(arguments, tmp_path):
     exec(text.split("```python\n")[1].split("```")[0], names)
     assert isinstance(names["model"], PeftModel) and names["tokenizer"].eos_token == "<end>"
     card.write_text("---\nlicense: mit\n---\nMy own words.\n")
-    finetune(arguments(max_steps=1, val_set_size=0))
+    finetune(arguments(max_steps=1, val_set_size=0, overwrite=True))
     assert "license: mit" in card.read_text() and "---\nMy own words.\n" in card.read_text()
     assert "lora_alpha" not in card.read_text()
 
@@ -160,6 +164,8 @@ def test_training_flags_reach_the_trainer(arguments, tmp_path):
         "schedule": {"lr_scheduler_type": "constant"},
         "optimizer": {"optim": "sgd"},
         "inputs": {"train_on_inputs": True},
+        "clipping": {"max_grad_norm": 1e-3},
+        "noise": {"neftune_noise_alpha": 5.0},
     }
     for name, changes in runs.items():
         finetune(arguments(output_dir=str(tmp_path / name), max_steps=3, val_set_size=0, **changes))
@@ -168,12 +174,105 @@ def test_training_flags_reach_the_trainer(arguments, tmp_path):
     assert json.loads((tmp_path / "rslora" / "adapter_config.json").read_text())["use_rslora"] is True
 
 
+def test_packed_and_padded_runs_learn_the_same(arguments, tmp_path):
+    """One step on the same examples, as two padded batches of two or as one row."""
+    path = tmp_path / "four.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": "a" * i, "completion": "b" * (12 - 2 * i)}) for i in range(1, 5)))
+    same = {"data_path": str(path), "max_steps": 1, "val_set_size": 0, "warmup_steps": 0}
+    finetune(arguments(output_dir=str(tmp_path / "padded"), batch_size=4, micro_batch_size=2, **same))
+    packed = finetune(
+        arguments(output_dir=str(tmp_path / "packed"), batch_size=1, micro_batch_size=1, packing=True, **same)
+    )
+    assert packed["examples"]["train"] == 4 and packed["tokens"] == sum(13 - i for i in range(1, 5))
+    torch.testing.assert_close(weights(tmp_path / "packed"), weights(tmp_path / "padded"), rtol=1e-4, atol=1e-6)
+    finetune(arguments(output_dir=str(tmp_path / "other"), batch_size=2, micro_batch_size=2, **same))
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(weights(tmp_path / "other"), weights(tmp_path / "padded"), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("quantization, precision", [("4bit", {}), ("4bit", {"bf16": True}), ("8bit", {"bf16": True})])
+def test_quantised_base(arguments, tmp_path, monkeypatch, quantization, precision):
+    """It learns, also after the evaluation at the start; reloaded it is the same, merged when dequantised."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(module, "verify_in_new_process", lambda folder: None)
+    loaded = []
+    adapt = module.get_peft_model
+    monkeypatch.setattr(module, "get_peft_model", lambda model, config: loaded.append(model) or adapt(model, config))
+    metrics = finetune(arguments(quantization=quantization, verify=True, gradient_checkpointing=True, **precision))
+    kinds = {type(layer).__name__ for layer in loaded[0].modules()}
+    assert {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}[quantization] in kinds
+    assert metrics["held_out_loss"]["after"] < metrics["held_out_loss"]["before"] - 0.05
+    differences = verify(tmp_path / "out")
+    assert differences["reloaded"] == 0 and differences["base"] > 10 * differences["merged"] > 0
+    changed = load_file(tmp_path / "out" / WEIGHTS)
+    save_file({name: tensor * 0.5 for name, tensor in changed.items()}, tmp_path / "out" / WEIGHTS)
+    with pytest.raises(ValueError, match="the reloaded adapter"):
+        verify(tmp_path / "out")
+
+
+def test_early_stopping_keeps_the_best_adapter(arguments, tmp_path):
+    """Held out is what gets less likely by training, so that the first loss after the start is the best."""
+    path = tmp_path / "other.jsonl"
+    path.write_text(json.dumps({"prompt": "", "completion": "UVWXYZ"}))
+    changes = {"max_steps": 30, "eval_steps": 1, "save_total_limit": 2, "eval_data_path": str(path)}
+    changes |= {"val_set_size": None, "early_stopping_patience": 2, "learning_rate": 1e-2, "warmup_steps": 0}
+    metrics = finetune(arguments(lora_target_modules=["all-linear"], **changes))
+    losses = [row["held_out_loss"] for row in metrics["history"] if "held_out_loss" in row]
+    best = min(range(1, len(losses)), key=losses.__getitem__)
+    assert metrics["steps"] == best + 2 < 30 and losses[best] < losses[-1]
+    assert metrics["held_out_loss"] == {"before": losses[0], "after": losses[best]}
+    assert equal(weights(tmp_path / "out"), weights(tmp_path / "out" / f"checkpoint-{best}"))
+    assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 2
+
+
+def test_speed_and_memory_are_measured(arguments, capsys):
+    """Tokens are those of the training batches; padding does not count."""
+    args = arguments(max_steps=9, batch_size=4, num_train_epochs=1)
+    metrics = finetune(args)
+    tokenizer = AutoTokenizer.from_pretrained(args.base_model)
+    rows = encode(tokenizer, split(file_examples(args.data_path).examples, 5)[0], 100)
+    assert metrics["tokens"] == sum(len(row["input_ids"]) for row in rows), "one pass over all"
+    assert metrics["tokens_per_s"] > 0 and 0.1 < metrics["peak_memory_gib"] < 100
+    lines = [line for line in capsys.readouterr().out.splitlines() if "tok/s" in line]
+    assert [line.split("step ")[1].split("  ")[0] for line in lines] == ["1/9", "2/9", "4/9", "6/9", "8/9"]
+    assert all(word in lines[-1] for word in ("loss ", "gradient ", "rate ", "0:00:00 left", " GiB peak"))
+
+
+@pytest.fixture
+def flags(arguments):
+    args = arguments(max_steps=1)
+    words = ["--lora_target_modules", "q_proj", "--use_gralora", "--max_steps", "1", "--val_set_size", "2"]
+    words += ["--max_seq_length", "100"]
+    return ["finetune", "--base_model", args.base_model, "--data_path", args.data_path, *words]
+
+
+def test_json_is_all_of_stdout(flags, tmp_path, capsys):
+    assert cli.main([*flags, "--output_dir", str(tmp_path / "out"), "--json"]) == 0
+    captured = capsys.readouterr()
+    (line,) = captured.out.splitlines()
+    assert json.loads(line) == json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert "examples to train on" in captured.err
+    assert cli.main([*flags, "--output_dir", str(tmp_path / "out"), "--json"]) == cli.USER_ERROR
+    captured = capsys.readouterr()
+    assert captured.out == "" and "holds an adapter of an earlier run" in captured.err
+
+
+def test_quiet_prints_nothing_but_errors(flags, tmp_path, capsys):
+    assert cli.main([*flags, "--output_dir", str(tmp_path / "out"), "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == "" and (tmp_path / "out" / "metrics.json").exists()
+    assert cli.main([*flags, "--output_dir", str(tmp_path / "out"), "--quiet", "--json", "--overwrite"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 1
+    assert cli.main([*flags, "--output_dir", str(tmp_path / "out"), "--quiet"]) == cli.USER_ERROR
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_report_to(monkeypatch):
     assert FinetuneArguments(report_to="none").training_arguments().report_to == []
-    monkeypatch.setattr(module, "get_available_reporting_integrations", list)
+    monkeypatch.setattr(arguments_module, "get_available_reporting_integrations", list)
     with pytest.raises(ImportError, match="report_to='wandb' needs .*: pip install wandb"):
         FinetuneArguments(report_to="wandb")
-    monkeypatch.setattr(module, "get_available_reporting_integrations", lambda: ["wandb"])
+    monkeypatch.setattr(arguments_module, "get_available_reporting_integrations", lambda: ["wandb"])
     assert FinetuneArguments(report_to="wandb").training_arguments().report_to == ["wandb"]
 
 
@@ -197,7 +296,7 @@ def test_seed_and_accumulation(arguments, tmp_path):
             torch.testing.assert_close(saved["first"], saved[name], rtol=1e-3, atol=1e-5)
 
 
-class CtrlC(module.SaveOnInterrupt):
+class CtrlC(resume.SaveOnInterrupt):
     """Ctrl-C during step 3."""
 
     times = 1
@@ -214,7 +313,7 @@ def test_interrupted_run_resumes_as_if_nothing_had_happened(arguments, tmp_path,
     checkpoint = tmp_path / "out" / "checkpoint-3"
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match=f"step 3 of 6.*{checkpoint}"):
-        patched.setattr(module, "SaveOnInterrupt", CtrlC)
+        patched.setattr(resume, "SaveOnInterrupt", CtrlC)
         finetune(arguments(**changes))
     assert signal.getsignal(signal.SIGINT) is handler
     assert not (tmp_path / "out" / WEIGHTS).exists() and not equal(weights(checkpoint), weights(tmp_path / "whole"))
@@ -226,7 +325,7 @@ def test_interrupted_run_resumes_as_if_nothing_had_happened(arguments, tmp_path,
 
 
 def test_second_interrupt_stops_at_once(arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SaveOnInterrupt", CtrlC)
+    monkeypatch.setattr(resume, "SaveOnInterrupt", CtrlC)
     monkeypatch.setattr(CtrlC, "times", 2)
     with pytest.raises(KeyboardInterrupt, match="without a checkpoint"):
         finetune(arguments())
@@ -245,7 +344,7 @@ def test_resuming_another_adapter_is_refused(arguments, tmp_path):
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["float32", "bfloat16"])
 def test_verify(arguments, tmp_path, monkeypatch, precision):
     """The saved adapter gives the logits of the end of training; a changed one, or a wrong merge, is noticed."""
-    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: None)
+    monkeypatch.setattr(module, "verify_in_new_process", lambda folder: None)
     finetune(arguments(verify=True, **precision))
     output = tmp_path / "out"
     differences = verify(output)
@@ -282,6 +381,15 @@ def test_verify_runs_in_another_process(arguments, capfd):
         ({"bf16": True, "fp16": True}, "exclude each other"),
         ({"optim": "adamm"}, "optim='adamm' must be one of adamw_torch"),
         ({"lr_scheduler_type": "flat"}, "lr_scheduler_type='flat' must be one of linear, .*constant"),
+        ({"quantization": "3bit"}, "quantization='3bit' must be one of none, 4bit, 8bit"),
+        ({"batch_size": 8, "gradient_accumulation_steps": 4}, "is gradient_accumulation_steps=2, not 4; give one of"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 must be at least 1"),
+        ({"early_stopping_patience": 2, "val_set_size": 0}, "early_stopping_patience=2 needs a held-out loss"),
+        ({"streaming": True, "data_path": "x"}, "streaming=True needs max_steps"),
+        ({"streaming": True, "max_steps": 5}, "streaming=True needs data_path"),
+        ({"train_split": "train"}, "train_split='train' needs data_path"),
+        ({"eval_split": "test"}, "eval_split='test' needs data_path"),
+        ({"data_path": "x", "train_split": "a", "eval_split": "a"}, "eval_split='a' is the split that is trained on"),
         ({"report_to": "wand"}, "report_to='wand' must be one of none, .*wandb"),
     ],
 )
@@ -292,9 +400,12 @@ def test_arguments_that_contradict(changes, message):
 
 def test_batch_is_divided_among_devices():
     args = FinetuneArguments(batch_size=24, micro_batch_size=4)
-    assert [args.gradient_accumulation_steps(devices) for devices in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    assert [args.accumulation(devices) for devices in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    whole = FinetuneArguments(gradient_accumulation_steps=3)
+    assert [whole.accumulation(devices) for devices in (1, 5)] == [3, 3]
+    assert FinetuneArguments(batch_size=24, gradient_accumulation_steps=6).accumulation(1) == 6
     with pytest.raises(ValueError, match="4 device.*use batch_size=16 or 32"):
-        args.gradient_accumulation_steps(4)
+        args.accumulation(4)
 
 
 @pytest.mark.parametrize(
@@ -341,12 +452,16 @@ def test_flags_of_the_research_scripts():
 
 def test_flags_of_trl():
     flags = "--model_name_or_path gpt2 --dataset_name data.jsonl --per_device_train_batch_size 2 --max_length 512 "
+    flags += "--load_in_4bit --gradient_accumulation_steps 8 --dataset_train_split a --dataset_test_split b "
     flags += "--gradient_checkpointing --optim sgd --lr_scheduler_type cosine --weight_decay 0.1 --use_rslora"
     expected = {"base_model": "gpt2", "data_path": "data.jsonl", "micro_batch_size": 2, "max_seq_length": 512}
     expected |= {"gradient_checkpointing": True, "optim": "sgd", "lr_scheduler_type": "cosine", "weight_decay": 0.1}
-    expected |= {"use_rslora": True, "report_to": "none"}
-    (args,) = HfArgumentParser(FinetuneArguments).parse_args_into_dataclasses(flags.split())
-    assert {name: asdict(args)[name] for name in expected} == expected
+    expected |= {"use_rslora": True, "report_to": "none", "quantization": "4bit", "gradient_accumulation_steps": 8}
+    expected |= {"train_split": "a", "eval_split": "b"}
+    args = vars(module.make_parser().parse_args(flags.split()))
+    assert {name: args[name] for name in expected} == expected
+    assert module.make_parser().parse_args(["--load_in_8bit", "true"]).quantization == "8bit"
+    assert module.make_parser().parse_args([]).quantization == "none"
 
 
 def test_every_flag_is_explained():

@@ -182,3 +182,14 @@ def test_kernels_interpreted():
     env = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True)
     assert run.returncode == 0 and "interpreted" in run.stdout, run.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-{}x{}-k{}-r{}-h{}".format(*s))
+def test_two_runs_on_gpu_give_the_same_bits(shape, dtype):
+    tensors = make(shape, dtype, "cuda", bias=True)
+    dy = torch.randn(shape[0], shape[2], device="cuda", dtype=dtype)
+    first, second = gradients(gralora_linear, tensors, dy), gradients(gralora_linear, tensors, dy)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

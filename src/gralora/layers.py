@@ -224,9 +224,10 @@ class GraloraModel(Promoted):
         try:
             for name, plain_name in plain.items():
                 self._add_as_plain_lora(name, plain_name)
-            super().add_weighted_adapter(
-                [plain.get(name, name) for name in adapters], weights, adapter_name, combination_type, **kwargs
-            )
+            # PEFT copies the first one's config, and that of a plain rsLoRA adapter, or one with patterns, rescales
+            order = sorted(range(len(adapters)), key=lambda i: adapters[i] not in plain)
+            adapters, weights = [plain.get(adapters[i], adapters[i]) for i in order], [weights[i] for i in order]
+            super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, **kwargs)
         finally:
             for plain_name in plain.values():
                 if plain_name in self.peft_config:
@@ -237,7 +238,7 @@ class GraloraModel(Promoted):
                 A, B = plain_weights(layer, adapter_name)
                 A.data, B.data = pad_lora(A.data, B.data, self.peft_config[adapter_name].r)
 
-    def set_adapter(self, adapter_name: str | list[str], **kwargs: Any) -> None:
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's.
 
         Raises:
@@ -253,7 +254,7 @@ class GraloraModel(Promoted):
                         "this). Delete it, and work on a plain copy of the adapter that it was made of: "
                         "add_weighted_adapter([ADAPTER], [1.0], NEW, combination_type='cat')."
                     )
-        super().set_adapter(adapter_name, **kwargs)
+        super().set_adapter(adapter_name, inference_mode)
 
     def _check_merge_allowed(self) -> None:
         """As PEFT's; its own check of layer_replication looks for the field among the adapters' names.
@@ -261,13 +262,13 @@ class GraloraModel(Promoted):
         An output layer may share its weight with the embedding: what happens then is as with plain LoRA.
         """
         super()._check_merge_allowed()
-        first: dict[tuple[int, type], str] = {}
+        first: dict[tuple[int, type], tuple[str, nn.Module]] = {}
         for where, layer in self.model.named_modules():
-            if isinstance(layer, lora.LoraLayer):
-                base = layer.get_base_layer()
-                weight = getattr(base, "weight", None)
-                other = first.setdefault((id(weight), type(base)), where)
-                if weight is not None and other != where:
+            base = layer.get_base_layer() if isinstance(layer, lora.LoraLayer) else None
+            weight = getattr(base, "weight", None)
+            if weight is not None:
+                other, other_base = first.setdefault((id(weight), type(base)), (where, base))
+                if other_base is not base:
                     raise ValueError(
                         f"the adapters of {other!r} and {where!r} cannot be merged: these layers share one weight "
                         "(layer_replication makes such layers), and each has an update of its own."
@@ -504,7 +505,7 @@ def settle_ks(config: LoraConfig, layers: dict[str, tuple[int, int]]) -> LoraCon
     unused = {key for key in config.gralora_k_pattern if not any(get_pattern_key([key], n) == key for n in layers)}
     if unused:
         warnings.warn(f"gralora_k_pattern keys that match no targeted layer: {sorted(unused)}.", stacklevel=2)
-    return config.with_ks(ks)
+    return config.settled(ks)
 
 
 def targeted_layers(tuner: BaseTuner, config: LoraConfig) -> Iterator[tuple[str, nn.Module | TargetParameter]]:

@@ -14,9 +14,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 READABLE = tuple(formats.FORMATS)
 WRITABLE = tuple(name for name, known in formats.FORMATS.items() if known.write_config is not None)
 
+EXAMPLES = {
+    "convert": "example:\n  gralora convert ADAPTER OUT --to peft",
+    "export": "example:\n  gralora export ADAPTER OUT --for vllm --base MODEL",
+    "merge": "example:\n  gralora merge ADAPTER OUT --base MODEL --dtype bfloat16",
+    "inspect": "examples:\n  gralora inspect ADAPTER\n  gralora inspect ADAPTER --json --png norms.png",
+}
+
 
 def _parser(name: str, description: str, **positional: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"gralora {name}", description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=f"gralora {name}",
+        description=description,
+        epilog=EXAMPLES[name],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     for argument, text in positional.items():
         parser.add_argument(argument, type=Path, help=text)
     parser.add_argument(
@@ -114,6 +127,10 @@ def merge_command(argv: list[str]) -> None:
     if result["resumed"]:
         print(f"resumed: {len(result['resumed'])} files were there already")
     replaced = f", replaced {len(result['replaced'])} tensors" if result["replaced"] else ""
+    if result["rounding"]:
+        worst, error = max(result["rounding"].items(), key=lambda item: item[1]["of_update"])
+        lost = f"{error['of_update']:.2g} of its update, {error['of_weight']:.2g} of the weight"
+        print(f"lost by rounding, at most: {lost}, in {worst}")
     print(f"merged {result['layers']} layers{replaced}, checked {result['verified']}; written to {args.out}")
 
 

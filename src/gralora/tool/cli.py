@@ -8,11 +8,13 @@ import traceback
 # name -> (module, function, what it does); the function takes the command's own arguments, a list of strings
 COMMANDS = {
     "finetune": ("gralora.tool.finetune", "main", "fine-tune a causal language model with GraLoRA or plain LoRA"),
+    "evaluate": ("gralora.tool.evaluate", "main", "measure adapters and their base model side by side"),
+    "chat": ("gralora.tool.chat", "main", "talk to a model, with adapters switched on and off"),
     "inspect": ("gralora.tool.adapters", "inspect_command", "show sizes, norms, ranks and anomalies of an adapter"),
     "convert": ("gralora.tool.adapters", "convert_command", "write an adapter in another GraLoRA format"),
     "export": ("gralora.tool.adapters", "export_command", "write the plain LoRA that an adapter equals, for serving"),
     "merge": ("gralora.tool.adapters", "merge_command", "write the base model with an adapter merged in"),
-    "verify": ("gralora.tool.finetune", "verify_main", "reload a fine-tuned adapter, merge it, and compare logits"),
+    "verify": ("gralora.tool.verify", "verify_main", "reload a fine-tuned adapter, merge it, and compare logits"),
 }
 
 USER_ERROR = 2  # as argparse
@@ -26,7 +28,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gralora",
         description="GraLoRA (Granular Low-Rank Adaptation) on Hugging Face PEFT.",
-        epilog="commands:\n" + "\n".join(f"  {name:{width}}  {what}" for name, (_, _, what) in COMMANDS.items()),
+        epilog="commands:\n"
+        + "\n".join(f"  {name:{width}}  {what}" for name, (_, _, what) in COMMANDS.items())
+        + "\n\nexample:\n  gralora finetune --use_gralora --data_path data.jsonl --output_dir out"
+        + f"\nexit status: 0 done, {USER_ERROR} wrong arguments or data, {INTERRUPTED} stopped by Ctrl-C, 1 a fault",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

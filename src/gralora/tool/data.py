@@ -1,36 +1,20 @@
-"""Training text: records become (prompt, completion) pairs, pairs become tokens whose labels cover the answer only.
+"""Training text: records become (prompt, completion) pairs, pairs become tokens whose labels cover the answer only."""
 
-The default text is what every Python installation brings along: the functions of the standard library, where signature
-and docstring are the prompt and the body is the answer. Files of the user's are the alternative: `file_examples`.
-"""
-
-import ast
-import csv
-import importlib.util
-import io
 import itertools
-import json
 import os.path
 import random
-import re
-import sys
-import sysconfig
-import textwrap
-import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from .sources import Source
+
 IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
-HELD_OUT_SHARE = 8  # about one module in so many is held out
-# tests, programs and generated tables: little in them is a function that its docstring describes
-SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data", "encodings"}
 
 
 class Example(NamedTuple):
@@ -49,97 +33,6 @@ class Chat(NamedTuple):
     texts: tuple[tuple[tuple[str, bool], ...], ...]
 
 
-# ---- the standard library ------------------------------------------------------------------------------------------
-
-
-def stdlib_examples(root: Path | None = None) -> tuple[list[Example], list[Example]]:
-    """Docstring-to-body pairs from Python's own library, for training and held out.
-
-    The split is by top-level module, by a hash of its name: the same on every machine and in every Python version.
-    A body occurs once in all, compared without comments and formatting, so no held-out answer was trained on.
-
-    Args:
-        root: folder with the library's source; default: that of the running Python.
-
-    Returns:
-        Training pairs and held-out pairs, each in a fixed order that mixes the modules.
-
-    Raises:
-        ValueError: if the folder has no Python source, as in installations that ship bytecode only.
-    """
-    root = root or Path(sysconfig.get_path("stdlib"))
-    train, held_out, seen = [], [], set()
-    for path in stdlib_files(root):
-        side = held_out if is_held_out(path.relative_to(root).parts[0]) else train
-        for example, code in function_examples(path):
-            if code not in seen:
-                seen.add(code)
-                side.append(example)
-    if not train or not held_out:
-        raise ValueError(f"no standard library source with docstrings in {str(root)!r}; give --data_path instead.")
-    for side in (train, held_out):
-        random.Random(0).shuffle(side)
-    return train, held_out
-
-
-def stdlib_files(root: Path) -> Iterator[Path]:
-    """Source files of the importable standard library, sorted; site-packages and `SKIPPED_FOLDERS` left out."""
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if parts[0] in sys.stdlib_module_names and not SKIPPED_FOLDERS.intersection(parts):
-            yield path
-
-
-def is_held_out(file_or_folder: str) -> bool:
-    """Whether a top-level module is held out; `_x` goes with `x`, since one often implements the other."""
-    name = file_or_folder.removesuffix(".py").lstrip("_")
-    return int(sha256(name.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
-
-
-def function_examples(path: Path) -> Iterator[tuple[Example, str]]:
-    """One pair per function or method with a docstring and a body, and the body's normalised code.
-
-    Functions inside functions are part of the outer answer. A file that Python cannot parse has none.
-    """
-    try:
-        with tokenize.open(path) as file:
-            source = file.read()
-        tree = ast.parse(source)
-    except (SyntaxError, UnicodeDecodeError):
-        return
-    lines = source.splitlines()
-    for node in outer_functions(tree):
-        if ast.get_docstring(node) is None or all(is_placeholder(statement) for statement in node.body[1:]):
-            continue
-        docstring, first = node.body[:2]
-        if first.lineno == docstring.end_lineno:
-            continue  # `def f(): "doc"; return 1`: nowhere to cut between lines
-        text = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])).split("\n")
-        if not text[0].startswith(("def ", "async def ")):
-            continue  # a string with less indentation than the code: dedent found nothing to take off
-        cut = docstring.end_lineno - node.lineno + 1
-        prompt, completion = "\n".join(text[:cut]) + "\n", "\n".join(text[cut:]).strip("\n")
-        yield Example(prompt, completion), "\n".join(ast.unparse(statement) for statement in node.body[1:])
-
-
-def outer_functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """The functions below a node that are not inside another function, in source order."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield child
-        else:
-            yield from outer_functions(child)
-
-
-def is_placeholder(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Pass) or (
-        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) and statement.value.value is ...
-    )
-
-
-# ---- files of the user's --------------------------------------------------------------------------------------------
-
-
 def text(record: dict[str, Any], name: str, optional: bool = False) -> str:
     value = record.get(name)
     if value is None and optional:
@@ -155,20 +48,28 @@ def instruction_example(instruction: str, answer: str, about: str = "") -> Examp
     return Example(f"### Instruction:\n{task}\n\n### Response:\n", answer)
 
 
-def chat_example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Chat:
-    """The conversation in `messages`, of which the assistant's turns are learnt, by the tokenizer's chat template."""
-    messages = record["messages"]
+def chat_example(
+    name: str,
+    messages: Any,
+    record: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    given: int = 0,
+) -> Chat:
+    """The conversation in field `name`, written by the tokenizer's chat template.
+
+    The assistant's turns are learnt, but not those among the first `given` messages.
+    """
     if not isinstance(messages, list) or not all(is_message(message) for message in messages):
-        raise ValueError(f"field 'messages' must be a list of objects with role and content, got {messages!r:.80}.")
+        raise ValueError(f"field {name!r} must be a list of objects with role and content, got {messages!r:.80}.")
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
-            "field 'messages' needs a chat template, and the tokenizer has none: "
+            f"field {name!r} needs a chat template, and the tokenizer has none: "
             f"{getattr(tokenizer, 'name_or_path', None)!r}; use a base model with one (often named Instruct or Chat), "
             "or the fields prompt+completion."
         )
     # parquet fills fields that only other messages have with null
     messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and says_something(message)]
+    turns = [i for i, m in enumerate(messages) if i >= given and m["role"] == "assistant" and says_something(m)]
 
     def render(count: int, **options: Any) -> str:
         tools = record.get("tools") or None
@@ -178,7 +79,7 @@ def chat_example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | No
         upto = [render(i + 1) for i in turns]
         before = [render(i, add_generation_prompt=True) for i in turns]
     except (TemplateError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"field 'messages': the tokenizer's chat template does not take it: {error}") from error
+        raise ValueError(f"field {name!r}: the tokenizer's chat template does not take it: {error}") from error
     starts = [len(os.path.commonprefix(pair)) for pair in zip(before, upto, strict=True)]
     cuts = [0, *(cut for start, end in zip(starts, upto, strict=True) for cut in (start, len(end)))]
     if turns and cuts == sorted(cuts) and all(upto[-1].startswith(end) for end in upto):
@@ -200,13 +101,52 @@ def says_something(message: dict[str, Any]) -> bool:
     return bool(message.get("content", "").strip() or message.get("tool_calls"))
 
 
+# ShareGPT's names of who speaks -> the roles of chat templates
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+
+def sharegpt_message(turn: Any) -> Any:
+    """A turn with ShareGPT's keys `from` and `value` as a message; others are passed on as they are."""
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn
+    if turn["from"] not in SHAREGPT_ROLES:
+        raise ValueError(
+            f"field 'conversations': from={turn['from']!r} is not known; known: {', '.join(SHAREGPT_ROLES)}."
+        )
+    return {"role": SHAREGPT_ROLES[turn["from"]], "content": turn.get("value")}
+
+
+def sharegpt_example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Chat:
+    turns = record["conversations"]
+    messages = [sharegpt_message(turn) for turn in turns] if isinstance(turns, list) else turns
+    return chat_example("conversations", messages, record, tokenizer)
+
+
+def prompt_example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Example | Chat:
+    """Texts, or lists of messages, of which the assistant's in `completion` are learnt."""
+    prompt, completion = record["prompt"], record["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return chat_example("prompt and completion", prompt + completion, record, tokenizer, given=len(prompt))
+    return Example(text(record, "prompt"), text(record, "completion"))
+
+
 # the fields that a record must have -> how it becomes an example; the first line that fits is taken
 RECORD_KINDS: dict[tuple[str, ...], Callable[[dict[str, Any], PreTrainedTokenizerBase | None], Example | Chat]] = {
-    ("messages",): chat_example,
+    ("messages",): lambda record, tokenizer: chat_example("messages", record["messages"], record, tokenizer),
+    ("conversations",): sharegpt_example,
     ("instruction", "output"): lambda record, _: instruction_example(
         text(record, "instruction"), text(record, "output"), text(record, "input", optional=True)
     ),
-    ("prompt", "completion"): lambda record, _: Example(text(record, "prompt"), text(record, "completion")),
+    ("prompt", "completion"): prompt_example,
     ("query", "response"): lambda record, _: instruction_example(text(record, "query"), text(record, "response")),
     ("question", "answer"): lambda record, _: instruction_example(text(record, "question"), text(record, "answer")),
     ("text",): lambda record, _: Example("", text(record, "text")),
@@ -215,165 +155,70 @@ RECORD_NAMES = [*map("+".join, RECORD_KINDS)]
 
 
 @dataclass
-class FileExamples:
-    """What the rows of files became."""
+class Found:
+    """What the rows of a source became."""
 
-    files: list[Path]
+    source: Source
     examples: list[Example | Chat] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
     empty: int = 0  # rows with nothing to train on
-    broken: list[str] = field(default_factory=list)  # what is wrong with each row that was skipped
+    broken: int = 0  # rows that were skipped
+    first_broken: str = ""  # where it is, and what is wrong with it
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} of {kind}" for kind, count in self.kinds.items()) or "none"
-        more = f" and {len(self.files) - 3} more files" if len(self.files) > 3 else ""
-        parts = [f"{', '.join(map(str, self.files[:3]))}{more}: rows with something to train on: {kinds}"]
+        parts = [f"{self.source}: rows with something to train on: {kinds}"]
         parts += [f"left out with nothing to train on: {self.empty}"] if self.empty else []
-        parts += [f"left out as broken: {len(self.broken)}, the first: {self.broken[0]}"] if self.broken else []
+        parts += [f"left out as broken: {self.broken}, the first: {self.first_broken}"] if self.broken else []
         return "; ".join(parts)
+
+    def read(self, tokenizer: PreTrainedTokenizerBase | None, skip_bad_rows: bool) -> Iterator[Example | Chat]:
+        """The examples that the source's rows stand for, one after the other, and none kept; rows are counted.
+
+        Raises:
+            ValueError: for a broken row, unless `skip_bad_rows`, and for a source with nothing to train on.
+        """
+        self.kinds, self.empty, self.broken = Counter(), 0, 0
+        for place, row in self.source.rows():
+            try:
+                kind, example = record_example(row, tokenizer)
+            except ValueError as error:
+                if not skip_bad_rows:
+                    raise ValueError(f"{place}: {error}") from error
+                self.first_broken = self.first_broken if self.broken else f"{place}: {error}"
+                self.broken += 1
+                continue
+            if example.texts if isinstance(example, Chat) else example.completion.strip():
+                self.kinds["+".join(kind)] += 1
+                yield example
+            else:
+                self.empty += 1
+        if not self.kinds:
+            raise ValueError(f"data_path={self.source.path!r} has no records to train on. {self}")
 
 
 def file_examples(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, skip_bad_rows: bool = False
-) -> FileExamples:
-    """Examples from a file of one of `READERS`, or from the files directly in a folder.
+    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, skip_bad_rows: bool = False, **options: Any
+) -> Found:
+    """All examples of a local file or folder, or of a data set of the hub.
 
-    A record holds the fields of one line of `RECORD_KINDS`; other fields are ignored. Of a folder in which names begin
-    with `train`, only these files are read.
+    A record holds the fields of one line of `RECORD_KINDS`; other fields are ignored.
 
     Args:
-        path: of the file or folder.
-        tokenizer: whose chat template writes `messages`.
+        path: of the file or folder, or hub id.
+        tokenizer: whose chat template writes conversations.
         skip_bad_rows: count a broken row instead of raising.
+        options: others of `Source`.
 
     Raises:
         ValueError: for another kind of file, one with nothing to train on, or a broken row; the message has the file
             and the line, or, of csv and parquet, the row, counted from 1 without the header.
         OSError: if a file cannot be read.
-        ImportError: for parquet without pyarrow.
+        ImportError: for parquet without pyarrow, for the hub without datasets.
     """
-    found = FileExamples(data_files(Path(path)))
-    for file in found.files:
-        for place, row in READERS[file.suffix.lower()](file):
-            try:
-                kind, example = record_example(row, tokenizer)
-            except ValueError as error:
-                if not skip_bad_rows:
-                    raise ValueError(f"{file}, {place}: {error}") from error
-                found.broken.append(f"{file}, {place}: {error}")
-                continue
-            if example.texts if isinstance(example, Chat) else example.completion.strip():
-                found.kinds["+".join(kind)] += 1
-                found.examples.append(example)
-            else:
-                found.empty += 1
-    if not found.examples:
-        raise ValueError(f"data_path={str(path)!r} has no records to train on. {found}")
+    found = Found(Source(str(path), **options))
+    found.examples = list(found.read(tokenizer, skip_bad_rows))
     return found
-
-
-def data_files(path: Path) -> list[Path]:
-    """The file itself, or the files to read in a folder."""
-    endings = ", ".join(READERS)
-    if not path.exists():
-        raise FileNotFoundError(f"data_path={str(path)!r} is no file or folder here; give a local one ({endings}).")
-    if not path.is_dir():
-        if path.suffix.lower() not in READERS:
-            raise ValueError(f"data_path={str(path)!r} must end in one of {endings}.")
-        return [path]
-    files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix.lower() in READERS)
-    if not files:
-        folders = ", ".join(sorted(str(folder) for folder in path.iterdir() if folder.is_dir())) or "none"
-        raise ValueError(f"data_path={str(path)!r} has no file ending in {endings}; folders in it: {folders}.")
-    return [file for file in files if file.name.startswith("train")] or files
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 text.") from error
-
-
-# A reader yields the place and the value of each row; of a row that cannot be read, a ValueError as its value.
-Rows = Iterator[tuple[str, Any]]
-
-
-def jsonl_rows(path: Path) -> Rows:
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                row = ValueError(f"not JSON: {error.msg}, column {error.colno}.")
-            yield f"line {number}", row
-
-
-def json_rows(path: Path) -> Rows:
-    """The elements of a list; a file that begins with an object is read line by line."""
-    source = read_text(path)
-    if source.lstrip().startswith("{"):
-        yield from jsonl_rows(path)
-        return
-    try:
-        rows = json.loads(source) if source.strip() else []
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}, column {error.colno}.") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}, line 1: the file must be a list of records, not a {type(rows).__name__}.")
-    # the text is known to be a valid list, so elements can be walked with what stands between them skipped
-    decode, between, position = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), source.find("[") + 1
-    line, counted = 1, 0
-    for row in rows:
-        position = between.match(source, position).end()
-        line, counted = line + source.count("\n", counted, position), position
-        yield f"line {line}", row
-        _, position = decode(source, position)
-
-
-def text_rows(path: Path) -> Rows:
-    """A text per paragraph; blank lines separate them."""
-    source = read_text(path)
-    line, counted = 1, 0
-    for match in re.finditer(r"(?:[^\n]*\S[^\n]*(?:\n|$))+", source):
-        line, counted = line + source.count("\n", counted, match.start()), match.start()
-        yield f"line {line}", {"text": match.group().rstrip("\n")}
-
-
-def csv_rows(path: Path) -> Rows:
-    csv.field_size_limit(2**31 - 1)  # the default is less than a long text
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
-    number = 0
-    try:
-        for number, row in enumerate(reader, start=1):
-            complete = None not in row and None not in row.values()
-            yield f"row {number}", row if complete else ValueError("it has more or fewer fields than the header.")
-    except csv.Error as error:
-        yield f"row {number + 1}", ValueError(f"not CSV, so reading ends here: {error}.")
-
-
-def parquet_rows(path: Path) -> Rows:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ImportError(f"{path} needs the package pyarrow: pip install pyarrow")
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-            yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-    except ArrowException as error:
-        raise ValueError(f"{path}: not a parquet file that can be read: {error}") from error
-
-
-READERS: dict[str, Callable[[Path], Rows]] = {
-    ".jsonl": jsonl_rows,
-    ".json": json_rows,
-    ".csv": csv_rows,
-    ".parquet": parquet_rows,
-    ".txt": text_rows,
-}
 
 
 def record_example(
@@ -443,8 +288,9 @@ def encode(
             ids = [token for piece, _ in pieces for token in piece][:max_seq_length]
             learnt = [learnt or train_on_inputs for piece, learnt in pieces for _ in piece]
             labels = [token if learn else IGNORED for token, learn in zip(ids, learnt, strict=False)]
-            # a first token is never predicted, so it needs no label
-            if any(label != IGNORED for label in labels[1:]):
+            # a first token is never predicted; a label of its own would count in the mean of the loss
+            labels[:1] = [IGNORED] * len(labels[:1])
+            if any(label != IGNORED for label in labels):
                 rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
     return rows
 

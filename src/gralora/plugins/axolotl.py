@@ -1,0 +1,87 @@
+"""Axolotl plugin: `adapter: gralora` in Axolotl's YAML.
+
+```yaml
+plugins:
+  - gralora.plugins.axolotl.GraloraPlugin
+adapter: gralora
+lora_r: 64
+lora_alpha: 128
+lora_target_linear: true
+gralora_k: 4 # or auto, the default
+hybrid_r: 0
+```
+
+Axolotl's `lora_` and `peft_` settings are taken as for `adapter: lora`. Axolotl saves the adapter; merge it with
+`gralora merge`, since Axolotl's own merging reads plain LoRA.
+"""
+
+import dataclasses
+from typing import Any
+
+import peft
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from axolotl.loaders.adapter import load_lora
+from peft import PeftConfig, PeftModel, get_peft_model
+from pydantic import BaseModel, Field
+from transformers import PreTrainedModel
+
+from gralora import LoraConfig
+
+NAME = "gralora"
+# Axolotl's fused kernels read lora_A and lora_B as plain matrices; it quantises the base for `lora` and `qlora` only
+REFUSED = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+REFUSED += ("load_in_4bit", "load_in_8bit", "gptq")
+
+
+class GraloraArgs(BaseModel):
+    """What the plugin adds to Axolotl's YAML."""
+
+    gralora_k: int | str = Field(default="auto", description="GraLoRA's blocks per side, a number or auto.")
+    hybrid_r: int = Field(default=0, description="Part of lora_r that is plain LoRA (Hybrid GraLoRA).")
+    gralora_scaling: str = Field(default="lora", description="lora or matched, as in gralora.LoraConfig.")
+
+
+class GraloraPlugin(BasePlugin):
+    """Builds, or loads from `lora_model_dir`, a GraLoRA adapter where Axolotl would a plain LoRA."""
+
+    def get_input_args(self) -> str:
+        return f"{__name__}.{GraloraArgs.__name__}"
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        return [AdapterCapabilities(name=NAME, lora_like=True)]
+
+    def load_adapter(
+        self, model: PreTrainedModel, cfg: Any, inference: bool = False, config_only: bool = False
+    ) -> tuple[PeftModel | None, PeftConfig] | None:
+        """The model with the adapter (None with `config_only`) and its config; None for other adapters.
+
+        Raises:
+            ValueError: for settings of Axolotl that a GraLoRA adapter cannot have.
+        """
+        if cfg.adapter != NAME:
+            return None
+        for name in REFUSED:
+            if cfg[name]:
+                raise ValueError(f"{name}: {cfg[name]} cannot be combined with adapter: {NAME}; leave it out.")
+        _, plain = load_lora(model, cfg, config_only=True)  # Axolotl's reading of its settings
+        settings = {name: cfg[name] for name in GraloraArgs.model_fields if cfg[name] is not None}
+        config = granular(plain, **settings)
+        if config_only:
+            return None, config
+        options = {}
+        if cfg.peft_autocast_adapter_dtype is not None:
+            options["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
+        if cfg.lora_model_dir:
+            model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference, **options)
+            config = model.peft_config["default"]
+        else:
+            model = get_peft_model(model, config, **options)
+        model.print_trainable_parameters()
+        return model, config
+
+
+def granular(plain: peft.LoraConfig, **settings: Any) -> LoraConfig:
+    """The GraLoRA config with the fields of a plain LoRA's."""
+    fields = {f.name: getattr(plain, f.name) for f in dataclasses.fields(peft.LoraConfig) if f.init}
+    del fields["peft_type"]  # given only where a config is read from a file
+    return LoraConfig(**fields, use_gralora=True, **settings)

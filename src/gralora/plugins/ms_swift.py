@@ -1,0 +1,61 @@
+"""ms-swift plugin: `--tuner_type gralora`.
+
+```
+swift sft --external_plugins "$(python -c 'import gralora.plugins as p; print(p.__path__[0])')/ms_swift.py" \
+    --tuner_type gralora --lora_rank 64 --lora_alpha 128 --target_modules all-linear \
+    --model_kwargs '{"gralora_k": 4, "gralora_hybrid_r": 0}' ...
+```
+
+ms-swift puts `--model_kwargs` into environment variables, which is how a plugin gets settings of its own. Its flags
+for LoRA, from `--lora_rank` to `--init_weights`, are taken as for `--tuner_type lora`.
+"""
+
+import os
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from swift.pipelines.train.tuner import get_modules_to_save, get_target_modules
+from swift.tuner_plugin import PeftTuner, tuners_map
+from torch import nn
+
+from gralora import LoraConfig
+
+NAME = "gralora"
+REFUSED = ("lorap_lr_ratio", "target_parameters")  # arguments of ms-swift that mean other optimizers and layers
+
+
+class GraloraTuner(PeftTuner):
+    """Adds a GraLoRA adapter; saves and loads as PEFT does."""
+
+    @staticmethod
+    def prepare_model(args: Any, model: nn.Module) -> nn.Module:
+        for name in REFUSED:
+            if getattr(args, name, None):
+                raise ValueError(f"--{name} {getattr(args, name)} cannot be combined with --tuner_type {NAME}.")
+        k = os.environ.get("GRALORA_K", "auto")
+        config = LoraConfig(
+            task_type=args.task_type.upper(),
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=get_target_modules(args, model),
+            modules_to_save=get_modules_to_save(args, model),
+            bias=args.lora_bias,
+            use_rslora=args.use_rslora,
+            use_dora=args.use_dora,
+            init_lora_weights=args.init_weights,
+            use_gralora=True,
+            gralora_k=k if k == "auto" else int(k),
+            hybrid_r=int(os.environ.get("GRALORA_HYBRID_R", "0")),
+            gralora_scaling=os.environ.get("GRALORA_SCALING", "lora"),
+        )
+        model = get_peft_model(model, config)
+        if args.lora_dtype:
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and "lora_" in name:
+                    parameter.data = parameter.data.to(getattr(torch, args.lora_dtype))
+        return model
+
+
+tuners_map[NAME] = GraloraTuner

@@ -1,0 +1,283 @@
+"""What a fine-tuning run is asked for: one field per flag, and every check that needs neither model nor data."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from ..config import SCALINGS, LoraConfig
+from .data import RECORD_NAMES
+from .models import EMBEDDED, QUANTIZATIONS
+from .readers import READERS
+
+# the words that the Trainer knows
+KNOWN = {
+    "optim": [kind.value for kind in OptimizerNames],
+    "lr_scheduler_type": [kind.value for kind in SchedulerType],
+    "report_to": ["none", *INTEGRATION_TO_CALLBACK],
+    "quantization": ["none", *QUANTIZATIONS],
+    "gralora_scaling": SCALINGS,
+}
+LEAST = {"batch_size": 1, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "max_seq_length": 2, "lora_r": 1}
+LEAST |= {"val_set_size": 0, "max_grad_norm": 0, "neftune_noise_alpha": 0, "early_stopping_patience": 1}
+LEAST |= {"save_total_limit": 1}
+BATCH_SIZE = 16  # unless asked for otherwise
+HELD_OUT = 64  # examples held out, unless asked for otherwise
+
+
+@dataclass
+class FinetuneArguments:
+    """What a fine-tuning run is asked for. Checked here as far as no model or data are needed."""
+
+    base_model: str = HfArg(
+        default=EMBEDDED,
+        aliases=["--model_name_or_path"],
+        help="A hub id or a local folder; 'embedded' is SmolLM2-135M-Instruct, which needs no hub.",
+    )
+    output_dir: str = HfArg(
+        default="outputs/finetune", help="Folder for adapter, model card, checkpoints, metrics and plot."
+    )
+    overwrite: bool = HfArg(
+        default=False,
+        aliases=["--overwrite_output_dir"],
+        help="Start anew where output_dir holds an earlier run; its checkpoints are deleted.",
+    )
+    data_path: str | None = HfArg(
+        default=None,
+        aliases=["--dataset_name"],
+        help=f"A local file ({', '.join(READERS)}), a folder of them, or the id of a data set on the hub, with the "
+        f"fields {' or '.join(RECORD_NAMES)}; without it, docstring-to-function pairs from Python's standard library.",
+    )
+    dataset_config: str | None = HfArg(default=None, help="Configuration of a hub's data set that has several.")
+    train_split: str | None = HfArg(
+        default=None,
+        aliases=["--dataset_train_split"],
+        help="Split of the data set, or what the names of a folder's files begin with; without it, train.",
+    )
+    eval_data_path: str | None = HfArg(
+        default=None, help="What the held-out loss is measured on, as data_path; without it, part of data_path."
+    )
+    eval_split: str | None = HfArg(
+        default=None,
+        aliases=["--dataset_test_split"],
+        help="Split of eval_data_path, or else of data_path, to measure the held-out loss on.",
+    )
+    val_set_size: int | None = HfArg(
+        default=None,
+        help="Examples to measure the held-out loss on, 0: none; without it, all of eval_data_path or eval_split, or "
+        f"else {HELD_OUT} taken out of data_path.",
+    )
+    skip_bad_rows: bool = HfArg(default=False, help="Count broken rows of the data instead of stopping at the first.")
+    streaming: bool = HfArg(
+        default=False,
+        help="Read data_path while training, for more than fits in memory; needs max_steps.",
+    )
+    train_on_inputs: bool = HfArg(default=False, help="Learn prompts too; without it, answers only.")
+    max_seq_length: int = HfArg(
+        default=256, aliases=["--cutoff_len", "--max_length"], help="Tokens at which examples are cut."
+    )
+    packing: bool = HfArg(
+        default=False,
+        help="Fill rows of max_seq_length tokens with several examples, which do not see each other; batch sizes then "
+        "count such rows.",
+    )
+    quantization: str = HfArg(
+        default="none", help="Load the base model in 4bit (QLoRA: nf4, double quantisation) or 8bit with bitsandbytes."
+    )
+    attn_implementation: str | None = HfArg(
+        default=None, help="The base model's attention, as transformers names it: sdpa, eager, flash_attention_2."
+    )
+    use_gralora: bool = HfArg(default=False, help="Train GraLoRA; without it, plain LoRA of the same size.")
+    lora_r: int = HfArg(default=32, help="Total rank.")
+    lora_alpha: int = HfArg(default=64, help="Scale of the adapter: it is multiplied by lora_alpha / lora_r.")
+    use_rslora: bool = HfArg(default=False, help="Multiply the adapter by lora_alpha / sqrt(lora_r) instead.")
+    lora_dropout: float = HfArg(default=0.0, help="Dropout on the adapter's input.")
+    lora_target_modules: list[str] | None = HfArg(
+        default=None, help="Names of the layers to adapt, or all-linear; without it, PEFT's choice for the model."
+    )
+    gralora_k: str = HfArg(default="auto", help="GraLoRA's blocks per side, a number or auto.")
+    hybrid_r: int = HfArg(default=0, help="Part of lora_r that is plain LoRA (Hybrid GraLoRA).")
+    gralora_scaling: str = HfArg(
+        default="lora", help="'matched' makes GraLoRA's update as large as LoRA's at the same learning rate."
+    )
+    seed: int = HfArg(default=42, help="Of the adapter's start, the order of the data, and dropout.")
+    num_train_epochs: float = HfArg(default=1.0, help="Passes over the data.")
+    max_steps: int = HfArg(default=-1, help="Optimizer steps, instead of num_train_epochs where positive.")
+    batch_size: int | None = HfArg(
+        default=None, help=f"Examples per optimizer step, over all devices; without it, {BATCH_SIZE}."
+    )
+    micro_batch_size: int = HfArg(
+        default=4,
+        aliases=["--per_device_train_batch_size"],
+        help="Examples per forward pass and device; the rest is accumulated.",
+    )
+    gradient_accumulation_steps: int | None = HfArg(
+        default=None, help="Forward passes per optimizer step, instead of batch_size."
+    )
+    gradient_checkpointing: bool = HfArg(default=False, help="Less memory: compute activations twice.")
+    optim: str = HfArg(default="adamw_torch_fused", help="The Trainer's name of an optimizer.")
+    weight_decay: float = HfArg(default=0.0, help="Of the optimizer.")
+    max_grad_norm: float = HfArg(default=1.0, help="Norm to which longer gradients are cut; 0: they are not.")
+    learning_rate: float = HfArg(default=3e-4, help="Highest learning rate, reached after the warmup.")
+    lr_scheduler_type: str = HfArg(default="linear", help="The Trainer's name of what the learning rate does then.")
+    warmup_steps: float = HfArg(default=0.05, help="Steps of warmup, or a share of all steps where below 1.")
+    neftune_noise_alpha: float | None = HfArg(
+        default=None, help="Scale of the noise on the embeddings while training (NEFTune); 5 is usual."
+    )
+    early_stopping_patience: int | None = HfArg(
+        default=None,
+        help="Stop after so many held-out losses in a row that are no better than the best, and keep the best "
+        "adapter; checkpoints are then saved every eval_steps.",
+    )
+    bf16: bool = HfArg(default=False, help="Compute in bfloat16; without bf16 and fp16, in float32.")
+    fp16: bool = HfArg(default=False, help="Compute in float16, with loss scaling; needs a GPU.")
+    logging_steps: int = HfArg(default=10, help="Steps between two logged training losses.")
+    eval_steps: float = HfArg(default=0.25, help="Steps between two held-out losses, or a share of all where below 1.")
+    save_steps: float = HfArg(default=200, help="Steps between two checkpoints, or a share of all where below 1.")
+    save_total_limit: int | None = HfArg(default=None, help="Checkpoints to keep; without it, all.")
+    report_to: str = HfArg(default="none", help="Where losses are also logged: tensorboard, wandb, trackio or none.")
+    resume_from_checkpoint: str | None = HfArg(
+        default=None,
+        help="A checkpoint folder to go on from, with the arguments of the run that wrote it; latest (or true): the "
+        "last complete one in output_dir.",
+    )
+    verify: bool = HfArg(
+        default=False, help="At the end, reload and merge the adapter in a new process and compare logits."
+    )
+
+    def __post_init__(self) -> None:
+        if self.gralora_k != "auto":
+            try:
+                self.gralora_k = int(self.gralora_k)
+            except ValueError:
+                raise ValueError(f"gralora_k={self.gralora_k!r} must be a whole number or 'auto'.") from None
+        for name, minimum in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ValueError(f"{name}={value} must be at least {minimum}.")
+        for name, known in KNOWN.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}.")
+        self.accumulation(devices=1)
+        self.check_combinations()
+        if self.report_to != "none" and self.report_to not in get_available_reporting_integrations():
+            raise ImportError(
+                f"report_to={self.report_to!r} needs a package that is missing: pip install {self.report_to}; or give "
+                "--report_to none."
+            )
+
+    def check_combinations(self) -> None:
+        """Raise ValueError if fields contradict each other."""
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16=True and fp16=True exclude each other; give one.")
+        if self.data_path is None:
+            for name in ("dataset_config", "train_split", "streaming"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}={getattr(self, name)!r} needs data_path.")
+            if self.eval_split is not None and self.eval_data_path is None:
+                raise ValueError(f"eval_split={self.eval_split!r} needs data_path or eval_data_path.")
+        if self.eval_data_path is None and self.eval_split is not None and self.eval_split == self.train_split:
+            raise ValueError(f"eval_split={self.eval_split!r} is the split that is trained on.")
+        if self.streaming and self.max_steps < 1:
+            raise ValueError("streaming=True needs max_steps: how much data there is is not known beforehand.")
+        if self.early_stopping_patience is not None and not self.holds_out:
+            raise ValueError(
+                f"early_stopping_patience={self.early_stopping_patience} needs a held-out loss; val_set_size is 0."
+            )
+
+    def accumulation(self, devices: int) -> int:
+        """Forward passes per optimizer step on each of so many devices.
+
+        Raises:
+            ValueError: if `batch_size` is not a multiple of what the devices take at once, or contradicts
+                `gradient_accumulation_steps`.
+        """
+        at_once = self.micro_batch_size * devices
+        if self.batch_size is None and self.gradient_accumulation_steps is not None:
+            return self.gradient_accumulation_steps
+        batch_size = BATCH_SIZE if self.batch_size is None else self.batch_size
+        if batch_size % at_once:
+            below = batch_size // at_once * at_once
+            fitting = f"{below + at_once}" if not below else f"{below} or {below + at_once}"
+            raise ValueError(
+                f"batch_size={batch_size} must be divisible by micro_batch_size={self.micro_batch_size} times "
+                f"{devices} device(s); use batch_size={fitting}, or another micro_batch_size."
+            )
+        if self.gradient_accumulation_steps not in (None, batch_size // at_once):
+            raise ValueError(
+                f"batch_size={batch_size} with micro_batch_size={self.micro_batch_size} on {devices} device(s) is "
+                f"gradient_accumulation_steps={batch_size // at_once}, not {self.gradient_accumulation_steps}; give "
+                "one of batch_size and gradient_accumulation_steps."
+            )
+        return batch_size // at_once
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether a held-out loss is measured."""
+        return self.val_set_size != 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+    def lora_config(self) -> LoraConfig:
+        targets = self.lora_target_modules
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            use_rslora=self.use_rslora,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            use_gralora=self.use_gralora,
+            gralora_k=self.gralora_k,
+            hybrid_r=self.hybrid_r,
+            gralora_scaling=self.gralora_scaling,
+        )
+
+    def training_arguments(self) -> TrainingArguments:
+        gpu = torch.accelerator.is_available()
+        if self.fp16 and not gpu:
+            raise ValueError("fp16=True needs a GPU, and none is found; use bf16 or neither.")
+        early = self.early_stopping_patience is not None
+        training = TrainingArguments(
+            output_dir=self.output_dir,
+            seed=self.seed,
+            num_train_epochs=self.num_train_epochs,
+            max_steps=self.max_steps,
+            per_device_train_batch_size=self.micro_batch_size,
+            per_device_eval_batch_size=1,  # the Trainer averages over batches: of one, that is over answers
+            optim=self.optim,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            learning_rate=self.learning_rate,
+            lr_scheduler_type=self.lr_scheduler_type,
+            warmup_steps=self.warmup_steps,
+            logging_steps=self.logging_steps,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,
+            eval_strategy="steps" if self.holds_out else "no",
+            eval_steps=self.eval_steps if self.holds_out else None,
+            eval_on_start=self.holds_out,
+            save_steps=self.eval_steps if early else self.save_steps,
+            save_total_limit=self.save_total_limit,
+            load_best_model_at_end=early,
+            metric_for_best_model="eval_loss" if early else None,
+            neftune_noise_alpha=self.neftune_noise_alpha,
+            # without padding there is no mask to count by
+            include_num_input_tokens_seen="all" if self.packing else "non_padding",
+            remove_unused_columns=False,
+            bf16=self.bf16,
+            fp16=self.fp16,
+            use_cpu=not gpu,
+            dataloader_pin_memory=gpu,
+            report_to=self.report_to,
+        )
+        devices = training.world_size * max(1, training.n_gpu)
+        training.gradient_accumulation_steps = self.accumulation(devices)
+        return training

@@ -1,0 +1,57 @@
+"""What a command prints, and where: everything, nothing (--quiet), or one JSON object for a script (--json)."""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="Print errors only.")
+    parser.add_argument(
+        "--json", action="store_true", help="Print the results as one JSON object on stdout, and all else on stderr."
+    )
+
+
+def run(command: Callable[[], dict[str, Any]], quiet: bool, as_json: bool) -> None:
+    """Call `command`, which prints, and see to what comes out of it.
+
+    Args:
+        command: returns the results, as JSON can hold them.
+        quiet: let nothing out that it prints, nor progress bars and warnings of libraries.
+        as_json: let it out on stderr, and print the results on stdout.
+    """
+    with contextlib.ExitStack() as stack:
+        if quiet:
+            stack.enter_context(silent_libraries())
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        elif as_json:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        results = command()
+    if as_json:
+        print(json.dumps(results))
+
+
+@contextlib.contextmanager
+def silent_libraries() -> Iterator[None]:
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # else the Trainer draws its bar
+    transformers.logging.disable_progress_bar()
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        transformers.logging.set_verbosity(level)
+        transformers.logging.enable_progress_bar()

@@ -1,0 +1,145 @@
+"""Local files of training text: which there are, and their rows, each with its place in the file.
+
+Rows are read one after the other, so a file may be larger than memory (but for a .json that is one list).
+"""
+
+import csv
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+def data_files(path: Path, split: str | None = None, preferred: str = "train") -> list[Path]:
+    """The file itself, or the files directly in a folder, sorted.
+
+    Of a folder, those whose names begin with `split`; without it, with `preferred`, if there are any, else all.
+    """
+    endings = ", ".join(READERS)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"data_path={str(path)!r} is no file or folder here; give a local one ({endings}), or the id of a data "
+            "set on the hub."
+        )
+    if not path.is_dir():
+        if path.suffix.lower() not in READERS:
+            raise ValueError(f"data_path={str(path)!r} must end in one of {endings}.")
+        if split is not None:
+            raise ValueError(f"split {split!r}: the file {str(path)!r} has no splits; a folder or a hub id may have.")
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix.lower() in READERS)
+    if not files:
+        folders = ", ".join(sorted(str(folder) for folder in path.iterdir() if folder.is_dir())) or "none"
+        raise ValueError(f"data_path={str(path)!r} has no file ending in {endings}; folders in it: {folders}.")
+    named = [file for file in files if file.name.startswith(split or preferred)]
+    if split is not None and not named:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"split {split!r}: no file in {str(path)!r} has a name that begins so; there are {names}.")
+    return named or files
+
+
+# A reader yields the place and the value of each row; of a row that cannot be read, a ValueError as its value.
+Rows = Iterator[tuple[str, Any]]
+
+
+def lines(path: Path) -> Iterator[tuple[int, str | ValueError]]:
+    """Number and text of each line, with its end; of one that is not UTF-8, a ValueError."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")  # spreadsheets put a mark in front
+            except UnicodeDecodeError:
+                yield number, ValueError("not UTF-8 text.")
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """As `lines`, where rows span lines, so that none can be left out."""
+    for number, line in lines(path):
+        if isinstance(line, ValueError):
+            raise ValueError(f"{path}, line {number}: {line}")
+        yield number, line
+
+
+def jsonl_rows(path: Path) -> Rows:
+    for number, line in lines(path):
+        if isinstance(line, ValueError):
+            yield f"line {number}", line
+        elif line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                row = ValueError(f"not JSON: {error.msg}, column {error.colno}.")
+            yield f"line {number}", row
+
+
+def json_rows(path: Path) -> Rows:
+    """The elements of a list; a file that begins with an object is read line by line."""
+    if next((line for _, line in text_lines(path) if line.strip()), "").lstrip().startswith("{"):
+        yield from jsonl_rows(path)
+        return
+    source = "".join(line for _, line in text_lines(path))
+    try:
+        rows = json.loads(source) if source.strip() else []
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}, column {error.colno}.") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}, line 1: the file must be a list of records, not a {type(rows).__name__}.")
+    # the text is known to be a valid list, so elements can be walked with what stands between them skipped
+    decode, between, position = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), source.find("[") + 1
+    line, counted = 1, 0
+    for row in rows:
+        position = between.match(source, position).end()
+        line, counted = line + source.count("\n", counted, position), position
+        yield f"line {line}", row
+        _, position = decode(source, position)
+
+
+def text_rows(path: Path) -> Rows:
+    """A text per paragraph; blank lines separate them."""
+    start, paragraph = 0, []
+    for number, line in text_lines(path):
+        if line.strip():
+            start = start if paragraph else number
+            paragraph.append(line)
+        elif paragraph:
+            yield f"line {start}", {"text": "".join(paragraph).rstrip("\r\n")}
+            paragraph = []
+    if paragraph:
+        yield f"line {start}", {"text": "".join(paragraph).rstrip("\r\n")}
+
+
+def csv_rows(path: Path) -> Rows:
+    csv.field_size_limit(2**31 - 1)  # the default is less than a long text
+    reader = csv.DictReader((line for _, line in text_lines(path)), strict=True)
+    number = 0
+    try:
+        for number, row in enumerate(reader, start=1):
+            complete = None not in row and None not in row.values()
+            yield f"row {number}", row if complete else ValueError("it has more or fewer fields than the header.")
+    except csv.Error as error:
+        yield f"row {number + 1}", ValueError(f"not CSV, so reading ends here: {error}.")
+
+
+def parquet_rows(path: Path) -> Rows:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ImportError(f"{path} needs the package pyarrow: pip install pyarrow")
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches(1000) for row in batch.to_pylist())
+            yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+    except ArrowException as error:
+        raise ValueError(f"{path}: not a parquet file that can be read: {error}") from error
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": jsonl_rows,
+    ".json": json_rows,
+    ".csv": csv_rows,
+    ".parquet": parquet_rows,
+    ".txt": text_rows,
+}

@@ -1,0 +1,98 @@
+"""What a run leaves behind to read: metrics, a plot of the losses, a model card, a summary on the terminal."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from .arguments import FinetuneArguments
+from .models import EMBEDDED
+
+METRICS, LOSS_PLOT = "metrics.json", "loss.png"
+CARD, CARD_MARK = "README.md", "Written by `gralora finetune`."  # a card without the mark is the user's
+
+
+def history(log: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The losses in a Trainer's log: rows of `step` with `loss` (train) or `held_out_loss`."""
+    names = {"loss": "loss", "eval_loss": "held_out_loss"}
+    return [{"step": row["step"], name: row[key]} for row in log for key, name in names.items() if key in row]
+
+
+def plot_losses(losses: list[dict[str, float]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, style, label in (("loss", "-", "train"), ("held_out_loss", "o--", "held out")):
+        points = [(row["step"], row[name]) for row in losses if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def write_card(args: FinetuneArguments, model: PeftModel, loss: dict[str, float] | None) -> None:
+    """Write the adapter's model card into `output_dir`, unless there is one that `write_card` did not write."""
+    path = Path(args.output_dir, CARD)
+    if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8"):
+        return
+    config = model.peft_config["default"]
+    base = "SmolLM2-135M-Instruct" if args.base_model == EMBEDDED else args.base_model
+    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
+    settings |= {"gralora_k": config.gralora_k, "lora_target_modules": sorted(config.target_modules)}
+    for name in ("base_model", "data_path", "output_dir", "overwrite", "resume_from_checkpoint", "verify"):
+        del settings[name]
+    result = f"Held-out loss: {loss['before']:.4f} before training, {loss['after']:.4f} after." if loss else ""
+    text = f"""---
+library_name: peft
+---
+
+# {"GraLoRA" if args.use_gralora else "LoRA"} adapter for {base}
+
+{CARD_MARK}
+
+- base model: {base}
+- data: {args.data_path or "functions of Python's standard library, from docstring to body"}
+- trainable parameters: {model.get_nb_trainable_parameters()[0]}
+
+{result}
+
+## Use
+
+```python
+import gralora  # so that PEFT knows GraLoRA adapters
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained({args.output_dir!r})
+tokenizer = AutoTokenizer.from_pretrained({args.output_dir!r})
+```
+
+## Settings
+
+| | |
+| --- | --- |
+"""
+    text += "".join(f"| {name} | {value} |\n" for name, value in settings.items()) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def report(metrics: dict[str, Any], output: Path) -> None:
+    if metrics["sample"]["prompt"]:
+        for name, text in metrics["sample"].items():
+            print(f"---- sample, {name}:\n{text.rstrip()}")
+        print("----")
+    if loss := metrics["held_out_loss"]:
+        print(f"held-out loss: {loss['before']:.4f} before, {loss['after']:.4f} after {metrics['steps']} steps")
+    speed = f", {metrics['tokens_per_s']} tokens/s while training" if metrics["tokens_per_s"] else ""
+    print(f"time: {metrics['time_s']} s{speed}; peak memory: {metrics['peak_memory_gib']:.1f} GiB")
+    print(f"adapter: {output}, metrics: {output / METRICS}, loss curve: {output / LOSS_PLOT}")

@@ -1,0 +1,164 @@
+"""Checkpoints of a run: found and checked before it goes on from one, saved when Ctrl-C ends it."""
+
+import json
+import shutil
+import signal
+import sys
+import threading
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+LATEST = ("latest", "true")
+STATE = "trainer_state.json"  # what the Trainer writes last
+WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
+ADAPTER_FIELDS += ("use_gralora", "gralora_k", "gralora_k_pattern", "hybrid_r", "gralora_scaling")
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The Trainer's checkpoint folders in a folder, complete or not, the last step first."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    return sorted((path for path in folders if path.is_dir()), key=lambda path: -int(path.name.split("-")[1]))
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks to go on from it; None if nothing. A run killed while saving leaves such folders."""
+    try:
+        json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError):
+        return f"{STATE} is missing or cut off"
+    if not (checkpoint / "adapter_config.json").is_file():
+        return "adapter_config.json is missing"
+    if not any(any(checkpoint.glob(pattern)) for pattern in ("optimizer.pt", "optimizer_*", "global_step*")):
+        return "the optimizer's state is missing"  # the Trainer would begin a new one and not say so
+    for file in sorted(checkpoint.iterdir()):
+        if file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):
+            return f"{file.name} is cut off"
+        if file.suffix == ".safetensors":
+            try:
+                safe_open(file, "pt").__enter__()
+            except (SafetensorError, OSError):
+                return f"{file.name} is cut off"
+    return None
+
+
+def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
+    """The complete checkpoint folder that `resume_from_checkpoint` means; incomplete ones are named and passed over.
+
+    Raises:
+        ValueError: if there is none. A run never starts over because of that.
+    """
+    if asked is None or asked.lower() == "false":
+        return None
+    if asked.lower() not in LATEST:
+        if problem := fault(Path(asked)):
+            raise ValueError(f"resume_from_checkpoint={asked!r} is no complete checkpoint: {problem}.")
+        return asked
+    problems = []
+    for checkpoint in checkpoints(output_dir):
+        problem = fault(checkpoint)
+        if problem is None:
+            print(f"going on from {checkpoint}")
+            return str(checkpoint)
+        problems.append(f"{checkpoint}: {problem}")
+        print(f"passed over, since incomplete: {problems[-1]}", file=sys.stderr)
+    raise ValueError(
+        f"resume_from_checkpoint={asked!r}: no complete checkpoint in output_dir={output_dir!r}"
+        f" ({'; '.join(problems) or 'there is none at all'}); leave the flag out to start from the beginning."
+    )
+
+
+def check_output(output_dir: str, checkpoint: str | None, overwrite: bool) -> None:
+    """Raise ValueError if the run would mix with an earlier one in `output_dir`."""
+    if overwrite or (checkpoint is not None and Path(checkpoint).resolve().parent == Path(output_dir).resolve()):
+        return
+    if Path(output_dir, WEIGHTS).exists():
+        holds = "an adapter"
+    elif found := checkpoints(output_dir):
+        holds = f"checkpoints, the last of step {found[0].name.split('-')[1]}"
+    else:
+        return
+    raise ValueError(
+        f"output_dir={output_dir!r} holds {holds} of an earlier run; give another output_dir, --overwrite to start "
+        "anew, or --resume_from_checkpoint latest to go on."
+    )
+
+
+def delete_checkpoints(output_dir: str) -> None:
+    for checkpoint in checkpoints(output_dir):
+        shutil.rmtree(checkpoint)
+
+
+def check_checkpoint(checkpoint: str | None, model: PeftModel) -> None:
+    """Raise ValueError if `resume_from_checkpoint` is not a checkpoint of such an adapter.
+
+    The Trainer loads weights alone: another `lora_alpha` would change the adapter, and nothing would say so.
+    """
+    if checkpoint is None:
+        return
+    saved, asked = PeftConfig.from_pretrained(checkpoint), model.peft_config["default"]
+    for name in ADAPTER_FIELDS:
+        if getattr(saved, name) != getattr(asked, name):
+            raise ValueError(
+                f"the checkpoint {checkpoint!r} has {name}={getattr(saved, name)!r}, this run "
+                f"{getattr(asked, name)!r}; resume with the arguments of the run that wrote it."
+            )
+
+
+class NothingLeft(Exception):
+    """The checkpoint to go on from is that of the last step, so only the end of the run is left."""
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """Inside `with`, the first Ctrl-C makes the Trainer save a checkpoint at the end of the step and stop."""
+
+    def __enter__(self) -> "SaveOnInterrupt":
+        self.requested = False
+        self.handles = threading.current_thread() is threading.main_thread()  # Python allows no other to
+        if self.handles:
+            self.previous = signal.signal(signal.SIGINT, self.request)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.handles:
+            signal.signal(signal.SIGINT, self.previous)
+
+    def request(self, *_: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt("stopped at once, without a checkpoint of the last step")
+        self.requested = True
+        print("\nCtrl-C: saving a checkpoint after this step; once more to stop at once", file=sys.stderr)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise NothingLeft  # the Trainer would train one step more
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+        if control.should_save and state.is_world_process_zero:
+            # a complete checkpoint that is written over is incomplete until the Trainer writes this file
+            Path(args.output_dir, f"checkpoint-{state.global_step}", STATE).unlink(missing_ok=True)
+
+
+def train_or_interrupt(trainer: Trainer, checkpoint: str | None) -> None:
+    """Train, from a checkpoint if one is given; raise KeyboardInterrupt if Ctrl-C ended it early."""
+    with SaveOnInterrupt() as interrupt:
+        trainer.add_callback(interrupt)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except NothingLeft:
+            if trainer.args.load_best_model_at_end and (best := trainer.state.best_model_checkpoint):
+                set_peft_model_state_dict(trainer.model, load_peft_weights(best))
+    state = trainer.state
+    if interrupt.requested and state.global_step < state.max_steps:
+        saved = Path(trainer.args.output_dir, f"checkpoint-{state.global_step}")
+        raise KeyboardInterrupt(
+            f"stopped at step {state.global_step} of {state.max_steps}, checkpoint saved in {saved}; to go on, repeat "
+            f"the command with --resume_from_checkpoint {saved}"
+        )

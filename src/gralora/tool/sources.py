@@ -1,0 +1,85 @@
+"""Where rows come from: a local file, a folder of files, or a data set of the Hugging Face hub."""
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .readers import READERS, Rows, data_files
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
+
+
+@dataclass
+class Source:
+    """Rows of one split.
+
+    Attributes:
+        path: local file of one of `READERS`, folder of such files or of `datasets.save_to_disk`, or hub id.
+        split: files of a folder whose names begin so, or split of a data set; None: `preferred`.
+        preferred: split to take where none is named; of a folder without such files, all are taken.
+        config: configuration of a data set of the hub that has several.
+        streaming: read a data set of the hub row by row instead of downloading it first.
+    """
+
+    path: str
+    split: str | None = None
+    preferred: str = "train"
+    config: str | None = None
+    streaming: bool = False
+
+    def __post_init__(self) -> None:
+        path = Path(self.path)
+        saved = path.is_dir() and any((path / name).exists() for name in SAVED_BY_DATASETS)
+        on_hub = not path.exists() and path.suffix.lower() not in READERS and HUB_ID.fullmatch(self.path)
+        self.files = [] if saved or on_hub else data_files(path, self.split, self.preferred)
+        if not on_hub and self.config is not None:
+            raise ValueError(f"dataset_config={self.config!r} is for data sets of the hub, {self.path!r} is local.")
+        if not self.files:
+            self.dataset = self.load_saved() if saved else self.load_from_hub()
+
+    def __str__(self) -> str:
+        if not self.files:
+            return f"{self.path}, {self.split or self.preferred}"
+        more = f" and {len(self.files) - 3} more files" if len(self.files) > 3 else ""
+        return f"{', '.join(map(str, self.files[:3]))}{more}"
+
+    def rows(self) -> Rows:
+        """Place and value of each row; of one that cannot be read, a ValueError as its value."""
+        for file in self.files:
+            yield from ((f"{file}, {place}", row) for place, row in READERS[file.suffix.lower()](file))
+        if not self.files:
+            yield from ((f"{self}, row {number}", row) for number, row in enumerate(self.dataset, start=1))
+
+    def load_saved(self) -> Any:
+        datasets = import_datasets(self.path)
+        found = datasets.load_from_disk(self.path)
+        if not isinstance(found, datasets.DatasetDict):
+            if self.split is not None:
+                raise ValueError(f"split {self.split!r}: the data set in {self.path!r} was saved without splits.")
+            return found
+        if (self.split or self.preferred) not in found:
+            raise ValueError(f"split {self.split or self.preferred!r}: {self.path!r} has the splits {[*found]}.")
+        return found[self.split or self.preferred]
+
+    def load_from_hub(self) -> Any:
+        datasets = import_datasets(self.path)
+        try:
+            return datasets.load_dataset(
+                self.path, self.config, split=self.split or self.preferred, streaming=self.streaming
+            )
+        except (OSError, RuntimeError) as error:
+            raise OSError(
+                f"data_path={self.path!r} is no file or folder here, and no data set that could be loaded from the "
+                f"hub or its cache (HF_HUB_OFFLINE=1 allows only the cache): {error}"
+            ) from error
+
+
+def import_datasets(path: str) -> Any:
+    if importlib.util.find_spec("datasets") is None:
+        raise ImportError(f"data_path={path!r} needs the package datasets: pip install datasets")
+    import datasets
+
+    return datasets

@@ -1,0 +1,89 @@
+"""Packing: no example is lost or cut, and none sees another one in its row."""
+
+import random
+
+import pytest
+import torch
+from helpers import gralora_config
+from peft import get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from gralora.tool.packing import WINDOW, PackingCollator, check_packing, pack
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+MODELS = {
+    "llama": lambda attention: LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation=attention)),
+    "gpt2": lambda attention: GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, attn_implementation=attention)
+    ),
+}
+
+
+def rows(*lengths: int) -> list[dict[str, list[int]]]:
+    drawn = random.Random(0)
+    ids = [[drawn.randrange(64) for _ in range(length)] for length in lengths]
+    return [{"input_ids": one, "attention_mask": [1] * len(one), "labels": [-100, *one[1:]]} for one in ids]
+
+
+def test_every_example_is_in_one_row_and_rows_are_full():
+    drawn = random.Random(1)
+    lengths = [drawn.randrange(1, 101) for _ in range(2 * WINDOW + 7)]
+    examples = rows(*lengths)
+    packs = [one["documents"] for one in pack(examples, 100)]
+    assert sorted(map(id, (row for documents in packs for row in documents))) == sorted(map(id, examples))
+    sizes = [sum(len(row["input_ids"]) for row in documents) for documents in packs]
+    assert max(sizes) <= 100
+    assert sum(size <= 50 for size in sizes) <= 3, "two half empty rows of one window would fit into one"
+    assert sum(sizes) / len(sizes) > 95
+
+
+def test_rows_are_in_the_order_of_their_examples():
+    examples = rows(10, 30, 20, 25, 5)
+    sizes = [[len(row["input_ids"]) for row in one["documents"]] for one in pack(examples, 40)]
+    assert sizes == [[30, 10], [20], [25, 5]]
+
+
+@pytest.fixture(params=[(name, attention) for name in MODELS for attention in ("sdpa", "eager")], ids="-".join)
+def model(request):
+    """With an adapter of random factors."""
+    name, attention = request.param
+    torch.manual_seed(0)
+    config = gralora_config(2, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(MODELS[name](attention), config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def test_packed_logits_are_those_of_each_example_alone(model):
+    examples = rows(5, 9, 3, 7)
+    batch = PackingCollator()([{"documents": examples[:3]}, {"documents": examples[3:]}])
+    assert batch["input_ids"].shape == (1, 24) and "attention_mask" not in batch
+    with torch.no_grad():
+        packed = model(**batch, use_cache=False).logits[0].split([5, 9, 3, 7])
+        alone = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in examples]
+        unaware = model(input_ids=batch["input_ids"]).logits[0].split([5, 9, 3, 7])
+    for got, expected, other in zip(packed, alone, unaware, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(expected, alone[0]) or (other - expected).abs().max() > 0.1
+    check_packing(model, "base")
+
+
+def test_nothing_is_learnt_across_a_boundary():
+    first, second = rows(4, 3)
+    first["labels"] = first["input_ids"]  # as if the first token were learnt
+    batch = PackingCollator()([{"documents": [second, first]}])
+    assert batch["labels"].tolist() == [[-100, *second["input_ids"][1:], -100, *first["input_ids"][1:]]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3]]
+
+
+def test_a_model_that_mixes_packed_texts_is_refused(model):
+    """Here with a mask, which is what makes transformers ignore where positions start anew."""
+
+    def add_mask(_, args, kwargs):
+        return args, kwargs | {"attention_mask": torch.ones_like(kwargs["input_ids"])}
+
+    model.get_base_model().register_forward_pre_hook(add_mask, with_kwargs=True)
+    with pytest.raises(ValueError, match="base_model='mixer' does not keep packed texts apart"):
+        check_packing(model, "mixer")

@@ -1,0 +1,179 @@
+"""Entry points for other training programs, against stand-ins for what they import of those programs.
+
+The stand-ins have the signatures of axolotl 0.19.0 and ms-swift 4.6.0, and do for a tiny model what these do.
+"""
+
+import importlib.util
+import sys
+from collections import namedtuple
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import peft
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import gralora.plugins
+from gralora import LoraConfig
+
+FOLDER = Path(gralora.plugins.__path__[0])
+
+
+@pytest.fixture
+def model(tiny_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a plugin as a program does that gives it modules of its own."""
+
+    def plugin(name: str, **modules: dict) -> ModuleType:
+        for path, contents in modules.items():
+            module = ModuleType(path)
+            module.__dict__.update(contents)
+            monkeypatch.setitem(sys.modules, path, module)
+        spec = importlib.util.spec_from_file_location(f"plugin_{name}", FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return plugin
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(1, 9)[None]).logits
+
+
+def randomise(model) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+
+
+# ---- Axolotl
+
+
+class Settings(dict):
+    """As Axolotl's DictDefault: what is not there is None."""
+
+    def __getattr__(self, name):
+        return self.get(name)
+
+    def __getitem__(self, name):
+        return self.get(name)
+
+
+def load_lora(model, cfg, inference=False, config_only=False):
+    assert config_only
+    return None, peft.LoraConfig(
+        r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=cfg.lora_target_modules, task_type="CAUSAL_LM",
+        lora_dropout=cfg.lora_dropout, use_rslora=bool(cfg.peft_use_rslora), bias="none",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def axolotl(load):
+    capabilities = namedtuple("AdapterCapabilities", "name lora_like relora", defaults=(False, False))
+    base = {"AdapterCapabilities": capabilities, "BasePlugin": object}
+    modules = {"axolotl": {}, "axolotl.integrations": {}, "axolotl.integrations.base": base, "axolotl.loaders": {}}
+    return load("axolotl", **modules, **{"axolotl.loaders.adapter": {"load_lora": load_lora}})
+
+
+SETTINGS = {"adapter": "gralora", "lora_r": 8, "lora_alpha": 24, "lora_dropout": 0.1, "peft_use_rslora": True}
+SETTINGS |= {"lora_target_modules": ["q_proj", "up_proj"], "gralora_k": 4, "hybrid_r": 4, "gralora_scaling": "matched"}
+
+
+def test_axolotl_builds_and_loads_the_adapter(axolotl, model, tiny_model, tmp_path):
+    plugin = axolotl.GraloraPlugin()
+    assert [(one.name, one.lora_like) for one in plugin.get_adapter_capabilities()] == [("gralora", True)]
+    base = logits(model)
+    adapted, config = plugin.load_adapter(model, Settings(SETTINGS))
+    assert isinstance(config, LoraConfig) and adapted.peft_config["default"] is config
+    assert (config.use_gralora, config.gralora_k, config.hybrid_r, config.r, config.lora_alpha) == (True, 4, 4, 8, 24)
+    assert (config.lora_dropout, config.use_rslora, config.target_modules) == (0.1, True, {"q_proj", "up_proj"})
+    assert config.gralora_scaling == "matched"
+    randomise(adapted)
+    adapted.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tiny_model)
+    again, config = plugin.load_adapter(again, Settings(SETTINGS, lora_model_dir=str(tmp_path)), inference=True)
+    assert torch.equal(logits(again), logits(adapted)) and not torch.allclose(logits(again), base, atol=1e-3)
+    assert not any(parameter.requires_grad for parameter in again.parameters()) and config.gralora_k == 4
+
+
+def test_axolotl_settings(axolotl, model):
+    plugin = axolotl.GraloraPlugin()
+    module, _, name = plugin.get_input_args().rpartition(".")
+    fields = getattr(sys.modules[module], name)
+    assert (
+        fields().model_dump() == {"gralora_k": "auto", "hybrid_r": 0, "gralora_scaling": "lora"}
+        and fields(gralora_k=4).gralora_k == 4
+    )
+    assert plugin.load_adapter(model, Settings(SETTINGS, adapter="lora")) is None
+    nothing, config = plugin.load_adapter(model, Settings(SETTINGS, gralora_k=None), config_only=True)
+    assert nothing is None and config.gralora_k == "auto" and not isinstance(model, PeftModel)
+    for refused in ("lora_mlp_kernel", "load_in_4bit"):
+        with pytest.raises(ValueError, match=f"{refused}: True cannot be combined with adapter: gralora"):
+            plugin.load_adapter(model, Settings(SETTINGS, **{refused: True}))
+
+
+# ---- ms-swift
+
+
+class Tuner:
+    @staticmethod
+    def save_pretrained(model, save_directory, state_dict=None, safe_serialization=True, **options):
+        model.save_pretrained(save_directory, safe_serialization=safe_serialization, **options)
+
+    @staticmethod
+    def from_pretrained(model, model_id, **options):
+        return PeftModel.from_pretrained(model, model_id, **options)
+
+
+@pytest.fixture
+def swift(load):
+    functions = {
+        "get_target_modules": lambda args, model: args.target_modules,
+        "get_modules_to_save": lambda args, model: args.modules_to_save,
+    }
+    tuners = {"PeftTuner": Tuner, "tuners_map": {}}
+    modules = {"swift": {}, "swift.pipelines": {}, "swift.pipelines.train": {}, "swift.tuner_plugin": tuners}
+    load("ms_swift", **modules, **{"swift.pipelines.train.tuner": functions})
+    return tuners["tuners_map"]["gralora"]
+
+
+ARGS = {"task_type": "causal_lm", "lora_rank": 8, "lora_alpha": 24, "lora_dropout": 0.1, "use_rslora": True}
+ARGS |= {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["lm_head"], "lora_bias": "none"}
+ARGS |= {"init_weights": True, "lora_dtype": None, "use_dora": False, "lorap_lr_ratio": None}
+
+
+def test_ms_swift_builds_saves_and_loads_the_adapter(swift, model, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRALORA_K", "4")
+    monkeypatch.setenv("GRALORA_HYBRID_R", "4")
+    monkeypatch.setenv("GRALORA_SCALING", "matched")
+    base = logits(model)
+    adapted = swift.prepare_model(SimpleNamespace(**ARGS), model)
+    config = adapted.peft_config["default"]
+    assert (config.use_gralora, config.gralora_k, config.hybrid_r, config.r, config.lora_alpha) == (True, 4, 4, 8, 24)
+    assert (config.lora_dropout, config.use_rslora, config.modules_to_save) == (0.1, True, ["lm_head"])
+    assert config.gralora_scaling == "matched"
+    randomise(adapted)
+    swift.save_pretrained(adapted, str(tmp_path))
+    again = swift.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(tmp_path))
+    assert torch.equal(logits(again), logits(adapted)) and not torch.allclose(logits(again), base, atol=1e-3)
+
+
+def test_ms_swift_settings(swift, model, monkeypatch):
+    monkeypatch.delenv("GRALORA_K", raising=False)
+    with pytest.raises(ValueError, match="--lorap_lr_ratio 2.0 cannot be combined with --tuner_type gralora"):
+        swift.prepare_model(SimpleNamespace(**ARGS | {"lorap_lr_ratio": 2.0}), model)
+    with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
+        swift.prepare_model(SimpleNamespace(**ARGS | {"init_weights": "pissa"}), model)
+    adapted = swift.prepare_model(SimpleNamespace(**ARGS | {"lora_dtype": "bfloat16"}), model)
+    assert adapted.peft_config["default"].gralora_k == 2, "what auto stands for"
+    dtypes = {p.dtype for name, p in adapted.named_parameters() if p.requires_grad and "lora_" in name}
+    assert dtypes == {torch.bfloat16}
