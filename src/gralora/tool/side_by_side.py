@@ -12,7 +12,7 @@ from peft.utils.save_and_load import set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints.files import CONFIG, read_adapter_folder, read_json
-from ..checkpoints.load import check_names, expected_names, load_adapter
+from ..checkpoints.load import check_tensors, expected_tensors, load_adapter
 from .embedded import embedded_model
 from .models import EMBEDDED, load_pretrained, load_tokenizer
 
@@ -134,9 +134,7 @@ def load_strictly(model: PreTrainedModel | PeftModel, path: str, name: str) -> P
         model.add_adapter(name, plain)
     else:
         model = peft.get_peft_model(model, plain, name)
-    check_names(set(tensors), expected_names(model, name))
-    try:
-        set_peft_model_state_dict(model, dict(tensors), name)
-    except RuntimeError as error:  # torch's, about shapes
-        raise ValueError(f"it does not fit the model: {error}") from error
+    tensors = dict(tensors)
+    check_tensors(tensors, expected_tensors(model, name))
+    set_peft_model_state_dict(model, tensors, name)
     return model
