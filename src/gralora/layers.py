@@ -133,8 +133,6 @@ class GraloraLayer(Promoted):
         if torch.compiler.is_compiling():
             return None
         y = base(x)
-        if y.dtype != dtype:
-            return y + self.scaling[name] * B(A(dropout(x)))
         if y._is_view() or not y.is_contiguous() or _has_hooks(base):
             y = y.clone()  # what is changed below must be nobody else's
         return add_update(y, x.to(dtype), *adapter)
