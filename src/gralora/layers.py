@@ -271,7 +271,7 @@ class GraloraModel(Promoted):
                     )
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self._gralora_plan = None  # an adapter added under this name next is planned anew
+        self._gralora_plan = (None, None)  # an adapter added under this name next is planned anew
         super().delete_adapter(adapter_name)
 
     def _add_as_plain_lora(self, adapter_name: str, plain_name: str) -> None:
