@@ -12,7 +12,7 @@ test: $(STAMP)
 # SmolLM2-135M with GraLoRA on Python's standard library, in minutes on a laptop's CPU
 finetune: $(VENV)/.finetune
 	$(VENV)/bin/gralora finetune --use_gralora --lora_target_modules all-linear --max_steps 40 --batch_size 4 \
-		--max_seq_length 96 --val_set_size 32 --learning_rate 5e-4 --logging_steps 2 --output_dir outputs/finetune --verify
+		--max_seq_length 96 --val_set_size 32 --learning_rate 5e-4 --logging_steps 2 --output_dir outputs/finetune --overwrite --verify
 
 # Adapters served by other programs, each in an environment of its own; llama.cpp compiles for minutes
 test-llamacpp: $(STAMP)

@@ -1,6 +1,7 @@
 """The command line: which commands there are, and how it ends."""
 
 import importlib
+import re
 import runpy
 import subprocess
 import sys
@@ -40,7 +41,9 @@ def test_every_command_has_help(name, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([name, "--help"])
     assert stop.value.code == 0
-    assert f"usage: gralora {name}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"usage: gralora {name}" in printed
+    assert re.search(f"^examples?:\n  gralora {name} ", printed, re.MULTILINE)
 
 
 def test_help_lists_the_commands(capsys):

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from peft import PeftConfig, PeftType
 
 from gralora import LoraConfig
-from gralora.config import FORMAT, FORMAT_MATCHED, GRALORA_FIELDS, auto_k, divisors
+from gralora.config import (
+    FORMAT,
+    FORMAT_MATCHED,
+    GRALORA_FIELDS,
+    SUPPORTED_VARIANTS,
+    auto_k,
+    divisors,
+    shortest_patterns,
+)
 
 law = settings(deadline=None, max_examples=100)
 
@@ -33,6 +41,10 @@ REFUSED = {
     "k-float": ({"gralora_k": 2.0}, ["gralora_k=2.0", "positive integer or 'auto'"]),
     "k-bool": ({"gralora_k": True}, ["gralora_k=True", "positive integer or 'auto'"]),
     "k-word": ({"gralora_k": "many"}, ["gralora_k='many'", "positive integer or 'auto'"]),
+    "k-pattern-list": ({"gralora_k_pattern": ["q"]}, ["gralora_k_pattern=['q']", "must be a dict"]),
+    "k-pattern-null": ({"gralora_k_pattern": None}, ["gralora_k_pattern=None", "must be a dict"]),
+    "k-pattern-zero": ({"gralora_k_pattern": {"q": 0}}, ["gralora_k_pattern['q']=0", "positive integer"]),
+    "k-pattern-auto": ({"gralora_k_pattern": {"q": "auto"}}, ["gralora_k_pattern['q']='auto'", "positive integer"]),
     "k-does-not-divide-r": ({"r": 10, "gralora_k": 4}, ["r=10", "hybrid_r=0", "gralora_k=4", "r=8 or 12"]),
     "k-does-not-divide-grid": ({"r": 8, "hybrid_r": 1, "gralora_k": 2}, ["r=8", "hybrid_r=1", "r=7 or 9"]),
     "k-exceeds-grid": ({"r": 4, "hybrid_r": 2, "gralora_k": 4}, ["r=4", "hybrid_r=2", "gralora_k=4", "r=6"]),
@@ -42,7 +54,6 @@ REFUSED = {
     "hybrid-exceeds-r": ({"r": 8, "hybrid_r": 9}, ["hybrid_r=9", "r=8", "smaller", "use_gralora=False"]),
     "rank-pattern-k": ({"rank_pattern": {"q": 6}, "gralora_k": 4}, ["rank_pattern['q']=6", "gralora_k=4", "=4 or 8"]),
     "rank-pattern-hybrid": ({"rank_pattern": {"q": 2}, "hybrid_r": 2}, ["hybrid_r=2", "rank_pattern['q']=2"]),
-    "target-parameters": ({"target_parameters": ["experts.up"]}, ["target_parameters=['experts.up']"]),
     "megatron": ({"megatron_config": {"a": 1}}, ["megatron_config={'a': 1}"]),
 }
 
@@ -57,9 +68,7 @@ def test_error_names_field_value_and_remedy(fields, parts):
 
 
 VARIANTS = {
-    "use_dora": True,
     "velora_config": {},
-    "alora_invocation_tokens": [1],
     "monteclora_config": peft.tuners.lora.config.MontecloraConfig(),
     "use_bdlora": {},
     "arrow_config": {},
@@ -78,9 +87,9 @@ def test_other_variants_are_refused(name):
 
 
 def test_table_of_variants_is_complete():
-    """Every field that PEFT marks as a variant is in the table above."""
+    """Every field that PEFT marks as a variant is in the table above, or supported."""
     marked = {f.name for f in dataclasses.fields(peft.LoraConfig) if f.metadata.get("is_lora_variant")}
-    assert marked <= set(VARIANTS)
+    assert marked <= {*VARIANTS, *SUPPORTED_VARIANTS}
 
 
 @pytest.mark.filterwarnings("ignore:`init_lora_weights` is '(eva|corda)' but")
@@ -96,7 +105,7 @@ def test_initialisations_that_decompose_the_weight_are_refused(init, monkeypatch
         LoraConfig(use_gralora=True, init_lora_weights=init, **extra)
 
 
-@pytest.mark.parametrize("fields", [f for f, _ in REFUSED.values() if "target_parameters" not in f], ids=str)
+@pytest.mark.parametrize("fields", [f for f, _ in REFUSED.values()], ids=str)
 def test_plain_lora_is_not_checked(fields):
     """Without use_gralora nothing is refused that PEFT accepts."""
     with warnings.catch_warnings():
@@ -123,7 +132,10 @@ def test_advice_works(r, hybrid_r, k):
         LoraConfig(use_gralora=True, r=r, hybrid_r=hybrid_r, gralora_k=d)
 
 
-@pytest.mark.parametrize("fields", [{"gralora_k": 2}, {"hybrid_r": 3}, {"gralora_k": 4, "hybrid_r": 2}], ids=str)
+UNUSED = [{"gralora_k": 2}, {"hybrid_r": 3}, {"gralora_k": 4, "hybrid_r": 2}, {"gralora_k_pattern": {"q": 2}}]
+
+
+@pytest.mark.parametrize("fields", UNUSED, ids=str)
 def test_unused_fields_warn(fields):
     """gralora_k or hybrid_r without use_gralora=True warn, by name, at the line that made the config."""
     with pytest.warns(UserWarning, match="has no effect without use_gralora=True") as warned:
@@ -157,6 +169,50 @@ def test_auto_k_is_the_best_common_divisor(r, sizes):
 def test_auto_k_where_everything_divides(r, expected):
     """The paper's choice: 2 below rank 64, 4 from 64."""
     assert auto_k(r, 4096, 11008) == expected
+
+
+def matches(key: str, name: str) -> bool:
+    """PEFT's rule for rank_pattern, written here once more."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+names = st.lists(st.sampled_from(["a", "b", "a+", "0", "10"]), min_size=1, max_size=3).map(".".join)
+
+
+@law
+@given(values=st.dictionaries(names, st.integers(1, 3), min_size=1, max_size=12))
+def test_shortest_patterns_give_every_layer_its_value(values):
+    """All keys that match a layer give its value, so that their order does not matter; none is longer than needed."""
+    default, pattern = shortest_patterns(values)
+    assert list(values.values()).count(default) == max(list(values.values()).count(v) for v in values.values())
+    for name, value in values.items():
+        found = {pattern[key] for key in pattern if matches(key, name)}
+        assert found == (set() if value == default else {value})
+    for key in pattern:
+        last = key.removeprefix("^").split("\\.")[-1]
+        if key != last:
+            assert len({value for name, value in values.items() if matches(last, name)}) > 1
+
+
+def test_shortest_patterns_are_short():
+    """What kinds of layers share is said once; a name that ends another one's is anchored."""
+    ks = {f"layers.{i}.{name}": k for i in range(9) for name, k in [("q", 4), ("v", 2), ("o", 4)]}
+    assert shortest_patterns(ks) == (4, {"v": 2})
+    assert shortest_patterns(ks | {"layers.3.o": 1}) == (4, {"v": 2, r"3\.o": 1})
+    assert shortest_patterns({"x.a": 4, "y.a": 4, "a": 2}) == (4, {"^a": 2})
+
+
+@pytest.mark.parametrize("pattern", [{"q": 4, "0.q": 2}, {"q": 2, "z": 4}, {}], ids=str)
+def test_layers_keep_their_k_when_the_pattern_is_sorted(pattern, tmp_path):
+    """PEFT sorts a pattern's keys when it saves it; a layer that several match keeps the k of the first."""
+    config = LoraConfig(use_gralora=True, gralora_k=1, gralora_k_pattern=pattern)
+    ks = {layer: config.of_layer("gralora_k", layer) for layer in ["0.q", "1.q", "z"]}
+    settled = config.with_ks(ks)
+    assert (settled is config) == (pattern != {"q": 4, "0.q": 2}), "it is copied only where that is needed"
+    settled.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert {layer: loaded.of_layer("gralora_k", layer) for layer in ks} == ks
+    assert config.gralora_k_pattern == pattern
 
 
 @law
@@ -249,10 +305,11 @@ def test_copies_are_equal(make_copy, fields):
 
 
 def test_config_is_a_lora_config():
-    """It is PEFT's LoRA with four fields more and a format, so whatever handles a LoRA handles it."""
+    """It is PEFT's LoRA with a few fields more and a format, so whatever handles a LoRA handles it."""
     config = LoraConfig(use_gralora=True)
     assert isinstance(config, peft.LoraConfig) and config.peft_type is PeftType.LORA
-    assert set(GRALORA_FIELDS) == {"use_gralora", "gralora_k", "hybrid_r", "gralora_scaling", "gralora_format"}
+    fields = {"use_gralora", "gralora_k", "gralora_k_pattern", "hybrid_r", "gralora_scaling", "gralora_format"}
+    assert set(GRALORA_FIELDS) == fields
     assert all(f.metadata["help"] for f in dataclasses.fields(LoraConfig) if f.name in GRALORA_FIELDS)
 
 

@@ -1,13 +1,15 @@
 """Every checkpoint format is read right or refused, and what is written loads where it should."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from helpers import MODELS, tiny_llama
+from helpers import MODELS, adapted, gralora_config, tiny_llama
 from saved import CONFIG, FORMATS, WEIGHTS, edit, logits, read, save, save_gralora, save_peft, write
+from torch import nn
 
 import gralora
 from gralora.checkpoints import formats
@@ -322,3 +324,41 @@ def test_trainable_and_frozen(tmp_path: Path) -> None:
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         assert bool(trainable) == is_trainable == model.training
         assert all("lora_" in name for name in trainable)
+
+
+class Others(nn.Module):
+    """One module of every kind that is not linear, and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.embedding, self.conv = nn.Linear(8, 8), nn.Embedding(8, 8), nn.Conv1d(8, 8, 3)
+        self.attention = nn.MultiheadAttention(8, 2)
+
+
+NOT_LINEAR = {
+    "embedding": ({"target_modules": ["linear", "embedding"]}, "lora_embedding_A"),
+    "embedding-only": ({"target_modules": ["embedding"]}, "lora_embedding_A"),
+    "convolution": ({"target_modules": ["linear", "conv"]}, "convolution.*'conv'"),
+    "attention": ({"target_modules": ["attention"]}, r"'attention\.base_layer\.out_proj'"),
+    "parameters": ({"target_modules": [], "target_parameters": ["linear.weight"]}, r"target_parameters=\['linear"),
+}
+
+
+TOOLS = {
+    "inspect": lambda adapter, out: gralora.inspect_adapter(adapter),
+    "export": gralora.to_lora,
+    "convert": lambda adapter, out: gralora.convert_adapter(adapter, out, to="peft"),
+    "load": lambda adapter, out: gralora.load_adapter(Others(), adapter),
+    "merge": lambda adapter, out: gralora.merge_adapter(adapter, out, base=adapter),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Could not identify embedding layer")
+@pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
+@pytest.mark.parametrize("fields, problem", NOT_LINEAR.values(), ids=NOT_LINEAR)
+def test_adapters_of_other_layers_are_refused(tmp_path: Path, fields: dict, problem: str, tool: Callable) -> None:
+    """The tools read factors of linear layers; for others the error names field or layer, and what works instead."""
+    adapted(Others(), gralora_config(2, **fields)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=rf"{problem}.*PeftModel\.from_pretrained"):
+        tool(tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

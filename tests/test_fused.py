@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from gralora.ops import _linear_op, dispatch, dropout, gralora_linear, reference
+from gralora.ops import _linear_op, add_update, dispatch, dropout, gralora_linear, reference
+from gralora.ops.dropout import draw_seed
 
 # k, r, hybrid_r
 GRIDS = [(1, 3, 0), (2, 4, 0), (4, 8, 3), (3, 3, 2), (2, 2, 5)]
@@ -80,6 +81,29 @@ def test_equals_the_definition(grid, p):
         torch.autograd.grad(ours, trainable(args), dy), torch.autograd.grad(exact, trainable(args), dy), strict=True
     ):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+@grids
+@dropouts
+def test_added_to_another_result(grid, p):
+    """`add_update` on a base's output is the whole layer: value, all gradients, the first and the second."""
+    x, weight, _, A, B, hybrid_A, hybrid_B, scaling, *_ = args = operands(grid, p, bias=False)
+
+    def function(*leaves):
+        x, _, _, *factors = rebuild(args, leaves)[:7]
+        torch.manual_seed(0)
+        return add_update(torch.nn.functional.linear(x, weight), x, *factors, scaling, p)
+
+    torch.manual_seed(0)
+    exact = exactly([*args[:-1], draw_seed(x) if p else None])
+    ours = function(*trainable(args))
+    torch.testing.assert_close(ours, exact, atol=1e-12, rtol=0)
+    dy = torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad(y, trainable(args), dy) for y in (ours, exact)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+    assert torch.autograd.gradgradcheck(function, trainable(args))
+    with torch.no_grad():
+        assert torch.equal(function(*trainable(args)), ours)
 
 
 @dropouts

@@ -42,6 +42,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import gralora
+from gralora.kinds import check_fields
 from gralora.layers import GraloraLayer, install
 
 pytestmark = [
@@ -321,6 +322,7 @@ def test_prepared_for_compiled_hotswap(case):
 @kinds
 def test_compiles_without_graph_breaks(case, kind):
     """torch.compile takes forward and backward as one graph each, with the same results."""
+    torch._dynamo.reset()
     model = adapted(one_layer(case, kind), case_config(case)).train()
     x = random_input(7, case.in_features)
     out = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
@@ -725,25 +727,12 @@ def images():
 
 
 UNSUPPORTED = {
-    "conv2d": (
-        lambda: Sequence(nn.Linear(8, 8), nn.Conv2d(4, 8, 1)),
-        images,
-        {"target_modules": ["layers.0", "layers.1"]},
-        ["layers.1", "Conv2d"],
-    ),
-    "embedding": (
-        lambda: Sequence(nn.Embedding(8, 8), nn.Linear(8, 8)),
-        lambda: torch.arange(8),
-        {"target_modules": ["layers.1", "layers.0"]},
-        ["layers.0", "Embedding"],
-    ),
     "layer-norm": (
         lambda: Sequence(nn.Linear(8, 8), nn.LayerNorm(8)),
         images,
         {"target_modules": ["layers.0", "layers.1"]},
         ["layers.1", "LayerNorm"],
     ),
-    "attention": (Attention, lambda: images()[:, 0], {"target_modules": ["attention"]}, ["attention", "Multihead"]),
     "attention-out-proj": (
         Attention,
         lambda: images()[:, 0],
@@ -762,14 +751,6 @@ def test_unsupported_layers_are_refused(build, inputs, fields, parts):
         get_peft_model(model, gralora_config(**fields))
     for part in [*parts, "nn.Linear", "Conv1D", "target_modules", "use_gralora=False"]:
         assert part in str(error.value)
-
-
-@pytest.mark.parametrize("name", [name for name in UNSUPPORTED if name != "layer-norm"])
-def test_refused_layers_stay_open_to_plain_lora(name):
-    """What PEFT itself can adapt it still can, through `gralora.LoraConfig` with use_gralora=False."""
-    build, inputs, fields, _ = UNSUPPORTED[name]
-    model = get_peft_model(build(), gralora.LoraConfig(r=2, **fields))
-    model(inputs())
 
 
 FEATURES = {  # in, out, k, the ks that divide both
@@ -814,9 +795,8 @@ CHANGES = {
     "rank": ({"r": 9}, "r=9"),
     "rank-pattern": ({"rank_pattern": {"layers.1": 9}}, "=9"),
     "hybrid": ({"hybrid_r": 8}, "hybrid_r=8"),
-    "variant": ({"use_dora": True}, "use_dora=True"),
+    "variant": ({"use_qalora": True}, "use_qalora=True"),
     "initialisation": ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
-    "parameters": ({"target_parameters": ["layers.1.weight"]}, "target_parameters"),
 }
 
 
@@ -844,6 +824,19 @@ def test_layers_under_a_parameter_wrapper_are_refused():
         model.add_adapter("other", gralora_config(target_modules=["layer"]))
 
 
+LINEAR_ONLY = {"use_dora": True, "alora_invocation_tokens": [1]}
+
+
+@pytest.mark.parametrize("field", LINEAR_ONLY)
+@pytest.mark.parametrize("layer", [nn.Embedding(8, 8), nn.Conv2d(8, 8, 1), nn.MultiheadAttention(8, 2)], ids=str)
+def test_variants_of_linear_layers_are_refused_on_others(layer, field):
+    """LoRA variants that go with GraLoRA go with linear layers only."""
+    config = gralora_config(**{field: LINEAR_ONLY[field]})
+    check_fields("layer", nn.Linear(8, 8), config)
+    with pytest.raises(ValueError, match=f"{field}=.*'layer'"):
+        check_fields("layer", layer, config)
+
+
 def test_tensor_parallel_models_are_refused():
     """A base model that is split over devices by a tensor-parallel plan is refused, and left as it is."""
     model = OneLayer(nn.Linear(8, 8))
@@ -855,29 +848,41 @@ def test_tensor_parallel_models_are_refused():
 
 # The choice of k for a model
 
-AUTO = {  # r, hybrid_r, rank_pattern, widths of a chain of layers, the k that fits all
-    "below-64": (32, 0, {}, [16, 32], 2),
-    "from-64": (64, 0, {}, [16, 32], 4),
-    "odd-features": (64, 0, {}, [16, 15], 1),
-    "one-layer-fits-less": (64, 0, {}, [16, 32, 6], 2),
-    "odd-grid-rank": (33, 0, {}, [16, 32], 1),
-    "hybrid-makes-it-even": (33, 1, {}, [16, 32], 2),
-    "rank-pattern": (64, 0, {"layers.1": 6}, [16, 32, 32], 2),
-    "nearest-smaller": (66, 0, {}, [24, 48], 3),
+AUTO = {  # r, hybrid_r, rank_pattern, widths of a chain of layers, the k of each layer, what is saved
+    "below-64": (32, 0, {}, [16, 32], [2], (2, {})),
+    "from-64": (64, 0, {}, [16, 32], [4], (4, {})),
+    "odd-features": (64, 0, {}, [16, 15], [1], (1, {})),
+    "one-layer-fits-less": (64, 0, {}, [16, 32, 6, 16, 16], [4, 2, 2, 4], (4, {"1": 2, "2": 2})),
+    "odd-grid-rank": (33, 0, {}, [16, 32], [1], (1, {})),
+    "hybrid-makes-it-even": (33, 1, {}, [16, 32], [2], (2, {})),
+    "rank-of-one-layer": (64, 0, {"layers.1": 6}, [16, 32, 32, 16], [4, 2, 4], (4, {"1": 2})),
+    "rank-of-one-layer-is-64": (6, 0, {"layers.1": 64}, [16, 32, 32, 16], [2, 4, 2], (2, {"1": 4})),
+    "nearest-smaller": (66, 0, {}, [24, 48], [3], (3, {})),
 }
 
 
+def chain(widths):
+    return Sequence(*(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+
+
+def ks_of(model, adapter="default"):
+    return [layer.lora_A[adapter].weight.shape[0] for layer in adapter_layers(model)]
+
+
 @pytest.mark.filterwarnings("ignore:gralora_k='auto' found no k > 1")
-@pytest.mark.parametrize("r, hybrid_r, rank_pattern, widths, expected", AUTO.values(), ids=AUTO)
-def test_auto_k_fits_every_targeted_layer(tmp_path, r, hybrid_r, rank_pattern, widths, expected):
-    """ "auto" is one number for all targeted layers and ranks, and this number is what gets saved."""
-    model = Sequence(*(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)))
-    names = [f"layers.{i}" for i in range(len(widths) - 1)]
+@pytest.mark.parametrize("r, hybrid_r, rank_pattern, widths, ks, saved", AUTO.values(), ids=AUTO)
+def test_auto_k_fits_each_layer(tmp_path, r, hybrid_r, rank_pattern, widths, ks, saved):
+    """ "auto" is one number for each layer, by its rank and features; the saved numbers give the same layers."""
+    names = [f"layers.{i}" for i in range(len(ks))]
     config = gralora_config("auto", r=r, hybrid_r=hybrid_r, rank_pattern=rank_pattern, target_modules=names)
-    model = adapted(model, config)
-    assert {layer.lora_A["default"].weight.shape[0] for layer in adapter_layers(model)} == {expected}
+    model = adapted(chain(widths), config)
+    assert ks_of(model) == ks
     model.save_pretrained(tmp_path)
-    assert peft.PeftConfig.from_pretrained(tmp_path).gralora_k == expected
+    file = peft.PeftConfig.from_pretrained(tmp_path)
+    assert (file.gralora_k, file.gralora_k_pattern) == saved
+    base = copy.deepcopy(model).unload()
+    x = random_input(3, widths[0], dtype=torch.float32)
+    assert torch.equal(peft.PeftModel.from_pretrained(base, tmp_path)(x), model(x))
 
 
 @pytest.mark.filterwarnings("ignore:gralora_k='auto' found no k > 1")
@@ -891,9 +896,93 @@ def test_auto_k_ignores_layers_that_are_not_targeted():
 
 
 def test_auto_k_of_one_warns():
-    """If nothing above 1 divides, the user is told that this is plain LoRA."""
-    with pytest.warns(UserWarning, match="gralora_k='auto' found no k > 1 .* plain LoRA"):
-        get_peft_model(OneLayer(nn.Linear(7, 8)), gralora_config("auto", target_modules=["layer"]))
+    """If nothing above 1 divides, the user is told which layers are plain LoRA."""
+    message = r"found no k > 1 that .* 1 of the 2 targeted layers, e.g. 'layers.1' .*=\(8, 7\): .* plain LoRA"
+    with pytest.warns(UserWarning, match=message):
+        get_peft_model(chain([16, 8, 7]), gralora_config("auto", target_modules=r"layers\.\d"))
+
+
+@pytest.mark.filterwarnings("ignore:gralora_k='auto' found no k > 1")
+def test_auto_config_can_be_used_for_other_models():
+    """What is chosen for one model, or adapter, is in its own config; the user's keeps "auto" for the next."""
+    config = gralora_config("auto", target_modules=r"layers\.\d")
+    for widths, ks in [([16, 7, 16], [1, 1]), ([16, 8, 16], [2, 2]), ([16, 8, 7], [2, 1])]:
+        model = get_peft_model(chain(widths), config)
+        model.add_adapter("other", config)
+        for adapter in ("default", "other"):
+            assert ks_of(model, adapter) == ks
+            assert model.peft_config[adapter].gralora_k == ks[0]
+        assert config.gralora_k == "auto" and config.gralora_k_pattern == {}
+
+
+def test_auto_k_beside_a_pattern():
+    """A layer that the pattern names gets its k; "auto" is for the others."""
+    config = gralora_config("auto", r=64, gralora_k_pattern={"layers.1": 8}, target_modules=r"layers\.\d")
+    model = get_peft_model(chain([16, 16, 16, 16]), config)
+    assert ks_of(model) == [4, 8, 4]
+    settled = model.peft_config["default"]
+    assert (settled.gralora_k, settled.gralora_k_pattern) == (4, {"1": 8})
+
+
+def test_auto_k_needs_layers_to_choose_for():
+    """Where PEFT takes the layers from a state dict and the config names none, there is nothing to choose k by."""
+    config = gralora_config("auto", target_modules=["other"])
+    model, x = chain([16, 8]), random_input(3, 16, dtype=torch.float32)
+    with assert_unchanged(model, x), pytest.raises(ValueError, match=r"gralora_k='auto' .*'other'.* a number"):
+        peft.inject_adapter_in_model(config, model, state_dict={"layers.0.lora_A.weight": torch.zeros(2, 8, 8)})
+
+
+# k by the name of the layer
+
+
+def test_k_pattern_sets_the_k_of_layers():
+    """A layer gets the k of the first key that ends its name, by PEFT's rule; output and merging are its grid's."""
+    pattern = {r"layers\.[12]": 4, "1": 2, "ayers.0": 8}
+    config = gralora_config(2, r=8, gralora_k_pattern=pattern, target_modules=r"layers\.\d")
+    with pytest.warns(UserWarning, match=r"gralora_k_pattern keys that match no targeted layer: \['ayers.0'\]"):
+        model = adapted(chain([16, 8, 24, 16]).double(), config)
+    assert ks_of(model) == [2, 4, 4]
+    x = y = random_input(3, 16)
+    for layer in adapter_layers(model):
+        y = layer.base_layer(y) + 2.0 * naive_update(y, factors_of(layer))
+    assert_close64(model(x), y)
+    assert_close64(model.merge_and_unload()(x), y)
+
+
+def test_k_pattern_whose_order_matters_is_saved_without(tmp_path):
+    """A saved pattern is sorted; where this would give a layer another k, the saved pattern is another one."""
+    config = gralora_config(2, r=8, gralora_k_pattern={"layers.[01]": 4, "0": 2}, target_modules=r"layers\.\d")
+    model = adapted(chain([16, 8, 24, 16, 8]), config)
+    assert ks_of(model) == [4, 4, 2, 2]
+    model.save_pretrained(tmp_path)
+    x = random_input(3, 16, dtype=torch.float32)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path)
+    assert torch.equal(loaded(x), model(x))
+
+
+UNFIT = {  # fields beside r=10 and hybrid_r=2, what the error says; layer 1 has features 8 and 6
+    "features": ({"gralora_k_pattern": {"1": 4}}, r"gralora_k_pattern\['1'\]=4 .*'layers.1'.*=8 .*=6"),
+    "rank": ({"gralora_k_pattern": {"1": 3}}, r"'layers.1': r=10 less hybrid_r=2 .*gralora_k_pattern\['1'\]=3"),
+    "rank-of-layer": (
+        {"rank_pattern": {"1": 4}, "gralora_k_pattern": {"0": 2, "1": 3}},
+        r"'layers.1': rank_pattern\['1'\]=4 less hybrid_r=2 .*gralora_k_pattern\['1'\]=3",
+    ),
+    "default": ({"k": 3, "gralora_k_pattern": {"0": 2}}, "'layers.1': r=10 less hybrid_r=2 .*gralora_k=3"),
+}
+
+
+@pytest.mark.parametrize("fields, message", UNFIT.values(), ids=UNFIT)
+def test_k_pattern_that_does_not_fit_is_refused(fields, message):
+    """Every layer's k is checked against its rank and features before any is changed; the advised ks work."""
+    model = chain([16, 8, 6])
+    config = gralora_config(**{"r": 10, "hybrid_r": 2, "target_modules": r"layers\.\d"} | fields)
+    with assert_unchanged(model, random_input(3, 16, dtype=torch.float32)), pytest.raises(ValueError) as error:
+        get_peft_model(model, config)
+    assert re.search(message, str(error.value)), str(error.value)
+    assert re.search(r"one of \S+=(\[.*?\])", str(error.value)).group(1) == "[1, 2]"
+    for good in (1, 2):
+        config.gralora_k_pattern = {"0": 2, "1": good}
+        assert ks_of(get_peft_model(copy.deepcopy(model), config)) == [2, good]
 
 
 # Modules as Python objects

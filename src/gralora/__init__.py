@@ -8,13 +8,28 @@ from .layers import install
 
 _LAZY = {  # name -> module, imported when the name is first used
     "convert_adapter": "checkpoints.convert",
+    "create_lorafa_optimizer": "optimizers",
+    "create_riemannian_optimizer": "optimizers",
+    "hotswap_adapter": "hotswap",
     "inspect_adapter": "checkpoints.inspection",
     "load_adapter": "checkpoints.load",
     "merge_adapter": "checkpoints.merge",
+    "prepare_model_for_compiled_hotswap": "hotswap",
     "to_lora": "checkpoints.export",
 }
 
-__all__ = ["LoraConfig", "convert_adapter", "inspect_adapter", "load_adapter", "merge_adapter", "to_lora"]
+__all__ = [
+    "LoraConfig",
+    "convert_adapter",
+    "create_lorafa_optimizer",
+    "create_riemannian_optimizer",
+    "hotswap_adapter",
+    "inspect_adapter",
+    "load_adapter",
+    "merge_adapter",
+    "prepare_model_for_compiled_hotswap",
+    "to_lora",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,12 +6,22 @@ The tensors are three-dimensional also for k = 1, so that a program that only kn
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
 from .ops import reference
+
+
+class Weights(NamedTuple):
+    """The tensors of one factor without a module; attributes as those of `GranularDown` or `GranularUp`."""
+
+    weight: Tensor
+    hybrid_weight: Tensor | None = None
+
+    gain = 1.0
 
 
 class GranularDown(nn.Module):
@@ -37,14 +47,14 @@ class GranularDown(nn.Module):
             hybrid_r: rows that stay plain LoRA.
             gain: factor on A: sqrt(k) turns Kaiming's bound 1/sqrt(I) into the 1/sqrt(I/k) of a block.
         """
-        hybrid, grid = linear.weight.detach().split([hybrid_r, linear.weight.shape[0] - hybrid_r])
-        return cls((gain * grid.T).unflatten(0, (k, -1)).contiguous(), hybrid.clone() if hybrid_r else None)
+        return cls(*cls.read(linear.weight.detach(), k, hybrid_r, gain))
 
-    @property
-    def lora_rank(self) -> int:
-        """Rank of the plain LoRA that equals this adapter: k * r_g + hybrid_r."""
-        k, _, r_g = self.weight.shape
-        return k * r_g + (0 if self.hybrid_weight is None else self.hybrid_weight.shape[0])
+    @staticmethod
+    def read(A: Tensor, k: int, hybrid_r: int, gain: float = 1.0) -> Weights:
+        """A plain LoRA's A, `[..., r, I]` -> `[..., k, I/k, r_g]` and `[..., hybrid_r, I]`; see `from_linear`."""
+        hybrid, grid = A.split([hybrid_r, A.shape[-2] - hybrid_r], dim=-2)
+        grid = (gain * grid.mT).unflatten(-2, (k, -1)).contiguous()
+        return Weights(grid, hybrid.clone() if hybrid_r else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., I]` -> exchanged sub-ranks and hybrid part, `[..., k * r_g + hybrid_r]`."""
@@ -69,36 +79,31 @@ class GranularUp(nn.Module):
         gralora_scaling: as in the config; what it multiplies the output by, on top of PEFT's scaling, is `gain`.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        hybrid_weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        gralora_scaling: str = "lora",
-    ) -> None:
+    def __init__(self, weight: Tensor, hybrid_weight: Tensor | None = None, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.gralora_scaling = gralora_scaling
+        self.gralora_scaling = "lora"
         self.weight = nn.Parameter(weight)
         self.register_parameter("hybrid_weight", None if hybrid_weight is None else nn.Parameter(hybrid_weight))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, k: int, hybrid_r: int, gralora_scaling: str = "lora") -> "GranularUp":
+    def from_linear(cls, linear: nn.Linear, k: int, hybrid_r: int) -> "GranularUp":
         """Read the B of a plain LoRA, `[O, r]`, as GraLoRA factors; see `GranularDown.from_linear`."""
-        hybrid, grid = linear.weight.detach().split([hybrid_r, linear.weight.shape[1] - hybrid_r], dim=1)
-        return cls(
-            grid.unflatten(0, (k, -1)).transpose(1, 2).contiguous(),
-            hybrid.contiguous() if hybrid_r else None,
-            None if linear.bias is None else linear.bias.detach().clone(),
-            gralora_scaling,
-        )
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        return cls(*cls.read(linear.weight.detach(), k, hybrid_r), bias)
+
+    @staticmethod
+    def read(B: Tensor, k: int, hybrid_r: int) -> Weights:
+        """A plain LoRA's B, `[..., O, r]` -> `[..., k, r_g, O/k]` and `[..., O, hybrid_r]`; see `from_linear`."""
+        hybrid, grid = B.split([hybrid_r, B.shape[-1] - hybrid_r], dim=-1)
+        grid = grid.unflatten(-2, (k, -1)).mT.contiguous()
+        return Weights(grid, hybrid.contiguous() if hybrid_r else None)
 
     @property
     def gain(self) -> float:
         k, r_g, _ = self.weight.shape
-        return scaling_gain(
-            self.gralora_scaling, k, r_g, 0 if self.hybrid_weight is None else self.hybrid_weight.shape[1]
-        )
+        hybrid_r = 0 if self.hybrid_weight is None else self.hybrid_weight.shape[1]
+        return scaling_gain(self.gralora_scaling, k, r_g, hybrid_r)
 
     def forward(self, g: Tensor) -> Tensor:
         """Exchanged sub-ranks and hybrid part, `[..., k * r_g + hybrid_r]` -> `[..., O]`."""
@@ -106,8 +111,8 @@ class GranularUp(nn.Module):
         y = reference.up(g[..., : k * r_g], self.weight)
         if self.hybrid_weight is not None:
             y = y + nn.functional.linear(g[..., k * r_g :], self.hybrid_weight)
-        y = y if self.bias is None else y + self.bias
-        return y if self.gain == 1 else self.gain * y
+        y = y if self.gain == 1 else self.gain * y
+        return y if self.bias is None else y + self.bias  # PEFT merges a bias without the gain
 
     def extra_repr(self) -> str:
         k, r_g, chunk = self.weight.shape
@@ -115,8 +120,8 @@ class GranularUp(nn.Module):
         return f"out={k * chunk}, k={k}, r={r_g + hybrid_r}, hybrid_r={hybrid_r}, bias={self.bias is not None}"
 
 
-def delta_weight(down: GranularDown, up: GranularUp, scaling: float | Tensor) -> Tensor:
-    """dW = scaling * gain * (grid + B_s A_s), `[O, I]`, in float32 where the factors are half precision, else in their dtype.
+def delta_weight(down: GranularDown | Weights, up: GranularUp | Weights, scaling: float | Tensor) -> Tensor:
+    """dW = scaling * gain * (grid + B_s A_s), `[O, I]`, in float32 for factors of half precision, else in their dtype.
 
     Half-precision factors are multiplied in float32, so that merging rounds once, when the sum is stored.
     """

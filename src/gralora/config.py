@@ -1,17 +1,24 @@
 """LoraConfig: `peft.LoraConfig` with GraLoRA's fields, and every check that needs no model."""
 
+import copy
 import dataclasses
+import re
 import warnings
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import gcd
 from typing import Any, Literal
 
 import peft
+from peft.utils.other import get_pattern_key
 
 FORMAT = 1  # of the saved tensors; rises when an older gralora could misread them
 FORMAT_MATCHED = 2  # the same tensors with gralora_scaling="matched", which an older gralora would not know
 SCALINGS = ("lora", "matched")
+SUPPORTED_VARIANTS = ("use_dora", "alora_invocation_tokens")
 SUPPORTED_INITS = (True, False, "gaussian")
+PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "gralora_k": "gralora_k_pattern"}
 
 
 def divisors(n: int) -> list[int]:
@@ -24,10 +31,35 @@ def auto_k(r: int, *sizes: int) -> int:
 
     Args:
         r: total rank.
-        sizes: all numbers that k must divide: grid ranks, and input and output features of the targeted layers.
+        sizes: all numbers that k must divide: a layer's grid rank, its input and its output features.
     """
     target = 4 if r >= 64 else 2
     return max(d for d in divisors(gcd(*sizes)) if d <= target)
+
+
+def shortest_patterns(values: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """The most common of the layers' values, and a pattern for the layers that have another one.
+
+    A key is the shortest end of a layer's name that no layer with another value shares, so the order of the keys,
+    which PEFT does not save, does not matter.
+    """
+    default = Counter(values.values()).most_common(1)[0][0]
+    sharing = defaultdict(set)
+    for name, value in values.items():
+        for end in _ends(name):
+            sharing[end].add(value)
+    pattern = {}
+    for name, value in values.items():
+        if value != default:
+            end = next((end for end in _ends(name) if sharing[end] == {value}), None)
+            pattern["^" + re.escape(name) if end is None else re.escape(end)] = value
+    return default, pattern
+
+
+def _ends(name: str) -> list[str]:
+    """ "a.b.c" -> ["c", "b.c", "a.b.c"]"""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
 @dataclass
@@ -48,8 +80,17 @@ class LoraConfig(peft.LoraConfig):
         metadata={
             "help": (
                 "Blocks per side of the grid; must divide r - hybrid_r and the input and output features of every "
-                "targeted layer. 'auto': 2 below rank 64, 4 from there on, or the nearest smaller number that "
-                "divides; the number chosen is what gets saved."
+                "targeted layer. 'auto': for each layer 2 below rank 64, 4 from there on, or the nearest smaller "
+                "number that divides; the numbers chosen are in the model's own peft_config, and get saved."
+            )
+        },
+    )
+    gralora_k_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": (
+                "Layers with another gralora_k: regular expressions that end a layer's name, as in rank_pattern, "
+                "and their k, e.g. {'down_proj': 4}."
             )
         },
     )
@@ -103,19 +144,64 @@ class LoraConfig(peft.LoraConfig):
         """The total ranks that layers can get, by the name of what sets them: `r` and the rank_pattern entries."""
         return {"r": self.r} | {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
 
+    def of_layer(self, field: str, layer: str) -> Any:
+        """The `r`, `lora_alpha` or `gralora_k` of one layer: what its pattern says, else the field."""
+        return self._source(field, layer)[1]
+
+    def _source(self, field: str, layer: str) -> tuple[str, Any]:
+        """What sets a field for one layer, for messages, and the value. Matches as PEFT does in LoraModel."""
+        pattern = getattr(self, PATTERNS[field])
+        key = get_pattern_key(pattern, layer)
+        return (f"{PATTERNS[field]}[{key!r}]", pattern[key]) if key in pattern else (field, getattr(self, field))
+
+    def check_layer(self, layer: str, in_features: int, out_features: int, what: str) -> None:
+        """Raise ValueError, naming the layer and the ks that work, if its k does not divide its rank and features.
+
+        Args:
+            layer: its name.
+            in_features, out_features: its sizes.
+            what: its kind, in words.
+        """
+        (k_name, k), (r_name, r) = self._source("gralora_k", layer), self._source("r", layer)
+        fitting = f"{k_name}={divisors(gcd(r - self.hybrid_r, in_features, out_features))}"
+        if (r - self.hybrid_r) % k:
+            raise ValueError(
+                f"target {layer!r}: {r_name}={r} less hybrid_r={self.hybrid_r} must be divisible by "
+                f"{k_name}={k}; use another rank, or one of {fitting}."
+            )
+        if in_features % k or out_features % k:
+            raise ValueError(
+                f"{k_name}={k} must divide the features of target {layer!r}, {what}, which has "
+                f"in_features={in_features} and out_features={out_features}; use one of {fitting} (for this layer "
+                "alone: gralora_k_pattern), gralora_k='auto', or leave it out of the targets."
+            )
+
+    def with_ks(self, ks: Mapping[str, int]) -> "LoraConfig":
+        """A config in which `gralora_k` is a number and every layer gets its k, also after it was saved and read.
+
+        It is this config itself if that is so already, else a copy.
+
+        Args:
+            ks: name of a layer -> its k.
+        """
+        config = copy.copy(self)
+        config.gralora_k_pattern = dict(sorted(self.gralora_k_pattern.items()))  # PEFT sorts keys when it saves
+        if self.gralora_k != "auto" and all(config.of_layer("gralora_k", layer) == k for layer, k in ks.items()):
+            return self
+        config.gralora_k, config.gralora_k_pattern = shortest_patterns(ks)
+        return config
+
     def as_plain_lora(self, r: int) -> "LoraConfig":
         """The config of a plain LoRA of rank `r` and scaling 1 on the same modules."""
-        plain = {f.name: f.default for f in dataclasses.fields(self) if f.name in GRALORA_FIELDS}
+        default = LoraConfig()
+        plain = {name: getattr(default, name) for name in GRALORA_FIELDS}
         return dataclasses.replace(
             self, r=r, lora_alpha=r, use_rslora=False, rank_pattern={}, alpha_pattern={}, **plain
         )
 
     def _warn_about_unused_fields(self) -> None:
-        given = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.name in ("gralora_k", "hybrid_r", "gralora_scaling") and getattr(self, f.name) != f.default
-        }
+        unset = {"gralora_k": "auto", "gralora_k_pattern": {}, "hybrid_r": 0, "gralora_scaling": "lora"}
+        given = {name: getattr(self, name) for name in unset if getattr(self, name) != unset[name]}
         if given:
             names = ", ".join(f"{name}={value!r}" for name, value in given.items())
             warnings.warn(f"{names} has no effect without use_gralora=True: this is a plain LoRA.", stacklevel=4)
@@ -135,13 +221,20 @@ class LoraConfig(peft.LoraConfig):
 
     def _check_compatible_fields(self) -> None:
         variants = [f.name for f in dataclasses.fields(self) if f.metadata.get("is_lora_variant")]
-        for name in [*variants, "use_qalora", "target_parameters", "megatron_config"]:
+        for name in [*variants, "use_qalora", "megatron_config"]:
+            if name in SUPPORTED_VARIANTS:
+                continue
             value = getattr(self, name, None)
             if value or isinstance(value, dict):  # {} asks for a variant with its defaults
                 raise ValueError(
                     f"{name}={value!r} cannot be combined with GraLoRA (use_gralora=True); "
                     f"leave {name} at its default, or set use_gralora=False."
                 )
+        if self.use_dora and self.alora_invocation_tokens:
+            raise ValueError(
+                f"use_dora=True cannot be combined with alora_invocation_tokens={self.alora_invocation_tokens!r}: "
+                "PEFT takes one variant of LoRA; leave one of them at its default."
+            )
         if self.init_lora_weights not in SUPPORTED_INITS:
             raise ValueError(
                 f"init_lora_weights={self.init_lora_weights!r} cannot be combined with use_gralora=True: it "
@@ -151,8 +244,13 @@ class LoraConfig(peft.LoraConfig):
 
     def _check_ranks(self) -> None:
         k, hybrid_r = self.gralora_k, self.hybrid_r
-        if k != "auto" and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
+        if k != "auto" and not _is_positive(k):
             raise ValueError(f"gralora_k={k!r} must be a positive integer or 'auto'.")
+        if not isinstance(self.gralora_k_pattern, dict):
+            raise ValueError(f"gralora_k_pattern={self.gralora_k_pattern!r} must be a dict, e.g. {{'down_proj': 4}}.")
+        for key, value in self.gralora_k_pattern.items():
+            if not _is_positive(value):
+                raise ValueError(f"gralora_k_pattern[{key!r}]={value!r} must be a positive integer.")
         if not isinstance(hybrid_r, int) or isinstance(hybrid_r, bool) or hybrid_r < 0:
             raise ValueError(f"hybrid_r={hybrid_r!r} must be an integer from 0 (pure GraLoRA) to r - 1.")
         for name, r in self.ranks().items():
@@ -161,13 +259,17 @@ class LoraConfig(peft.LoraConfig):
                     f"hybrid_r={hybrid_r} must be smaller than {name}={r}: r is the total rank and hybrid_r the part "
                     "of it that is plain LoRA; for plain LoRA alone set use_gralora=False."
                 )
-            if k != "auto" and (r - hybrid_r) % k:
+            if k != "auto" and not self.gralora_k_pattern and (r - hybrid_r) % k:  # else `check_layer` knows which k
                 below = (r - hybrid_r) // k * k + hybrid_r
                 fitting = f"{below + k}" if below <= hybrid_r else f"{below} or {below + k}"
                 raise ValueError(
                     f"{name}={r} less hybrid_r={hybrid_r} must be divisible by gralora_k={k}, since every block gets "
                     f"(r - hybrid_r) / k ranks; use {name}={fitting}, or one of gralora_k={divisors(r - hybrid_r)}."
                 )
+
+
+def _is_positive(k: Any) -> bool:
+    return isinstance(k, int) and not isinstance(k, bool) and k > 0
 
 
 _PEFT_FIELDS = {f.name for f in dataclasses.fields(peft.LoraConfig)}

@@ -4,14 +4,21 @@ Classes are written "package.Class": so no quantisation library is imported here
 not matter in which module of the package a class is defined.
 """
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .attention import GranularAttention, GranularOutProjection, attention_obstacle
+from .conv import GranularConv, conv_obstacle
+from .embedding import GranularEmbedding, embedding_obstacle
+from .experts import GranularExperts, TargetParameter
 
 
 def _none(base: nn.Module) -> str:
@@ -38,6 +45,9 @@ def _quantizes_activations(base: Any) -> str:
     return "which quantises activations too, so that no gradient passes through it"
 
 
+LINEAR_ONLY = {name: "with GraLoRA it is for linear layers" for name in ("use_dora", "alora_invocation_tokens")}
+
+
 class Kind(NamedTuple):
     """A kind of base layer, and the LoRA layer that PEFT makes of it.
 
@@ -46,9 +56,12 @@ class Kind(NamedTuple):
         base: class of the base layer, or one that it inherits from.
         weight: class of its `weight`, and no subclass of it; empty if that does not matter.
         lora: PEFT's class. A line belongs here if this class adds `lora_B(lora_A(dropout(x))) * scaling` to the base
-            layer's output, and merges through `get_delta_weight` or raises.
+            layer's output, and merges through `get_delta_weight` or raises; or with the mixin that does.
         flag: attribute of the model without which PEFT chooses another class; empty if it needs none.
         obstacle: what is wrong with one layer of this kind, in words; empty if nothing is.
+        mixin: how PEFT's class reads and applies the factors of a grid, where that is not as for a linear layer.
+        inner: LoRA layers that PEFT makes inside of the layer: attribute of the base layer -> their mixin.
+        refuses: fields of the config that PEFT's class refuses or ignores, and why.
     """
 
     name: str
@@ -57,6 +70,9 @@ class Kind(NamedTuple):
     lora: str
     flag: str = ""
     obstacle: Callable[[Any], str] = _none
+    mixin: type | None = None
+    inner: Mapping[str, type] = MappingProxyType({})
+    refuses: Mapping[str, str] = MappingProxyType({})
 
 
 KINDS = (
@@ -85,27 +101,87 @@ KINDS = (
         obstacle=_quantizes_activations,
     ),
     Kind("HQQ", "hqq.HQQLinear", "", "peft.HqqLoraLinear"),
+    Kind(
+        "nn.Embedding",
+        "torch.Embedding",
+        "torch.Parameter",
+        "peft.Embedding",
+        obstacle=embedding_obstacle,
+        mixin=GranularEmbedding,
+        refuses={
+            "lora_bias": "embeddings have no bias",
+            "gralora_scaling": "it is derived for sums over all input features, which one-hot vectors have not",
+        }
+        | LINEAR_ONLY,
+    ),
+    *(
+        Kind(
+            f"nn.Conv{n}d",
+            f"torch.Conv{n}d",
+            "torch.Parameter",
+            f"peft.Conv{n}d",
+            obstacle=conv_obstacle,
+            mixin=GranularConv,
+            refuses=LINEAR_ONLY,
+        )
+        for n in (1, 2, 3)
+    ),
+    Kind(
+        "nn.MultiheadAttention",
+        "torch.MultiheadAttention",
+        "",
+        "peft.MultiheadAttention",
+        obstacle=attention_obstacle,
+        mixin=GranularAttention,
+        inner={"out_proj": GranularOutProjection},
+        refuses={
+            "lora_bias": "PEFT would ignore it, since it adds dW to the weights",
+            "lora_dropout": "PEFT would ignore it, since it adds dW to the weights",
+        }
+        | LINEAR_ONLY,
+    ),
+    Kind(
+        "a parameter of target_parameters",
+        "gralora.TargetParameter",
+        "",
+        "peft.ParamWrapper",
+        obstacle=TargetParameter.obstacle,
+        mixin=GranularExperts,
+        refuses={
+            "lora_bias": "a parameter has no bias",
+            "lora_dropout": "dW is added to the parameter, so that nothing can be dropped",
+            "fan_in_fan_out": "the parameter's layout is known",
+            "gralora_scaling": "it is not implemented for parameters",
+        }
+        | LINEAR_ONLY,
+    ),
     # tested without the library: PEFT's classes over a stand-in for the base layer
     Kind("GPTQ", "gptqmodel.BaseQuantLinear", "", "peft.GPTQLoraLinear"),
     Kind("AWQ", "gptqmodel.BaseQuantLinear", "", "peft.AwqLoraLinear"),
 )
 
 
-def base_layer(layer: nn.Module) -> nn.Module:
+def base_layer(layer: Any) -> Any:
+    """The layer without PEFT's wrappers; a `TargetParameter` is one."""
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
-def check_kind(name: str, layer: nn.Module, model: nn.Module) -> None:
+def check_kind(name: str, layer: nn.Module | TargetParameter, model: nn.Module) -> None:
     """Raise ValueError, naming the layer, if GraLoRA cannot adapt it.
 
     Args:
-        name: of the layer, for the message.
-        layer: a layer of the model, which may carry adapters already.
+        name: of the layer or parameter, for the message.
+        layer: a layer of the model, which may carry adapters already, or a parameter of one.
         model: the base model.
     """
     base = base_layer(layer)
     problem = _problem(base, layer, model)
     if problem:
+        if isinstance(base, TargetParameter):
+            raise ValueError(
+                f"target parameter {name!r} is a {type(base.value).__name__} of {type(base.module).__name__}, "
+                f"{problem}. Take it out of target_parameters, or set use_gralora=False."
+            )
         raise ValueError(
             f"target module {name!r} is a {type(base).__name__} with a weight of type "
             f"{type(getattr(base, 'weight', None)).__name__}, {problem}. GraLoRA adapts layers of these kinds: "
@@ -114,9 +190,30 @@ def check_kind(name: str, layer: nn.Module, model: nn.Module) -> None:
         )
 
 
-def _problem(base: nn.Module, layer: nn.Module, model: nn.Module) -> str:
+def check_fields(name: str, layer: nn.Module | TargetParameter, config: Any) -> None:
+    """Raise ValueError, naming field and layer, if the config sets what layers of this kind cannot have."""
+    kind = kind_of(base_layer(layer))
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for field, why in kind.refuses.items():
+        if getattr(config, field, None) not in (None, defaults.get(field)):
+            raise ValueError(
+                f"{field}={getattr(config, field)!r} cannot be combined with the target {name!r}, {kind.name}: {why}; "
+                f"leave {field} at its default, or take this out of the targets."
+            )
+
+
+def kind_of(base: nn.Module | TargetParameter) -> Kind:
+    """The table's line about a base layer that `check_kind` accepts."""
+    return _kinds(base)[0]
+
+
+def _kinds(base: nn.Module | TargetParameter) -> list[Kind]:
     weight = getattr(base, "weight", None)
-    kinds = [k for k in KINDS if _inherits(base, k.base) and k.weight in ("", _name(type(weight)))]
+    return [k for k in KINDS if _inherits(base, k.base) and k.weight in ("", _name(type(weight)))]
+
+
+def _problem(base: nn.Module | TargetParameter, layer: nn.Module | TargetParameter, model: nn.Module) -> str:
+    kinds = _kinds(base)
     if not kinds:
         return "which is not supported"
     if isinstance(layer, lora.LoraLayer):

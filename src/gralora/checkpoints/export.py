@@ -132,9 +132,10 @@ def check_exportable(adapter: Adapter, target: str, kept: frozenset[str]) -> dic
     neutral = formats.NOT_IN_OUTPUT - {"bias", "modules_to_save"} | {"hybrid_r", "gralora_k"}
     extra = {k: v for k, v in formats.set_fields(adapter.config).items() if k not in neutral}
     for name in sorted(extra.keys() - kept):
+        mergeable = name != "alora_invocation_tokens"
         raise ValueError(
             f"{target} takes nothing but A and B of linear layers, and the adapter has {name}={extra[name]!r}; "
-            "`gralora merge` writes it into the model."
+            + ("`gralora merge` writes it into the model." if mergeable else "use --for peft.")
         )
     if adapter.others and not kept:
         raise ValueError(

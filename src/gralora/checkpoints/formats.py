@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftType
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ..blocks import scaling_gain
@@ -24,17 +23,20 @@ from .files import LazyTensors
 PREFIX = "base_model.model."  # PEFT's, before the name of the layer in the base model
 A, HYBRID_A = ".lora_A.weight", ".lora_A.hybrid_weight"
 B, HYBRID_B, BIAS = ".lora_B.weight", ".lora_B.hybrid_weight", ".lora_B.bias"
+MAGNITUDE = ".lora_magnitude_vector"  # as PEFT saves it, without ".weight"
+SUFFIXES = (A, B, HYBRID_A, HYBRID_B, BIAS, MAGNITUDE)  # in the order of Factors
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Factors(NamedTuple):
-    """One layer: A `[k, I/k, r_g]`, B `[k, r_g, O/k]`, A_s `[hybrid_r, I]`, B_s `[O, hybrid_r]`, bias `[O]`."""
+    """One layer: A `[k, I/k, r_g]`, B `[k, r_g, O/k]`, A_s `[hybrid_r, I]`, B_s `[O, hybrid_r]`, bias and m `[O]`."""
 
     A: Tensor
     B: Tensor
     hybrid_A: Tensor | None = None
     hybrid_B: Tensor | None = None
     bias: Tensor | None = None
+    magnitude: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Adapter:
         return self._factors(self.tensors.specs, layer)
 
     def _factors(self, tensors: Mapping[str, Tensor], layer: str) -> Factors:
-        names = (self._names.get((layer, suffix)) for suffix in (A, B, HYBRID_A, HYBRID_B, BIAS))
+        names = (self._names.get((layer, suffix)) for suffix in SUFFIXES)
         return Factors(*(None if name is None else tensors[name] for name in names))  # type: ignore[arg-type]
 
     @cached_property
@@ -86,10 +88,10 @@ class Adapter:
 
     def rank(self, layer: str) -> int:
         """Total rank by the config: its rank_pattern, else its r."""
-        return self.config.rank_pattern.get(get_pattern_key(self.config.rank_pattern, layer), self.config.r)
+        return self.config.of_layer("r", layer)
 
     def alpha(self, layer: str) -> float:
-        return self.config.alpha_pattern.get(get_pattern_key(self.config.alpha_pattern, layer), self.config.lora_alpha)
+        return self.config.of_layer("lora_alpha", layer)
 
     def gain(self, layer: str) -> float:
         """Factor of the config's gralora_scaling."""
@@ -101,6 +103,10 @@ class Adapter:
         rank = self.rank(layer)
         return self.alpha(layer) / (math.sqrt(rank) if self.config.use_rslora else rank) * self.gain(layer)
 
+    def k(self, layer: str) -> int:
+        """Blocks per side, by the tensors."""
+        return self.specs(layer).A.shape[0]
+
     def lora_rank(self, layer: str) -> int:
         """Rank of the plain LoRA that equals the layer's adapter: k * r_g + hybrid_r."""
         k, _, r_g = self.specs(layer).A.shape
@@ -109,7 +115,7 @@ class Adapter:
 
 def layer_and_suffix(name: str) -> tuple[str, str]:
     """Split a tensor's name into the base model's layer and which factor it is; `(name, "")` if it is none."""
-    for suffix in (A, HYBRID_A, B, HYBRID_B, BIAS):
+    for suffix in SUFFIXES:
         if name.endswith(suffix):
             return name.removesuffix(suffix).removeprefix(PREFIX), suffix
     return name, ""
@@ -194,6 +200,7 @@ def check(adapter: Adapter) -> None:
     config = adapter.config
     if not isinstance(config.gralora_k, int):
         raise ValueError(f"gralora_k={config.gralora_k!r} must be a number in a saved adapter.")
+    _check_linear(adapter)
     if not adapter.layers:
         raise ValueError("the file has no GraLoRA tensors; the adapter is empty or of another method.")
     for layer in adapter.layers:
@@ -202,21 +209,42 @@ def check(adapter: Adapter) -> None:
         _check_shapes(layer, f, adapter)
 
 
+def _check_linear(adapter: Adapter) -> None:
+    """Raise ValueError, naming field or layer, if the adapter has factors that are not those of a linear layer."""
+    problem = ""
+    if adapter.config.target_parameters:
+        problem = f"target_parameters={plain(adapter.config.target_parameters)!r} in its config"
+    for name in adapter.others:
+        if ".lora_embedding_" in name:
+            problem = problem or f"an embedding's factor {name!r}"
+    for layer in adapter.layers:
+        A = adapter.specs(layer).A
+        if A is not None and A.ndim > 3:
+            problem = problem or f"a convolution's factors {tuple(A.shape)} in layer {layer!r}"
+        if ".base_layer." in layer:
+            problem = problem or f"layer {layer!r} inside of an attention module"
+    if problem:
+        raise ValueError(
+            f"the adapter has {problem}, and gralora's tools for saved adapters read those of linear layers only. "
+            "Load it with peft.PeftModel.from_pretrained; merge_and_unload() there merges it into the model."
+        )
+
+
 def _check_present(layer: str, f: Factors, config: LoraConfig) -> None:
     wanted = {"A": True, "B": True, "hybrid_A": config.hybrid_r > 0, "hybrid_B": config.hybrid_r > 0}
-    wanted["bias"] = config.lora_bias
+    wanted |= {"bias": config.lora_bias, "magnitude": config.use_dora}
     for factor, needed in wanted.items():
         if (getattr(f, factor) is not None) != needed:
             problem = "is missing" if needed else "is there"
             raise ValueError(
-                f"layer {layer!r}: factor {factor} {problem}, with hybrid_r={config.hybrid_r} and "
-                f"lora_bias={config.lora_bias} in the config."
+                f"layer {layer!r}: factor {factor} {problem}, with hybrid_r={config.hybrid_r}, "
+                f"lora_bias={config.lora_bias} and use_dora={config.use_dora} in the config."
             )
 
 
 def _check_shapes(layer: str, f: Factors, adapter: Adapter) -> None:
     config, rank = adapter.config, adapter.rank(layer)
-    k, hybrid_r = config.gralora_k, config.hybrid_r
+    k, hybrid_r = config.of_layer("gralora_k", layer), config.hybrid_r
     for factor, t in zip(f._fields, f, strict=True):
         if t is not None and (t.dtype not in FLOATS or t.numel() == 0):
             raise ValueError(
@@ -237,6 +265,7 @@ def _check_shapes(layer: str, f: Factors, adapter: Adapter) -> None:
         )
     in_features, out_features = adapter.features(layer)
     expected = {"hybrid_A": (hybrid_r, in_features), "hybrid_B": (out_features, hybrid_r), "bias": (out_features,)}
+    expected["magnitude"] = (out_features,)
     for factor, shape in expected.items():
         t = getattr(f, factor)
         if t is not None and tuple(t.shape) != shape:
@@ -352,6 +381,7 @@ NOT_IN_OUTPUT = {  # fields that a trained adapter's output does not depend on, 
     "use_rslora",
     "rank_pattern",
     "alpha_pattern",
+    "gralora_k_pattern",
     "exclude_modules",
     *SHARED,
 }
@@ -365,15 +395,19 @@ def _gralora_to_peft(adapter: Adapter) -> dict[str, Any]:
             f"{name}={getattr(config, name)!r} cannot be expressed in PEFT's GRALORA format; "
             "`gralora export --for peft` (a plain LoRA) or `gralora merge` may take it."
         )
-    ranks = {adapter.rank(layer) for layer in adapter.layers}
-    alphas = {adapter.alpha(layer) * adapter.gain(layer) for layer in adapter.layers}
-    if len(ranks) > 1 or len(alphas) > 1:
-        name = "rank_pattern" if len(ranks) > 1 else "alpha_pattern"
-        raise ValueError(
-            f"{name}={getattr(config, name)!r} gives layers different values, which PEFT's GRALORA format does not "
-            "have; `gralora export --for peft` writes a plain LoRA that equals it."
-        )
-    (r,), (alpha,) = ranks, alphas
+    values = {}
+    for name, value in (
+        ("rank_pattern", adapter.rank),
+        ("alpha_pattern", lambda layer: adapter.alpha(layer) * adapter.gain(layer)),
+        ("gralora_k_pattern", adapter.k),
+    ):
+        values[name] = {value(layer) for layer in adapter.layers}
+        if len(values[name]) > 1:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} gives layers different values, which PEFT's GRALORA format does "
+                "not have; `gralora export --for peft` writes a plain LoRA that equals it."
+            )
+    (r,), (alpha,), (k,) = values.values()
     if config.use_rslora:
         if math.isqrt(r) ** 2 != r:
             raise ValueError(
@@ -387,6 +421,7 @@ def _gralora_to_peft(adapter: Adapter) -> dict[str, Any]:
         shared["target_modules"] = sorted(adapter.layers)
     return shared | {
         "peft_type": "GRALORA",
+        "gralora_k": k,
         "r": r - config.hybrid_r,
         "alpha": alpha,
         "gralora_dropout": config.lora_dropout,

@@ -26,9 +26,9 @@ def inspect_adapter(adapter: str | os.PathLike[str], source: str | None = None) 
         source: its format, needed only if its config leaves that open.
 
     Returns:
-        `format`, `base`, `r` (total), `gralora_k`, `hybrid_r`, `parameters`, `dtype`, `lora_rank` (of the plain LoRA
-        that equals it), `layers` (see `describe_layer`), `norm` (of all updates together), `others` (names of tensors
-        that are no factors), `notices`, and `anomalies`, a list of sentences.
+        `format`, `base`, `r` (total), `gralora_k`, `gralora_k_pattern`, `hybrid_r`, `parameters`, `dtype`, `lora_rank`
+        (of the plain LoRA that equals it), `layers` (see `describe_layer`), `norm` (of all updates together), `others`
+        (names of tensors that are no factors), `notices`, and `anomalies`, a list of sentences.
 
     Raises:
         OSError, ValueError: as `gralora.checkpoints.formats.read`.
@@ -42,6 +42,7 @@ def inspect_adapter(adapter: str | os.PathLike[str], source: str | None = None) 
         "base": read.config.base_model_name_or_path,
         "r": read.config.r,
         "gralora_k": read.config.gralora_k,
+        "gralora_k_pattern": read.config.gralora_k_pattern,
         "hybrid_r": read.config.hybrid_r,
         "lora_alpha": read.config.lora_alpha,
         "use_rslora": read.config.use_rslora,
@@ -66,9 +67,9 @@ def describe_layer(adapter: Adapter, layer: str) -> dict[str, Any]:
     """One layer's sizes and dW, scaling included.
 
     Returns:
-        `in_features`, `out_features`, `r`, `scaling`, `norm` (Frobenius), `spectral_norm`, `rank` (numerical: singular
-        values above float32's precision times the largest and the greater side, as `torch.linalg.matrix_rank`),
-        `lora_rank` (the most it can be), `norm_A`, `norm_B`, `finite`.
+        `in_features`, `out_features`, `r`, `k`, `scaling`, `norm` (Frobenius), `spectral_norm`, `rank` (numerical:
+        singular values above float32's precision times the largest and the greater side, as
+        `torch.linalg.matrix_rank`), `lora_rank` (the most it can be), `norm_A`, `norm_B`, `finite`.
     """
     f, scaling = adapter.factors(layer), adapter.scaling(layer)
     in_features, out_features = adapter.features(layer)
@@ -83,6 +84,7 @@ def describe_layer(adapter: Adapter, layer: str) -> dict[str, Any]:
         "in_features": in_features,
         "out_features": out_features,
         "r": adapter.rank(layer),
+        "k": adapter.k(layer),
         "scaling": scaling,
         "norm": values.norm().item(),
         "spectral_norm": values.max().item(),

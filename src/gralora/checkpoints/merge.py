@@ -37,7 +37,7 @@ SINGLE = "model.safetensors"
 STATE = "merge_state.json"
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
 VERIFIED = 8  # layers that are checked after writing
-NEUTRAL = formats.NOT_IN_OUTPUT | {"hybrid_r", "gralora_k", "lora_bias", "trainable_token_indices"}
+NEUTRAL = formats.NOT_IN_OUTPUT | {"hybrid_r", "gralora_k", "lora_bias", "trainable_token_indices", "use_dora"}
 
 
 def merge_adapter(
@@ -254,12 +254,21 @@ class Merges:
         if name in self.weights:
             dW = self._update(self.weights[name])
             # into dW, since what is read from a file shares memory with later reads of it
-            return (dW.T if self.transposed[name] else dW).add_(base.to(dW))
+            dW.add_((base.T if self.transposed[name] else base).to(dW))
+            self._rescale(dW, self.weights[name])
+            return dW.T if self.transposed[name] else dW
         if name in self.biases:
             layer = self.biases[name]
             bias = self.adapter.factors(layer).bias.to(self.device, torch.float32)
             return base.to(bias) + self.adapter.scaling(layer) * bias
         return base
+
+    def _rescale(self, weight: Tensor, layer: str) -> None:
+        """Give the rows of W + dW, `[O, I]`, the magnitudes of a DoRA."""
+        magnitude = self.adapter.factors(layer).magnitude
+        if magnitude is not None:
+            norms = weight.norm(dim=1, dtype=torch.float64)
+            weight.mul_((magnitude.to(norms) / norms)[:, None])
 
     def _update(self, layer: str) -> Tensor:
         f = (None if t is None else t.to(self.device) for t in self.adapter.factors(layer)[:4])
@@ -284,10 +293,14 @@ class Merges:
             f = (None if t is None else t.double() for t in self.adapter.factors(layer)[:4])
             A, B = hybrid_to_lora(*f)
             dW = self.adapter.scaling(layer) * (B @ A)
-            exact = self._base(name, self.model).double() + (dW.T if self.transposed[name] else dW)
+            exact = self._base(name, self.model).double()
+            exact = (exact.T if self.transposed[name] else exact) + dW
+            self._rescale(exact, layer)
             weight, precision = written[name], torch.finfo(written.spec(name).dtype)
-            # one rounding of the stored dtype, and those of the float32 sums behind it
-            rounding = precision.eps * exact.abs() + 1e-5 * dW.abs().max() + precision.tiny
+            weight = weight.T if self.transposed[name] else weight
+            # one rounding of the stored dtype (with DoRA there are two factors more), and those of the float32 sums
+            roundings = 4 if self.adapter.config.use_dora else 1
+            rounding = roundings * precision.eps * exact.abs() + 1e-5 * dW.abs().max() + precision.tiny
             if not ((weight.double() - exact).abs() <= rounding).all():
                 raise ValueError(f"weight {name!r} is not base + dW after writing: NaN in the adapter, or a bad disk.")
         return len(sample)

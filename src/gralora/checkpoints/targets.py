@@ -15,7 +15,7 @@ from torch import Tensor
 from ..ops.factors import permute_heads, unpermute_heads
 from .export import PlainLora, plain_config
 from .files import CONFIG, WEIGHTS, LazyTensors, read_safetensors, spec, write_json, write_safetensors
-from .formats import BIAS, PREFIX, A, B
+from .formats import BIAS, MAGNITUDE, PREFIX, A, B
 
 ReadBack = Callable[[str], tuple[Tensor, Tensor]]
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
@@ -46,6 +46,10 @@ def write_peft(plain: PlainLora, folder: Path, base_config: dict[str, Any] | Non
             name = PREFIX + layer + BIAS
             specs[name] = spec((out_features,), plain.dtype)
             loads[name] = lambda layer=layer: folded_bias(plain, layer)
+        if adapter.specs(layer).magnitude is not None:
+            name = PREFIX + layer + MAGNITUDE
+            specs[name] = spec((out_features,), plain.dtype)
+            loads[name] = lambda layer=layer: adapter.factors(layer).magnitude.to(plain.dtype)
     for name in adapter.others:
         specs[name], loads[name] = adapter.tensors.specs[name], lambda name=name: adapter.tensors[name]
     write_safetensors(folder / WEIGHTS, LazyTensors(specs, lambda name: loads[name]()))
@@ -215,6 +219,7 @@ class Target:
 
 PEFT_KEEPS = frozenset(
     {"bias", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "ensure_weight_tying"}
+    | {"use_dora", "alora_invocation_tokens"}
 )
 TARGETS = {
     "peft": Target(write_peft, peft_command, keeps=PEFT_KEEPS, is_peft=True),

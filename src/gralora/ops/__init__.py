@@ -57,13 +57,10 @@ class GraloraLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, A, B, hybrid_A, hybrid_B, g, seed = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated in turn
-            kept = None if seed is None else dropout(torch.ones_like(x).flatten(0, -2), ctx.p, seed).view_as(x)
-            inputs = x, weight, None, A, B, hybrid_A, hybrid_B, ctx.scaling, kept
-            y = reference.linear(*inputs)
-            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-            grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-            return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
+        if torch.is_grad_enabled():  # create_graph=True
+            inputs = x, weight, None, A, B, hybrid_A, hybrid_B, ctx.scaling
+            y = reference.linear(*inputs, None if seed is None else _kept(x, ctx.p, seed))
+            return *_differentiable(y, inputs, ctx.needs_input_grad[:8], dy), None, None
         needs = _needs(ctx.needs_input_grad)
         grads = fused.backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, ctx.scaling, ctx.p, seed, needs)
         return _in_place_of_inputs(grads)
@@ -78,6 +75,67 @@ def _needs(needs_input_grad):
 def _in_place_of_inputs(grads):
     dx, dA, dB, d_hybrid_A, d_hybrid_B = grads
     return dx, None, None, dA, dB, d_hybrid_A, d_hybrid_B, None, None, None
+
+
+def add_update(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    hybrid_A: Tensor | None,
+    hybrid_B: Tensor | None,
+    scaling: float,
+    p: float = 0.0,
+) -> Tensor:
+    """y + scaling * (grid + B_s A_s x), in place: for base layers whose product with x is not ours to compute.
+
+    Args:
+        y: `[..., O]`, contiguous, dtype of x, no leaf that requires gradients; changed.
+        The others are those of `gralora_linear`.
+    """
+    seed = draw_seed(x) if p else None
+    args = y, x, A, B, hybrid_A, hybrid_B, scaling, p, seed
+    if torch.is_grad_enabled():
+        return GraloraUpdateFunction.apply(*args)
+    fused.add_update(*args)
+    return y
+
+
+class GraloraUpdateFunction(torch.autograd.Function):
+    """`fused.add_update`; the gradient of y is that of the result."""
+
+    @staticmethod
+    def forward(ctx, y, x, A, B, hybrid_A, hybrid_B, scaling, p, seed):
+        ctx.mark_dirty(y)
+        g = fused.add_update(y, x, A, B, hybrid_A, hybrid_B, scaling, p, seed)
+        ctx.save_for_backward(x, A, B, hybrid_A, hybrid_B, g, seed)
+        ctx.scaling, ctx.p = scaling, p
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, A, B, hybrid_A, hybrid_B, g, seed = ctx.saved_tensors
+        needs_y, needs_x, needs_A, needs_B, needs_hybrid_A, needs_hybrid_B, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            inputs = x, A, B, hybrid_A, hybrid_B
+            update = ctx.scaling * reference.update(x if seed is None else x * _kept(x, ctx.p, seed), *inputs[1:])
+            grads = _differentiable(update, inputs, ctx.needs_input_grad[1:6], dy)
+        else:
+            needs = needs_x, needs_A or needs_hybrid_A, needs_B or needs_hybrid_B
+            grads = fused.backward(dy, x, None, A, B, hybrid_A, hybrid_B, g, ctx.scaling, ctx.p, seed, needs)
+        return dy if needs_y else None, *grads, None, None, None
+
+
+def _kept(x, p, seed):
+    """What dropout multiplies x with, 0 or 1 / (1 - p)."""
+    return dropout(torch.ones_like(x).flatten(0, -2), p, seed).view_as(x)
+
+
+def _differentiable(y, inputs, needed, dy):
+    """Gradients of those inputs that need one, to be differentiated in turn; None for the others."""
+    wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [next(grads) if need else None for need in needed]
 
 
 def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:

@@ -55,6 +55,19 @@ def pad_lora(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.pad(A, (0, 0, 0, padding)), torch.nn.functional.pad(B, (0, padding))
 
 
+def pad_grid(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors of a grid, `[k, I/k, r]` and `[k, r, O/k]`, with zeros up to a rank that is at least r: the same dW.
+
+    Args:
+        A, B: grid factors.
+        rank: of the result, divisible by k: every block gets as many zeros, at the end of its sub-rank.
+    """
+    k, padding = A.shape[0], (rank - A.shape[2]) // A.shape[0]
+    A = torch.nn.functional.pad(A.unflatten(2, (k, -1)), (0, padding)).flatten(2)
+    B = torch.nn.functional.pad(B.unflatten(1, (k, -1)), (0, 0, 0, padding)).flatten(1, 2)
+    return A, B
+
+
 def compact_lora(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Rewrite a plain LoRA whose rank exceeds min(I, O) with rank min(I, O). Use it where the rank is limited.
 

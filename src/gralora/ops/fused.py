@@ -75,12 +75,16 @@ def linear_up(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tens
         y = x.new_empty(x.shape[0], weight.shape[0])
         chunks(y, B.shape[0]).baddbmm_(g, B.to(x.dtype), beta=0)
         return y.addmm_(x, weight.t())
-    y = torch.nn.functional.linear(x, weight, bias)
-    kernels = dispatch.factor_kernels(x)
+    return add_up(torch.nn.functional.linear(x, weight, bias), g, B)
+
+
+def add_up(y: Tensor, g: Tensor, B: Tensor) -> Tensor:
+    """y + up(g, B), in place: y `[T, O]`, g `[k, T, R]` of its dtype, B `[k, R, O/k]`."""
+    kernels = dispatch.factor_kernels(y) if y.numel() < dispatch.MIN_SIZE else None
     if kernels is not None:
         kernels.up(g, B, y)
     else:
-        chunks(y, B.shape[0]).baddbmm_(g, B.to(x.dtype))
+        chunks(y, B.shape[0]).baddbmm_(g, B.to(y.dtype))
     return y
 
 
@@ -120,10 +124,29 @@ def forward(
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])), g
 
 
+def add_update(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    hybrid_A: Tensor | None,
+    hybrid_B: Tensor | None,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """Add the adapter's output to y `[..., O]`, contiguous, in place; the result is g `[k, T, R]` for the backward."""
+    A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
+    rows = _rows(x)
+    g = down(rows if seed is None else dropout(rows, p, seed), A, hybrid_r, scaling)
+    add_up(y.view(-1, y.shape[-1]), g, B)
+    return g
+
+
 def backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     A: Tensor,
     B: Tensor,
     hybrid_A: Tensor | None,
@@ -134,7 +157,7 @@ def backward(
     seed: Tensor | None,
     needs: tuple[bool, bool, bool],
 ) -> list[Tensor | None]:
-    """Gradients of x, A, B, hybrid_A and hybrid_B.
+    """Gradients of x, A, B, hybrid_A and hybrid_B; that of x without the base's part if weight is None.
 
     `needs` says which of those of x, of (hybrid_)A and of (hybrid_)B; the others are None.
     """
@@ -146,12 +169,13 @@ def backward(
     dx = dA = dB = d_hybrid_A = d_hybrid_B = None
     if needs_x or needs_A:
         dh = down(dy, B.mT, hybrid_r, scaling)
-    if needs_x and seed is None:
+    if needs_x and seed is None and weight is not None:
         dx = linear_up(dy, weight.t(), None, dh, A.mT).view(shape)
     elif needs_x:
         dx = x.new_empty(x.shape)
         chunks(dx, k).baddbmm_(dh, A.mT.to(x.dtype), beta=0)
-        dx = dropout(dx, p, seed).addmm_(dy, weight).view(shape)
+        dx = dx if seed is None else dropout(dx, p, seed)
+        dx = (dx if weight is None else dx.addmm_(dy, weight)).view(shape)
     if needs_A:
         seen = x if seed is None else dropout(x, p, seed)
         dA = factor_grad(seen, dh, dtypes[0])

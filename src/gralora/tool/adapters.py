@@ -14,9 +14,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 READABLE = tuple(formats.FORMATS)
 WRITABLE = tuple(name for name, known in formats.FORMATS.items() if known.write_config is not None)
 
+EXAMPLES = {
+    "convert": "example:\n  gralora convert ADAPTER OUT --to peft",
+    "export": "example:\n  gralora export ADAPTER OUT --for vllm --base MODEL",
+    "merge": "example:\n  gralora merge ADAPTER OUT --base MODEL --dtype bfloat16",
+    "inspect": "examples:\n  gralora inspect ADAPTER\n  gralora inspect ADAPTER --json --png norms.png",
+}
+
 
 def _parser(name: str, description: str, **positional: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"gralora {name}", description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=f"gralora {name}",
+        description=description,
+        epilog=EXAMPLES[name],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     for argument, text in positional.items():
         parser.add_argument(argument, type=Path, help=text)
     parser.add_argument(
@@ -157,12 +170,14 @@ def print_tables(description: dict[str, Any]) -> None:
         head.add_row("also saved", f"{name} {shape}")
     console.print(head)
 
-    table = Table("layer", "in", "out", "r", "scaling", "norm", "2-norm", "rank", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        "layer", "in", "out", "r", "k", "scaling", "norm", "2-norm", "rank", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     table.columns[0].no_wrap = True
     for layer, d in description["layers"].items():
-        sizes = map(str, (d["in_features"], d["out_features"], d["r"]))
+        sizes = map(str, (d["in_features"], d["out_features"], d["r"], d["k"]))
         numbers = (f"{d[name]:.3g}" for name in ("scaling", "norm", "spectral_norm"))
         table.add_row(layer.removeprefix("model."), *sizes, *numbers, f"{d['rank']}/{d['lora_rank']}")
     console.print(table)

@@ -45,7 +45,7 @@ EXAMPLES = """examples:
   gralora finetune --print_config > config.yaml
   gralora finetune config.yaml --learning_rate 1e-4
   gralora finetune config.yaml --resume_from_checkpoint latest
-exit status: 0 done, 2 wrong arguments or data, 130 stopped by Ctrl-C with a checkpoint, 1 anything else"""
+exit status: 0 done, 2 wrong arguments or data, 130 stopped by Ctrl-C with a checkpoint saved, 1 a fault"""
 
 
 def make_parser() -> HfArgumentParser:

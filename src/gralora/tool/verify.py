@@ -114,7 +114,8 @@ def verify_main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="gralora verify",
         description=verify.__doc__.split("\n")[0],
-        epilog="example: gralora verify outputs/finetune",
+        epilog="example:\n  gralora verify outputs/finetune",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("adapter", help="the output_dir of gralora finetune --verify")

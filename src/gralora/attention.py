@@ -1,0 +1,47 @@
+"""GraLoRA of nn.MultiheadAttention: its in-projection, one linear map E -> 3E to stacked q, k, v, and out-projection.
+
+PEFT's `lora.MultiheadAttention` adds dW to both weights for the time of a forward pass, since torch reads the weights
+and calls no module.
+"""
+
+from typing import Any
+
+from peft.tuners.tuners_utils import check_adapters_to_merge
+
+
+class GranularAttention:
+    """Mixin in front of `GraloraLayer`, over PEFT's `lora.MultiheadAttention`."""
+
+    not_combinable = "PEFT's plain LoRA on nn.MultiheadAttention adds the out-projection's dW twice"
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """False where adapters are to be added: nn.TransformerEncoderLayer else reads the weights, without calling."""
+        return super()._qkv_same_embed_dim and (self.merged or self.disable_adapters)
+
+
+class GranularOutProjection:
+    """Mixin in front of `GraloraLayer`, over the `lora.Linear` that PEFT puts around the out-projection.
+
+    `lora.MultiheadAttention` adds dW to the weight, differentiably, and then calls `merge` here, by which plain LoRA
+    adds it a second time (PEFT 0.20 to 0.21.2). So for a GraLoRA adapter this only notes that it is merged.
+    """
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        for name in check_adapters_to_merge(self, adapter_names):
+            if self.is_gralora(name):
+                self.merged_adapters.append(name)
+            else:
+                super().merge(safe_merge=safe_merge, adapter_names=[name])
+
+    def unmerge(self) -> None:
+        self.merged_adapters = [name for name in self.merged_adapters if not self.is_gralora(name)]
+        if self.merged_adapters:
+            super().unmerge()
+
+
+def attention_obstacle(base: Any) -> str:
+    """What keeps an attention module from being adapted, in words; empty if nothing does."""
+    if not base._qkv_same_embed_dim:
+        return f"with kdim={base.kdim} and vdim={base.vdim} other than embed_dim={base.embed_dim}"
+    return ""

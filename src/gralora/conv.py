@@ -1,0 +1,126 @@
+"""GraLoRA of convolutions: blocks over input and output channels.
+
+A convolution is a linear map of patches, `[I * P]` for `I` channels and `P` kernel positions, and its grid is that of
+this linear map. A_i convolves the i-th chunk of channels with the layer's kernel, stride, padding and dilation; the
+sub-ranks are exchanged at every position; B_j is a 1x1 convolution. dW is the grid in the layout of the weight,
+`[O, I, *kernel]`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import blocks
+from .blocks import GranularDown, GranularUp, Weights
+from .ops.factors import hybrid_to_lora
+
+CONVOLUTIONS = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)
+
+
+class ConvDown(GranularDown):
+    """The down-projections A as one grouped convolution, and the exchange.
+
+    Attributes:
+        weight: A, `[k, I/k, *kernel, r_g]`: linear factors of patches, their channels and positions kept apart.
+        hybrid_weight: A_s, `[hybrid_r, I, *kernel]`, or None for a pure GraLoRA.
+    """
+
+    def __init__(self, weight: Tensor, hybrid_weight: Tensor | None, base: Any) -> None:
+        """Args: as the attributes; `base`: the adapted nn.Conv1d, nn.Conv2d or nn.Conv3d."""
+        super().__init__(weight, hybrid_weight)
+        self.options = {"stride": base.stride, "padding": base.padding, "dilation": base.dilation}
+        self.pad: tuple[list[int], str] | None = None
+        if base.padding_mode != "zeros":  # as nn.Conv2d does it
+            self.pad = base._reversed_padding_repeated_twice, base.padding_mode
+            self.options["padding"] = 0
+
+    @classmethod
+    def from_conv(cls, conv: Any, base: Any, k: int, hybrid_r: int, gain: float) -> "ConvDown":
+        """Read the A of PEFT's plain LoRA, weight `[r, I, *kernel]`; see `GranularDown.from_linear`."""
+        A = conv.weight.detach()
+        grid, hybrid = cls.read(A.flatten(1), k, hybrid_r, gain)
+        grid = grid.unflatten(1, (A.shape[1] // k, *A.shape[2:]))
+        return cls(grid, None if hybrid is None else hybrid.unflatten(1, A.shape[1:]), base)
+
+    def of_patches(self) -> Weights:
+        """The factors of the linear map of patches, `[k, I/k * P, r_g]` and `[hybrid_r, I * P]`."""
+        hybrid = self.hybrid_weight
+        return Weights(self.weight.flatten(1, -2), None if hybrid is None else hybrid.flatten(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., I, *space]` -> exchanged sub-ranks and hybrid part, `[..., k * r_g + hybrid_r, *space']`."""
+        if self.pad is not None:
+            x = nn.functional.pad(x, self.pad[0], mode=self.pad[1])
+        k, r_g, dims = self.weight.shape[0], self.weight.shape[-1], self.weight.ndim - 3
+        convolve = CONVOLUTIONS[dims - 1]
+        h = convolve(x, self.weight.movedim(-1, 1).flatten(0, 1), groups=k, **self.options)
+        channels = h.ndim - dims - 1
+        g = h.unflatten(channels, (k, k, r_g // k)).transpose(channels, channels + 1).flatten(channels, channels + 2)
+        if self.hybrid_weight is None:
+            return g
+        return torch.cat([g, convolve(x, self.hybrid_weight, **self.options)], dim=channels)
+
+    def extra_repr(self) -> str:
+        k, chunk, *kernel, r_g = self.weight.shape
+        hybrid_r = 0 if self.hybrid_weight is None else self.hybrid_weight.shape[0]
+        return f"in={k * chunk}, kernel={tuple(kernel)}, k={k}, r={r_g + hybrid_r}, hybrid_r={hybrid_r}"
+
+
+class ConvUp(GranularUp):
+    """The up-projections B, `[k, r_g, O/k]`, applied to the channels: a 1x1 convolution is linear in them."""
+
+    def __init__(
+        self, weight: Tensor, hybrid_weight: Tensor | None = None, bias: Tensor | None = None, dims: int = 1
+    ) -> None:
+        """Args: as `GranularUp`; `dims`: of space."""
+        super().__init__(weight, hybrid_weight, bias)
+        self.dims = dims
+
+    @classmethod
+    def from_conv(cls, conv: Any, k: int, hybrid_r: int) -> "ConvUp":
+        """Read the B of PEFT's plain LoRA, a 1x1 convolution of weight `[O, r, 1, ...]`."""
+        B, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach().clone()
+        return cls(*cls.read(B.flatten(1), k, hybrid_r), bias, dims=B.ndim - 2)
+
+    def forward(self, g: Tensor) -> Tensor:
+        """Exchanged sub-ranks and hybrid part, `[..., k * r_g + hybrid_r, *space]` -> `[..., O, *space]`."""
+        channels = g.ndim - self.dims - 1
+        return super().forward(g.movedim(channels, -1)).movedim(-1, channels)
+
+
+class GranularConv:
+    """Mixin in front of `GraloraLayer`, over PEFT's `lora.Conv1d`, `lora.Conv2d` and `lora.Conv3d`."""
+
+    def read_factors(self, adapter_name: str, k: int, hybrid_r: int, gain: float) -> None:
+        A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        down = ConvDown.from_conv(A, self.get_base_layer(), k, hybrid_r, gain)
+        up = ConvUp.from_conv(B, k, hybrid_r)
+        self.lora_A[adapter_name] = down.requires_grad_(A.weight.requires_grad)
+        self.lora_B[adapter_name] = up.requires_grad_(B.weight.requires_grad)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """dW of one adapter, scaling included, `[O, I, *kernel]`."""
+        if not self.is_gralora(adapter):
+            return super().get_delta_weight(adapter)
+        down = self.lora_A[adapter]
+        dW = blocks.delta_weight(down.of_patches(), self.lora_B[adapter], self.scaling[adapter])
+        return dW.unflatten(1, (-1, *down.weight.shape[2:-1]))
+
+    def plain_lora(self, adapter: str, rank: int | None = None) -> tuple[Tensor, Tensor]:
+        down, up = self.lora_A[adapter], self.lora_B[adapter]
+        (A, hybrid_A), kernel = down.of_patches(), down.weight.shape[2:-1]
+        A_lora, B_lora = hybrid_to_lora(A, up.weight, hybrid_A, up.hybrid_weight, rank)
+        return A_lora.unflatten(1, (-1, *kernel)), B_lora.unflatten(1, (-1, *[1] * len(kernel)))
+
+
+def conv_obstacle(base: Any) -> str:
+    """What keeps a convolution from being adapted, in words; empty if nothing does."""
+    if base.groups > 1:
+        return (
+            f"with groups={base.groups}, whose channels are connected only within a group, so that a grid over all "
+            "channels could not be merged into its weight"
+        )
+    if type(base).forward not in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
+        return "whose class has a forward of its own, so that it may be another map than its weight's convolution"
+    return ""

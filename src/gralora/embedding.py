@@ -1,0 +1,104 @@
+"""GraLoRA of embeddings: the embedding as a linear map of one-hot token ids.
+
+The input features are the `V` entries of the vocabulary, in `k` chunks of V/k consecutive ids. A token of chunk i has
+h = A_i[token], `[r_g]`; its j-th sub-rank goes to output block j at place i, where the places of all other chunks are
+zero. As for PEFT's LoRA, A starts at zero and B is drawn from the normal distribution.
+"""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor, nn
+
+from . import blocks
+from .blocks import Weights
+from .ops import reference
+from .ops.factors import hybrid_to_lora
+
+
+class GranularEmbeddingVariant(LoraVariant):
+    """One GraLoRA adapter of a `lora.Embedding`: what PEFT's class calls in place of its own arithmetic."""
+
+    def __init__(self, hybrid_r: int) -> None:
+        self.hybrid_r = hybrid_r
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        return result + module.update(active_adapter, x)
+
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return (orig_weight + module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
+
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data += module.get_delta_weight(active_adapter)
+
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return (orig_weight.data - module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
+
+
+class GranularEmbedding:
+    """Mixin in front of `GraloraLayer`, over PEFT's `lora.Embedding`, whose factors are parameters, not modules.
+
+    `lora_embedding_A[adapter]` is `[r, k, V/k]` and `lora_embedding_B[adapter]` `[k, O/k, r]`: PEFT's, in blocks. Of
+    the r ranks the first hybrid_r are the plain LoRA, the others the grid.
+    """
+
+    def is_gralora(self, adapter_name: str) -> bool:
+        return isinstance(self.lora_variant.get(adapter_name), GranularEmbeddingVariant)
+
+    def read_factors(self, adapter_name: str, k: int, hybrid_r: int, gain: float) -> None:
+        """The elements stay where they are; `gain` is for a fan-in, on which their values do not depend."""
+        A, B = self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
+        self.lora_embedding_A[adapter_name] = nn.Parameter(A.detach().unflatten(1, (k, -1)), A.requires_grad)
+        self.lora_embedding_B[adapter_name] = nn.Parameter(B.detach().unflatten(0, (k, -1)), B.requires_grad)
+        self.lora_variant[adapter_name] = GranularEmbeddingVariant(hybrid_r)
+
+    def factors(self, adapter: str) -> tuple[Weights, Weights]:
+        """Views as a linear layer's: `[k, V/k, r_g]` and `[hybrid_r, V]`; `[k, r_g, O/k]` and `[O, hybrid_r]`."""
+        A, B = self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
+        hybrid_r = self.lora_variant[adapter].hybrid_r
+        down, up = A[hybrid_r:].movedim(0, -1), B[..., hybrid_r:].mT
+        if not hybrid_r:
+            return Weights(down), Weights(up)
+        return Weights(down, A[:hybrid_r].flatten(1)), Weights(up, B[..., :hybrid_r].flatten(0, 1))
+
+    def update(self, adapter: str, ids: Tensor) -> Tensor:
+        """The adapter's output, scaling included, for token ids `[...]`: `[..., O]`."""
+        A, up = self.lora_embedding_A[adapter], self.factors(adapter)[1]
+        (r, k, chunk), r_g = A.shape, up.weight.shape[1]
+        hybrid, h = self._embed(ids, A.flatten(1).T).split([r - r_g, r_g], dim=-1)
+        place = (ids // chunk).unsqueeze(-1) == torch.arange(k, device=ids.device)  # [..., k_i]
+        g = h.unflatten(-1, (k, 1, -1)) * place.unsqueeze(-1).unsqueeze(-3)  # [..., k_j, k_i, q]
+        y = reference.up(g.flatten(-3), up.weight)
+        if up.hybrid_weight is not None:
+            y = y + nn.functional.linear(hybrid, up.hybrid_weight)
+        embed_scale = self._get_embed_scale()  # of Gemma's embeddings, whose forward multiplies by it
+        return y * self.scaling[adapter] * (1 if embed_scale is None else embed_scale.to(y.dtype))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """dW of one adapter, scaling included, `[V, O]` as the weight."""
+        if not self.is_gralora(adapter):
+            return super().get_delta_weight(adapter)
+        return blocks.delta_weight(*self.factors(adapter), self.scaling[adapter]).T
+
+    def plain_lora(self, adapter: str, rank: int | None = None) -> tuple[Tensor, Tensor]:
+        down, up = self.factors(adapter)
+        return hybrid_to_lora(down.weight, up.weight, down.hybrid_weight, up.hybrid_weight, rank)
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        """PEFT's, which ignores variants; the rows of GraLoRA adapters are added to after it."""
+        names = ["__base__" if self.is_gralora(name) else name for name in adapter_names]
+        result = super()._mixed_batch_forward(x, *args, adapter_names=names, **kwargs)
+        for adapter in filter(self.is_gralora, dict.fromkeys(adapter_names)):
+            rows = torch.tensor([name == adapter for name in adapter_names], device=x.device)
+            result[rows] += self.update(adapter, x[rows]).to(result.dtype)
+        return result
+
+
+def embedding_obstacle(base: Any) -> str:
+    """What keeps an embedding from being adapted, in words; empty if nothing does."""
+    if base.max_norm is not None:
+        return f"with max_norm={base.max_norm}, which changes weights in the forward pass, so that no update is added"
+    if base.sparse:
+        return "with sparse=True; the gradients of its factors are not sparse"
+    return ""

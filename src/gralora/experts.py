@@ -1,0 +1,177 @@
+"""GraLoRA of parameters that PEFT adapts through `target_parameters`: one grid an expert.
+
+Mixture-of-experts models keep the weights of `E` experts as one parameter of three dimensions. PEFT takes it as
+`[E, O, I]`, or as `[E, I, O]` where the module has `is_transposed=True`, and a parameter of two dimensions as one
+expert, `[O, I]`. Every expert e has factors of its own, and dW[e] is the full grid.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .blocks import GranularDown, GranularUp, Weights
+
+
+class TargetParameter(NamedTuple):
+    """A parameter that is adapted, and the module that has it, without PEFT's wrappers."""
+
+    module: nn.Module
+    name: str
+
+    @property
+    def value(self) -> Tensor:
+        return getattr(self.module, self.name)
+
+    def features(self) -> tuple[int, int]:
+        """Input and output features of one expert, as `lora.ParamWrapper` takes them."""
+        *experts, rows, columns = self.value.shape
+        return (rows, columns) if experts and getattr(self.module, "is_transposed", False) else (columns, rows)
+
+    def obstacle(self) -> str:
+        """What keeps it from being adapted, in words; empty if nothing does."""
+        if self.name in getattr(self.module, "parametrizations", {}):
+            return "which is parametrised already (or quantised in place)"
+        if type(self.value) is not nn.Parameter or not self.value.is_floating_point():
+            return "which is no plain floating-point nn.Parameter"
+        if self.value.ndim not in (2, 3):
+            return f"which has {self.value.ndim} dimensions, where PEFT takes 2, or 3 for experts"
+        return ""
+
+
+def targeted_parameters(model: nn.Module, targets: list[str] | None) -> Iterator[tuple[str, TargetParameter]]:
+    """Full name and place of what PEFT adapts for `target_parameters=targets`: its rule is in `_inject_parameters`."""
+    for module_name, module in model.named_modules() if targets else ():
+        plain_name = module_name.replace(".base_layer", "")
+        own = [name for name, _ in module.named_parameters(recurse=False)]
+        for name in own + list(getattr(module, "parametrizations", ())):
+            key = f"{plain_name}.{name}"
+            if key in targets or key.endswith(tuple(f".{target}" for target in targets)):
+                yield key, TargetParameter(module, name)
+
+
+def param_wrapper(layer: nn.Module, name: str) -> Any:
+    """The one of possibly nested `lora.ParamWrapper`s around a module that adapts its parameter `name`, or None."""
+    while isinstance(layer, BaseTunerLayer):
+        if isinstance(layer, lora.ParamWrapper) and layer.parameter_name == name:
+            return layer
+        layer = layer.base_layer
+    return None
+
+
+class ExpertsDown(GranularDown):
+    """The A of all experts: `weight` `[E, k, I/k, r_g]`, `hybrid_weight` `[E, hybrid_r, I]`. Never called."""
+
+    def extra_repr(self) -> str:
+        experts, k, chunk, r_g = self.weight.shape
+        hybrid_r = 0 if self.hybrid_weight is None else self.hybrid_weight.shape[1]
+        return f"experts={experts}, in={k * chunk}, k={k}, r={r_g + hybrid_r}, hybrid_r={hybrid_r}"
+
+
+class ExpertsUp(GranularUp):
+    """The B of all experts: `weight` `[E, k, r_g, O/k]`, `hybrid_weight` `[E, O, hybrid_r]`. Never called."""
+
+    def extra_repr(self) -> str:
+        experts, k, r_g, chunk = self.weight.shape
+        hybrid_r = 0 if self.hybrid_weight is None else self.hybrid_weight.shape[2]
+        return f"experts={experts}, out={k * chunk}, k={k}, r={r_g + hybrid_r}, hybrid_r={hybrid_r}"
+
+
+class GranularExperts:
+    """Mixin in front of `GraloraLayer`, over PEFT's `lora.ParamWrapper`."""
+
+    not_combinable = "PEFT's add_weighted_adapter does not support target_parameters"
+
+    def read_factors(self, adapter_name: str, k: int, hybrid_r: int, gain: float) -> None:
+        """PEFT's `[E * r, I]` and `[O, r * E]`, the expert outermost in the one and innermost in the other."""
+        A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        if is_8_bit(A):  # PEFT gives factors the parameter's dtype; one cannot compute with this one
+            A, B = A.float(), B.float()
+        down = GranularDown.read(A.detach().unflatten(0, (self.num_experts, -1)), k, hybrid_r, gain)
+        up = GranularUp.read(B.detach().unflatten(1, (-1, self.num_experts)).movedim(-1, 0), k, hybrid_r)
+        self.lora_A[adapter_name] = ExpertsDown(*down).requires_grad_(A.requires_grad)
+        self.lora_B[adapter_name] = ExpertsUp(*up).requires_grad_(B.requires_grad)
+
+    def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
+        """dW of one adapter, scaling included, in the parameter's layout, and in its dtype unless that has 8 bits."""
+        if not self.is_gralora(adapter):
+            return super().get_delta_weight(adapter, *args, **kwargs)
+        param = self.get_param()
+        dtype = torch.promote_types(self.lora_B[adapter].weight.dtype, torch.float32)
+        lhs, rhs = self._rows(adapter, dtype)
+        dW = (torch.bmm(lhs, rhs) * float(self.scaling[adapter])).view(param.shape)
+        return dW if is_8_bit(param) else dW.to(param.dtype)
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        """Add dW to the parameter for the time of a forward pass, in one product where one GraLoRA is active."""
+        names = [name for name in active_adapters if name in self.lora_A]
+        param = self.get_param()
+        if len(names) != 1 or not self.is_gralora(names[0]) or is_8_bit(param):
+            with super()._activate_lora(active_adapters):
+                yield
+            return
+        sum_of_both = AddRows(*self._rows(names[0], param.dtype), float(self.scaling[names[0]]))
+        base, requires_grad = self.get_base_layer(), param.requires_grad  # which parametrize sets to True
+        # unsafe: without computing the sum once more, to see that shape and dtype stay, which they do
+        nn.utils.parametrize.register_parametrization(base, self.parameter_name, sum_of_both, unsafe=True)
+        base.parametrizations[self.parameter_name].original.requires_grad_(requires_grad)
+        try:
+            with nn.utils.parametrize.cached():
+                yield
+        finally:
+            self._remove_parametrizations()
+
+    def _rows(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`grid_rows` of dW as it is stored; a grid's transpose is the grid of the transposed factors, swapped."""
+        A, B = self.lora_A[adapter], self.lora_B[adapter]
+        down, up = (
+            Weights(*(None if t is None else t.to(dtype) for t in (f.weight, f.hybrid_weight))) for f in (A, B)
+        )
+        if self.get_param().ndim == 3 and not self._did_swap_in_out_features:  # stored [E, I, O]
+            down, up = (Weights(*(None if t is None else t.mT for t in f)) for f in (up, down))
+        return grid_rows(down, up)
+
+
+def is_8_bit(t: Tensor) -> bool:
+    return t.dtype.itemsize == 1
+
+
+class AddRows(nn.Module):
+    """Parametrization that adds `scaling * lhs @ rhs` of `grid_rows` to a weight `[E, O, I]` or `[O, I]`."""
+
+    def __init__(self, lhs: Tensor, rhs: Tensor, scaling: float) -> None:
+        super().__init__()
+        self.lhs, self.rhs, self.scaling = lhs, rhs, scaling
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):  # a parametrization must not change the dtype
+            rows = weight.reshape(self.lhs.shape[0], -1, weight.shape[-1])
+            return torch.baddbmm(rows, self.lhs, self.rhs, alpha=self.scaling).view_as(weight)
+
+
+def grid_rows(down: Weights, up: Weights) -> tuple[Tensor, Tensor]:
+    """Factors of the grids' rows of blocks, with the plain part: as many operations as a plain LoRA of rank r takes.
+
+    Row j of the blocks of dW[e] is `lhs[e * k + j] @ rhs[e * k + j]`: output block j gets r_g sub-ranks, each of them
+    from one chunk of the input.
+
+    Args:
+        down: A `[E, k, I/k, r_g]` and A_s `[E, hybrid_r, I]` or None.
+        up: B `[E, k, r_g, O/k]` and B_s `[E, O, hybrid_r]` or None.
+
+    Returns:
+        lhs `[E * k, O/k, r]` and rhs `[E * k, r, I]`, for which `(lhs @ rhs).view(E, O, I)` is dW without scaling.
+    """
+    k, r_g = down.weight.shape[1], down.weight.shape[3]
+    chunks = down.weight.unflatten(-1, (k, r_g // k)).permute(0, 3, 4, 2, 1)  # [E, k_j, q, I/k, k_i]
+    rhs = torch.diag_embed(chunks, dim1=2, dim2=4).flatten(4).flatten(2, 3)  # [E, k_j, k_i * q, k_i * I/k]
+    lhs = up.weight.mT
+    if down.hybrid_weight is not None:
+        rhs = torch.cat([rhs, down.hybrid_weight.unsqueeze(1).expand(-1, k, -1, -1)], dim=2)
+        lhs = torch.cat([lhs, up.hybrid_weight.unflatten(1, (k, -1))], dim=3)
+    return lhs.flatten(0, 1), rhs.flatten(0, 1)

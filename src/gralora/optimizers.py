@@ -1,0 +1,132 @@
+"""PEFT's optimizers that precondition gradients, for GraLoRA: a grid is k x k independent LoRAs of rank r_g / k.
+
+Those in `peft.optimizers` know factors of two dimensions: LoRA-FA's fails at its first step on a grid, and the
+Riemannian one leaves the grid's gradients as they are. LoRA+ (`create_loraplus_optimizer`) is right as it is.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from .blocks import GranularDown
+
+
+class Pair(NamedTuple):
+    """The parameters of one or k x k LoRAs: `[r, I]` and `[O, r]`, or a grid's `[k, I/k, r_g]` and `[k, r_g, O/k]`."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    scaling: float
+
+    def of(self, read: Callable[[nn.Parameter], Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+        """Views of what is read from A and B as LoRAs, `[..., rank, in]` and `[..., out, rank]`."""
+        A, B = read(self.A), read(self.B)
+        if self.A.ndim == 2:
+            return A, B
+        k = self.A.shape[0]
+        A = None if A is None else A.unflatten(2, (k, -1)).permute(2, 0, 3, 1)  # [k_j, k_i, rank, I/k]
+        return A, None if B is None else B.unflatten(1, (k, -1)).mT  # [k_j, k_i, O/k, rank]
+
+
+def lora_pairs(model: nn.Module) -> Iterator[Pair]:
+    """All adapters of linear layers: grids, their hybrid parts, plain LoRAs."""
+    for layer in model.modules():
+        for name in layer.lora_A if isinstance(layer, LoraLayer) else ():
+            A, B, scaling = layer.lora_A[name], layer.lora_B[name], float(layer.scaling[name])
+            if isinstance(A, GranularDown) or A.weight.ndim == 2:
+                yield Pair(A.weight, B.weight, scaling)
+            if getattr(A, "hybrid_weight", None) is not None:
+                yield Pair(A.hybrid_weight, B.hybrid_weight, scaling)
+
+
+def create_riemannian_optimizer(
+    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: Any
+) -> Optimizer:
+    """`peft.optimizers.create_riemannian_optimizer` (arXiv 2402.02347) that preconditions every block of a grid.
+
+    Before each step the gradient of A becomes `(B^T B + reg)^-1 grad_A` and that of B `grad_B (A A^T + reg)^-1`.
+
+    Args:
+        model: the PEFT model; all that is trainable is optimised, adapters of linear layers are preconditioned.
+        optimizer_cls: e.g. `torch.optim.AdamW`. Its step gets no closure, which would compute the gradients anew.
+        lr: learning rate.
+        reg: added to the diagonal of the matrix that is inverted.
+        **kwargs: passed on to `optimizer_cls`.
+
+    Raises:
+        ValueError: if the model has no trainable adapter of a linear layer, or a step gets a closure.
+    """
+    pairs = [pair for pair in lora_pairs(model) if pair.A.requires_grad and pair.B.requires_grad]
+    if not pairs:
+        raise ValueError("the model has no trainable lora_A and lora_B of a linear layer to precondition.")
+
+    def precondition(pair: Pair) -> None:
+        (A, B), (grad_A, grad_B) = pair.of(_value), pair.of(_gradient)
+        if grad_A is not None:
+            grad_A.copy_(_inverse(B.mT @ B, reg) @ grad_A.to(B.dtype))
+        if grad_B is not None:
+            grad_B.copy_(grad_B.to(A.dtype) @ _inverse(A @ A.mT, reg))
+
+    optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], lr=lr, **kwargs)
+    return _before_each_step(optimizer, precondition, pairs)
+
+
+def create_lorafa_optimizer(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> Optimizer:
+    """LoRA-FA (arXiv 2308.03303) as in `peft.optimizers`: A is frozen, the gradient of B is projected, block by block.
+
+    Before each step of torch's AdamW the gradient of B becomes `grad_B (A A^T)^-1 / scaling^2`, which brings the
+    change of dW as near as A allows to that of full fine-tuning. Unlike PEFT's it is computed in float32 at least,
+    and takes the scaling from the layers.
+
+    Args:
+        model: the PEFT model; its lora_A no longer require gradients.
+        lr: learning rate.
+        weight_decay: AdamW's.
+
+    Raises:
+        ValueError: if the model has no trainable adapter of a linear layer, or a step gets a closure.
+    """
+    pairs = [pair for pair in lora_pairs(model) if pair.B.requires_grad]
+    if not pairs:
+        raise ValueError("the model has no trainable lora_B of a linear layer.")
+    for pair in pairs:
+        pair.A.requires_grad_(False)
+
+    def project(pair: Pair) -> None:
+        (A, _), (_, grad_B) = pair.of(_value), pair.of(_gradient)
+        if grad_B is not None:
+            grad_B.copy_(grad_B.to(A.dtype) @ _inverse(A @ A.mT, 1e-8) / pair.scaling**2)
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return _before_each_step(AdamW(parameters, lr=lr, eps=1e-6, weight_decay=weight_decay), project, pairs)
+
+
+def _value(p: nn.Parameter) -> Tensor:
+    return p.detach().to(torch.promote_types(p.dtype, torch.float32))
+
+
+def _gradient(p: nn.Parameter) -> Tensor | None:
+    return p.grad
+
+
+def _inverse(matrix: Tensor, reg: float) -> Tensor:
+    """Of a symmetric matrix with `reg` added to its diagonal; the pseudo-inverse where that is singular."""
+    return torch.linalg.pinv(matrix + reg * torch.eye(matrix.shape[-1]).to(matrix), hermitian=True)
+
+
+def _before_each_step(optimizer: Optimizer, change: Callable[[Pair], None], pairs: list[Pair]) -> Optimizer:
+    @torch.no_grad()
+    def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(arg is not None for arg in [*args[1:], *kwargs.values()]):
+            raise ValueError(
+                "step() takes no closure here: it would compute the gradients anew, without preconditioning."
+            )
+        for pair in pairs:
+            change(pair)
+
+    optimizer.register_step_pre_hook(hook)
+    return optimizer

@@ -1,0 +1,403 @@
+"""GraLoRA of nn.Embedding: the linear grid on one-hot token ids, with the vocabulary as input features."""
+
+import copy
+import pickle
+
+import peft
+import pytest
+import torch
+from helpers import (
+    Case,
+    Factors,
+    OneLayer,
+    adapted,
+    adapter_parameters,
+    assert_accurate,
+    assert_close64,
+    assert_unchanged,
+    case_config,
+    gralora_config,
+    naive_delta,
+    naive_update,
+    only_layer,
+    random_input,
+    randomize,
+    tiny_gpt2,
+    tiny_llama,
+    token_ids,
+)
+from helpers import factors_of as linear_factors_of
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+from gralora import LoraConfig
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
+    pytest.mark.filterwarnings("ignore:Could not identify embedding layer"),
+    pytest.mark.filterwarnings("ignore:.*ensure_weight_tying"),
+]
+CASES = [  # in_features is the vocabulary
+    Case(1, 4, 0, 12, 20),
+    Case(2, 4, 0, 12, 20),
+    Case(2, 7, 3, 20, 12),
+    Case(4, 10, 2, 24, 16),
+]
+cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def one_embedding(case, cls=nn.Embedding, **options):
+    embedding = cls(case.in_features, case.out_features, **options)
+    embedding.weight.data = random_input(case.in_features, case.out_features, seed=2)
+    return OneLayer(embedding.double())
+
+
+def tokens(case, *shape):
+    return torch.randint(case.in_features, shape, generator=torch.Generator().manual_seed(3))
+
+
+def factors_of(layer, hybrid_r, adapter="default"):
+    """The linear factors that an embedding's parameters hold: of r ranks, the first hybrid_r are the plain LoRA."""
+    A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]  # [r, k, V/k], [k, O/k, r]
+    k = len(B)
+    grid_A = torch.stack([A[hybrid_r:, i].T for i in range(k)])
+    grid_B = torch.stack([B[j, :, hybrid_r:].T for j in range(k)])
+    if not hybrid_r:
+        return Factors(grid_A, grid_B, None, None)
+    hybrid_A = torch.cat([A[:hybrid_r, i] for i in range(k)], dim=1)
+    hybrid_B = torch.cat([B[j, :, :hybrid_r] for j in range(k)])
+    return Factors(grid_A, grid_B, hybrid_A, hybrid_B)
+
+
+def one_hot(ids, case):
+    return nn.functional.one_hot(ids, case.in_features).double()
+
+
+@cases
+@pytest.mark.parametrize("batch", [(), (7,), (2, 3), (0,)], ids=str)
+def test_output_and_gradients_equal_the_block_loop(case, batch):
+    """The output is W[ids] plus the block loop on one-hot ids; so are the gradients, and the weight gets none."""
+    model = adapted(one_embedding(case), case_config(case)).train()
+    layer, ids = only_layer(model), tokens(case, *batch)
+    x, dy = one_hot(ids, case), random_input(*batch, case.out_features, seed=9)
+    parameters = [layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]]
+    expected = x @ layer.base_layer.weight + 3 * naive_update(x, factors_of(layer, case.hybrid_r))
+    gradients = torch.autograd.grad(expected, parameters, dy)
+    out = model(ids)
+    assert_close64(out, expected)
+    out.backward(dy)
+    for p, grad in zip(parameters, gradients, strict=True):
+        assert_close64(p.grad, grad)
+    assert layer.base_layer.weight.grad is None
+
+
+@cases
+def test_each_place_of_the_exchange(case):
+    """h_i = A_i[token]; output block j gets its j-th sub-rank through the i-th sub-rank of B_j, and nothing else."""
+    model = adapted(one_embedding(case), case_config(case))
+    layer, chunk, q = only_layer(model), case.in_features // case.k, case.r_g // case.k
+    A, B, hybrid_A, hybrid_B = factors_of(layer, case.hybrid_r)
+    for token in range(case.in_features):
+        i = token // chunk
+        h = A[i, token % chunk]
+        y = torch.cat([h[j * q : (j + 1) * q] @ B[j, i * q : (i + 1) * q] for j in range(case.k)])
+        if case.hybrid_r:
+            y = y + hybrid_B @ hybrid_A[:, token]
+        assert_close64(layer.update("default", torch.tensor(token)), 3 * y)
+
+
+@cases
+@pytest.mark.parametrize("safe", [False, True])
+def test_merge_and_unmerge(case, safe):
+    model = adapted(one_embedding(case), case_config(case))
+    layer, ids = only_layer(model), torch.arange(case.in_features)
+    out, weight = model(ids), layer.base_layer.weight.clone()
+    dW = 3 * naive_delta(factors_of(layer, case.hybrid_r)).T
+    assert_close64(layer.get_delta_weight("default"), dW)
+    model.merge_adapter(safe_merge=safe)
+    assert_close64(layer.base_layer.weight, weight + dW)
+    assert_close64(model(ids), out)
+    model.unmerge_adapter()
+    assert_close64(layer.base_layer.weight, weight)
+    assert_close64(model.merge_and_unload(safe_merge=safe)(ids), out)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("safe", [False, True])
+def test_merge_in_half_precision_rounds_once(dtype, safe):
+    case = CASES[-1]
+    model = adapted(one_embedding(case).to(dtype), case_config(case), autocast_adapter_dtype=False)
+    layer = only_layer(model)
+    weight, dW = layer.base_layer.weight.double(), 3 * naive_delta(factors_of(layer.double(), case.hybrid_r)).T
+    layer.to(dtype)
+    model.merge_adapter(safe_merge=safe)
+    assert layer.base_layer.weight.dtype == dtype
+    assert_accurate(layer.base_layer.weight, weight + dW, (weight + dW).to(dtype))
+    merged = layer.base_layer.weight.double()
+    model.unmerge_adapter()
+    assert_accurate(layer.base_layer.weight, weight, (merged - dW).to(dtype))
+
+
+def test_safe_merge_refuses_nan():
+    model = adapted(one_embedding(CASES[1]), case_config(CASES[1]))
+    layer = only_layer(model)
+    layer.lora_embedding_B["default"].data[0, 0, 0] = torch.nan
+    weight = layer.base_layer.weight.clone()
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, weight)
+
+
+@cases
+def test_start_is_that_of_plain_lora(case):
+    """A is zero and B PEFT's normal numbers, so the output is the base's; as many parameters as LoRA."""
+    models = []
+    for config in (case_config(case), peft.LoraConfig(r=case.r, target_modules=["layer"])):
+        torch.manual_seed(0)
+        models.append(get_peft_model(one_embedding(case), config))
+    ours, plain = map(only_layer, models)
+    assert not ours.lora_embedding_A["default"].any()
+    B = ours.lora_embedding_B["default"].flatten(0, 1)
+    assert torch.equal(B, plain.lora_embedding_B["default"]) and B.any()
+    ids = torch.arange(case.in_features)
+    assert torch.equal(models[0](ids), ours.base_layer(ids))
+    counts = [sum(p.numel() for p in adapter_parameters(model).values()) for model in models]
+    assert counts[0] == counts[1] == case.r * (case.in_features + case.out_features)
+
+
+def test_random_start_with_k1_is_that_of_plain_lora():
+    """With init_lora_weights=False neither factor is zero; both are read from PEFT's."""
+    deltas, fields = [], {"init_lora_weights": False, "target_modules": ["layer"]}
+    for config in (gralora_config(1, 4, **fields), peft.LoraConfig(r=4, lora_alpha=8, **fields)):
+        torch.manual_seed(0)
+        deltas.append(only_layer(get_peft_model(one_embedding(CASES[0]), config)).get_delta_weight("default"))
+    assert_close64(*deltas)
+    assert deltas[0].any()
+
+
+def test_training_changes_only_the_factors():
+    model = adapted(one_embedding(CASES[2]), case_config(CASES[2])).train()
+    trained = adapter_parameters(model)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(trained) and len(trained) == 2
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(torch.arange(20)).square().sum().backward()
+    torch.optim.SGD(trained.values(), lr=0.1).step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == (name not in trained), name
+
+
+@pytest.mark.parametrize("options", [{"padding_idx": 5}, {"scale_grad_by_freq": True}], ids=str)
+def test_options_of_the_embedding(options):
+    """A padding token's row of A gets no gradient, and frequent tokens' rows a smaller one, as those of the weight."""
+    case = CASES[1]
+    model = adapted(one_embedding(case, **options), case_config(case)).train()
+    layer, ids = only_layer(model), torch.tensor([5, 5, 7, 7, 7, 1])
+    layer.base_layer.weight.requires_grad_()
+    dy = random_input(case.out_features).expand(6, -1)
+    plain = nn.Embedding(case.in_features, case.r, **options).double()
+    plain.weight.data = layer.lora_embedding_A["default"].data.flatten(1).T
+    place = one_hot(ids // 6, Case(2, 0, 0, 2, 0))
+    h = plain(ids).unflatten(-1, (2, 2))
+    B = layer.lora_embedding_B["default"].detach().unflatten(2, (2, 2))  # [k_j, O/k, k_i, q]
+    y = 3 * torch.einsum("tjq,ti,joiq->tjo", h, place, B).flatten(1)
+    model(ids).backward(dy)
+    y.backward(dy)
+    assert_close64(layer.lora_embedding_A["default"].grad.flatten(1).T, plain.weight.grad)
+
+
+def test_scaled_embedding():
+    """Gemma's embedding multiplies its output; the adapter's is multiplied as well, so that merging is exact."""
+    case = CASES[-1]
+    base = one_embedding(case, Gemma3TextScaledWordEmbedding, padding_idx=0, embed_scale=4.0)
+    ids = torch.arange(case.in_features)
+    model = adapted(copy.deepcopy(base), case_config(case))
+    update = naive_update(one_hot(ids, case), factors_of(only_layer(model), case.hybrid_r))
+    assert_close64(model(ids), base(ids) + 4 * 3 * update)
+    assert_close64(model.merge_and_unload()(ids), base(ids) + 4 * 3 * update)
+
+
+# Several adapters
+
+
+def test_adapters_of_several_kinds():
+    """Two GraLoRAs of other k and hybrid_r and a plain LoRA on one embedding: set, add up, mix, merge, delete."""
+    case, ids = CASES[-1], torch.arange(24).view(6, 4)
+    model = adapted(one_embedding(case), case_config(case))
+    model.add_adapter("other", gralora_config(2, 8, 0, target_modules=["layer"]))
+    model.add_adapter("plain", peft.LoraConfig(r=4, target_modules=["layer"]))
+    for seed, name in enumerate(("other", "plain")):
+        randomize(model, name, seed)
+    layer = only_layer(model)
+    updates = {"__base__": torch.zeros(6, 4, 16).double()}
+    for name, hybrid_r, scaling in (("default", 2, 3), ("other", 0, 2)):
+        updates[name] = scaling * naive_update(one_hot(ids, case), factors_of(layer, hybrid_r, name))
+    updates["plain"] = 2 * (layer.lora_embedding_B["plain"] @ layer.lora_embedding_A["plain"]).T[ids]
+    base = layer.base_layer(ids)
+    assert_close64(model(ids), base + updates["default"])
+    with model.disable_adapter():
+        assert_close64(model(ids), base)
+    for names in (["other"], ["plain"], ["plain", "default", "other"]):
+        model.base_model.set_adapter(names)
+        assert_close64(model(ids), base + sum(updates[name] for name in names))
+    mixed = ["other", "__base__", "default", "plain", "default", "other"]
+    rows = torch.stack([updates[name][row] for row, name in enumerate(mixed)])
+    with torch.no_grad():
+        assert_close64(model(ids, adapter_names=mixed), base + rows)
+    model.merge_adapter()
+    assert_close64(model(ids), base + updates["default"] + updates["other"] + updates["plain"])
+    model.unmerge_adapter()
+    model.set_adapter("default")
+    layer.set_scale("default", 0.5)
+    assert_close64(model(ids), base + updates["default"] / 2)
+    model.delete_adapter("default")
+    model.set_adapter("other")
+    assert_close64(model(ids), base + updates["other"])
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+def test_add_weighted_adapter(kind):
+    """The weighted sum of the adapters' dW, as a plain LoRA."""
+    case = CASES[-1]
+    model = adapted(one_embedding(case), case_config(case))
+    model.add_adapter("other", gralora_config(2, 8, 0, target_modules=["layer"]))
+    randomize(model, "other", seed=1)
+    layer = only_layer(model)
+    expected = 0.5 * layer.get_delta_weight("default") - 2 * layer.get_delta_weight("other")
+    model.base_model.add_weighted_adapter(
+        ["default", "other"], [0.5, -2.0], "sum", kind, **{"svd": {"svd_rank": 16}}.get(kind, {})
+    )
+    assert_close64(layer.get_delta_weight("sum"), expected)
+    model.set_adapter("sum")
+    ids = torch.arange(24)
+    assert_close64(model(ids), layer.base_layer(ids) + expected)
+
+
+def test_pickle():
+    model = adapted(one_embedding(CASES[2]), case_config(CASES[2]))
+    ids = torch.arange(20)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(ids), model(ids))
+    assert torch.equal(copy.deepcopy(model)(ids), model(ids))
+
+
+# Models
+
+
+EMBEDDINGS = {"llama": (tiny_llama, ["embed_tokens", "q_proj"]), "gpt2": (tiny_gpt2, ["wte", "wpe", "c_attn"])}
+
+
+@pytest.mark.parametrize("build, targets", EMBEDDINGS.values(), ids=EMBEDDINGS)
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_save_and_load(build, targets, low_memory, tmp_path):
+    """A fresh model with the saved adapter has the same tensors, bit by bit, and the same output."""
+    model = adapted(build(torch.float64), gralora_config(2, hybrid_r=2, target_modules=targets))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(torch.float64), tmp_path, low_cpu_mem_usage=low_memory)
+    saved = adapter_parameters(model)
+    assert any("lora_embedding_A" in name for name in saved)
+    for name, p in adapter_parameters(loaded).items():
+        assert torch.equal(p, saved.pop(name)), name
+    assert not saved
+    ids = token_ids(2, 7)
+    logits = model(ids).logits
+    assert torch.equal(loaded(ids).logits, logits)
+    with loaded.disable_adapter():
+        assert (loaded(ids).logits - logits).abs().max() > 0.01
+
+
+def test_plain_lora_refuses_the_file(tmp_path):
+    """PEFT's own config class, which knows nothing of GraLoRA, fails on the shapes: nothing is loaded silently."""
+    case = CASES[1]
+    model = adapted(one_embedding(case), case_config(case))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    plain = peft.LoraConfig(r=case.r, target_modules=["layer"])
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(one_embedding(case), tmp_path, config=plain)
+
+
+TIED = {
+    "input": (["embed_tokens"], {}),
+    "output": (["lm_head"], {}),
+    "both": (["embed_tokens", "lm_head"], {}),
+    "tied-adapters": (["embed_tokens", "lm_head"], {"ensure_weight_tying": True}),
+}
+
+
+@pytest.mark.parametrize("targets, fields", TIED.values(), ids=TIED)
+def test_tied_embeddings_behave_as_with_plain_lora(targets, fields):
+    """On a shared weight, forward, merge, unmerge and unload give what plain LoRA gives with the same dW (k = 1)."""
+    ids, results, generator = token_ids(2, 7), [], torch.Generator().manual_seed(0)
+    models = []
+    for gralora_fields in ({"use_gralora": True, "gralora_k": 1}, {}):
+        base = tiny_llama(torch.float64, tie_word_embeddings=True)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), **fields, **gralora_fields)
+        models.append(adapted(base, config))
+    parameters = map(adapter_parameters, models)
+    for (name, ours), plain in zip(next(parameters).items(), next(parameters).values(), strict=True):
+        plain.data.copy_(torch.randn(plain.shape, generator=generator, dtype=torch.float64))
+        ours.data.copy_(plain.data.view_as(ours) if "embedding" in name else plain.data.T.unsqueeze(0))
+    for model in models:
+        logits = [model(ids).logits]
+        model.merge_adapter()
+        logits.append(model(ids).logits)
+        model.unmerge_adapter()
+        results.append([*logits, model(ids).logits, model.merge_and_unload()(ids).logits])
+    for ours, plain in zip(*results, strict=True):
+        assert_close64(ours, plain)
+
+
+@pytest.mark.parametrize("hybrid_r", [0, 2])
+def test_tied_factors(hybrid_r, tmp_path):
+    """With ensure_weight_tying the output layer's dW is the embedding's, from factors in the same memory."""
+    config = gralora_config(4, 10 if hybrid_r else 8, hybrid_r, target_modules=["embed_tokens", "lm_head"])
+    config.ensure_weight_tying = True
+    model = adapted(tiny_llama(torch.float64, tie_word_embeddings=True), config)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    dW = head.get_delta_weight("default")
+    assert_close64(dW, 2 * naive_delta(linear_factors_of(head)))
+    assert_close64(dW, embedding.get_delta_weight("default"))
+    x = random_input(3, 16)
+    assert_close64(head(x), x @ (head.base_layer.weight + dW).T)
+    with torch.no_grad():
+        embedding.lora_embedding_A["default"].mul_(2)
+    assert_close64(head.get_delta_weight("default"), 2 * dW)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(torch.float64, tie_word_embeddings=True), tmp_path)
+    ids = token_ids(2, 7)
+    assert_close64(loaded(ids).logits, model(ids).logits)
+
+
+# What is refused
+
+
+REFUSED = {
+    "vocabulary": ({}, {"k": 4}, (10, 8), ["gralora_k=4", "'layer'", "in_features=10", "nn.Embedding", "[1, 2]"]),
+    "dimension": ({}, {"k": 4}, (8, 6), ["gralora_k=4", "'layer'", "out_features=6"]),
+    "max_norm": ({"max_norm": 1.0}, {}, (8, 8), ["max_norm=1.0", "'layer'"]),
+    "sparse": ({"sparse": True}, {}, (8, 8), ["sparse=True", "'layer'"]),
+    "lora_bias": ({}, {"lora_bias": True}, (8, 8), ["lora_bias=True", "'layer'", "nn.Embedding"]),
+}
+
+
+@pytest.mark.parametrize("options, fields, sizes, parts", REFUSED.values(), ids=REFUSED)
+def test_refused(options, fields, sizes, parts):
+    model = OneLayer(nn.Embedding(*sizes, **options))
+    with assert_unchanged(model, torch.arange(8)), pytest.raises(ValueError) as error:
+        get_peft_model(model, gralora_config(**{"k": 2, "target_modules": ["layer"]} | fields))
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_auto_k_counts_the_vocabulary():
+    """gralora_k="auto" takes a k that divides the vocabulary; with one of odd size that is 1, with a warning."""
+    for vocabulary, k in ((32, 4), (34, 2)):
+        model = tiny_llama(vocab_size=vocabulary)
+        config = gralora_config("auto", 64, target_modules=["embed_tokens", "q_proj"])
+        settled = get_peft_model(model, config).peft_config["default"]
+        assert settled.of_layer("gralora_k", "model.embed_tokens") == k
+        assert settled.of_layer("gralora_k", "model.layers.0.self_attn.q_proj") == 4
+    with pytest.warns(UserWarning, match="found no k > 1"):
+        get_peft_model(tiny_llama(vocab_size=33), gralora_config("auto", 64, target_modules=["embed_tokens"]))

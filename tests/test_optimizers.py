@@ -1,0 +1,213 @@
+"""Optimizers for LoRA on GraLoRA adapters: LoRA+ is PEFT's; LoRA-FA and the Riemannian one are gralora's."""
+
+import peft
+import pytest
+import torch
+from helpers import (
+    CASES,
+    FEW_CASES,
+    MODELS,
+    TARGETS,
+    Case,
+    adapted,
+    adapter_parameters,
+    assert_close64,
+    case_config,
+    factors_of,
+    gralora_config,
+    naive_update,
+    one_layer,
+    only_layer,
+    random_input,
+    set_factors,
+    token_ids,
+)
+from peft import optimizers as stock
+from torch import Tensor
+
+import gralora
+
+riemannian = pytest.mark.skipif(not hasattr(stock, "create_riemannian_optimizer"), reason="came with PEFT 0.21")
+cases = pytest.mark.parametrize("case", [*FEW_CASES, CASES[2]], ids=str)
+
+
+def loss_of(model, case: Case) -> Tensor:
+    return model(random_input(7, case.in_features)).square().sum()
+
+
+def naive_riemannian(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, reg: float) -> tuple[Tensor, Tensor]:
+    """The paper's equation for one LoRA, `[r, I]` and `[O, r]`."""
+    eye = torch.eye(A.shape[0], dtype=A.dtype)
+    return torch.linalg.inv(B.T @ B + reg * eye) @ grad_A, grad_B @ torch.linalg.inv(A @ A.T + reg * eye)
+
+
+def naive_lorafa(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(A), grad_B @ torch.linalg.pinv(A @ A.T) / scaling**2
+
+
+def by_blocks(factors, gradients, rule) -> list[Tensor]:
+    """`rule` on every block's own LoRA, and on the plain part's."""
+    A, B, hybrid_A, hybrid_B = (None if t is None else t.detach() for t in factors)
+    grad_A, grad_B, grad_hybrid_A, grad_hybrid_B = gradients
+    k, q = A.shape[0], A.shape[2] // A.shape[0]
+    new_A, new_B = torch.zeros_like(A), torch.zeros_like(B)
+    for i in range(k):
+        for j in range(k):
+            in_A, in_B = slice(j * q, (j + 1) * q), slice(i * q, (i + 1) * q)
+            block = rule(A[i][:, in_A].T, B[j][in_B].T, grad_A[i][:, in_A].T, grad_B[j][in_B].T)
+            new_A[i][:, in_A], new_B[j][in_B] = block[0].T, block[1].T
+    plain = [] if hybrid_A is None else rule(hybrid_A, hybrid_B, grad_hybrid_A, grad_hybrid_B)
+    return [new_A, new_B, *plain]
+
+
+@cases
+def test_riemannian_steps_are_those_of_every_block(case: Case) -> None:
+    """Each block's gradients, and the plain part's, are preconditioned by that block's own factors."""
+    model = adapted(one_layer(case), case_config(case)).train()
+    factors = factors_of(only_layer(model))
+    before = [t.detach().clone() for t in factors.tensors()]
+    gradients = torch.autograd.grad(loss_of(model, case), factors.tensors())
+    padded = [*gradients, *[None] * (4 - len(gradients))]
+    expected = by_blocks(factors, padded, lambda *block: naive_riemannian(*block, reg=1e-2))
+    optimizer = gralora.create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-3)
+    loss_of(model, case).backward()
+    optimizer.step()
+    for t, old, step in zip(factors.tensors(), before, expected, strict=True):
+        assert_close64(t.detach(), old - 1e-3 * step)
+
+
+@riemannian
+def test_riemannian_steps_of_one_block_are_those_of_peft() -> None:
+    """With k=1 it is PEFT's optimizer on plain LoRA, over several steps, with momentum."""
+    case = Case(1, 4, 0, 20, 12)
+    mine = adapted(one_layer(case), case_config(case)).train()
+    plain = adapted(one_layer(case), peft.LoraConfig(r=4, lora_alpha=12, target_modules=["layer"])).train()
+    A, B, _, _ = factors_of(only_layer(mine))
+    only_layer(plain).lora_A["default"].weight.data = A.data[0].T.clone()
+    only_layer(plain).lora_B["default"].weight.data = B.data[0].T.clone()
+    pairs = [(mine, gralora.create_riemannian_optimizer), (plain, stock.create_riemannian_optimizer)]
+    for model, create in pairs:
+        optimizer = create(model, torch.optim.SGD, lr=1e-4, reg=0.5, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_of(model, case).backward()
+            optimizer.step()
+    assert_close64(only_layer(mine).get_delta_weight("default"), only_layer(plain).get_delta_weight("default"))
+
+
+@cases
+def test_lorafa_steps_are_those_of_every_block(case: Case) -> None:
+    """A is frozen; the gradient of each block's B is projected by that block's A, then AdamW takes its step."""
+    model = adapted(one_layer(case), case_config(case)).train()
+    factors = factors_of(only_layer(model))
+    gradients = torch.autograd.grad(loss_of(model, case), factors.tensors())
+    padded = [*gradients, *[None] * (4 - len(gradients))]
+    expected = by_blocks(factors, padded, lambda *block: naive_lorafa(*block, scaling=3.0))
+    naive = [t.detach().clone() for t in factors.tensors()]
+    reference = torch.optim.AdamW(naive[1::2], lr=1e-2, eps=1e-6, weight_decay=0.1)
+    for t, gradient in zip(naive[1::2], expected[1::2], strict=True):
+        t.grad = gradient
+    reference.step()
+    optimizer = gralora.create_lorafa_optimizer(model, lr=1e-2, weight_decay=0.1)
+    loss_of(model, case).backward()
+    assert all(p.grad is None for name, p in adapter_parameters(model).items() if "lora_A" in name)
+    optimizer.step()
+    for t, exact, gradient in zip(factors.tensors(), naive, expected, strict=True):
+        torch.testing.assert_close(t.detach(), exact, rtol=1e-6, atol=1e-6)
+        if t.requires_grad:
+            torch.testing.assert_close(t.grad, gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_lorafa_projects_the_full_gradient() -> None:
+    """What the projection is for: the change of dW is the least-squares fit of full fine-tuning's in A's row space."""
+    case = Case(2, 8, 0, 20, 12)
+    model = adapted(one_layer(case), case_config(case)).train()
+    layer, x = only_layer(model), random_input(7, 20)
+    G = torch.zeros(12, 20, dtype=torch.float64, requires_grad=True)  # a change of the whole weight
+    out = layer.base_layer(x) + 3.0 * naive_update(x, factors_of(layer)) + x @ G.T
+    (full,) = torch.autograd.grad(out.square().sum(), G)
+    optimizer = gralora.create_lorafa_optimizer(model, lr=0.0)
+    loss_of(model, case).backward()
+    A, B, _, _ = factors_of(layer)
+    before = layer.get_delta_weight("default").detach()
+    optimizer.step()
+    set_factors(layer, factors_of(layer)._replace(B=B.detach() - B.grad))
+    change = before - layer.get_delta_weight("default").detach()
+    for j in range(2):
+        for i in range(2):
+            rows, columns, q = slice(6 * j, 6 * j + 6), slice(10 * i, 10 * i + 10), slice(4 * j, 4 * j + 4)
+            basis = torch.linalg.qr(A[i][:, q].detach())[0]  # of the block's row space
+            torch.testing.assert_close(
+                change[rows, columns], full[rows, columns] @ basis @ basis.T, rtol=1e-5, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("create", [gralora.create_riemannian_optimizer, gralora.create_lorafa_optimizer])
+def test_whole_models_train(create) -> None:
+    """A model with a GraLoRA and a plain adapter, in bfloat16, learns; what is not trainable does not move."""
+    model = adapted(MODELS["llama"](torch.bfloat16), gralora_config(2, hybrid_r=2, target_modules="all-linear"))
+    model.add_adapter("plain", peft.LoraConfig(r=4, target_modules=TARGETS["llama"]))
+    model.base_model.set_adapter(["default", "plain"])
+    arguments = {"optimizer_cls": torch.optim.AdamW} if create is gralora.create_riemannian_optimizer else {}
+    optimizer = create(model.train(), lr=2e-3, **arguments)
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    ids, losses = token_ids(2, 9), []
+    for _ in range(12):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+
+
+def test_optimizers_refuse_what_they_cannot_do() -> None:
+    """A closure, and a model without trainable adapters, are refused."""
+    case = CASES[2]
+    model = adapted(one_layer(case), case_config(case))
+    for optimizer in (
+        gralora.create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-3),
+        gralora.create_lorafa_optimizer(model, lr=1e-3),
+    ):
+        with pytest.raises(ValueError, match="no closure"):
+            optimizer.step(lambda: loss_of(model, case))
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable lora_A and lora_B"):
+        gralora.create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-3)
+    with pytest.raises(ValueError, match="no trainable lora_B"):
+        gralora.create_lorafa_optimizer(model, lr=1e-3)
+
+
+@riemannian
+def test_optimizers_of_peft_do_not_know_grids() -> None:
+    """PEFT's LoRA-FA fails at its first step; its Riemannian one finds the plain part only, and says so of none."""
+    case = CASES[2]
+    model = adapted(one_layer(case), case_config(case)).train()
+    with pytest.raises(ValueError, match="did not find any trainable"):
+        stock.create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-3)
+    optimizer = stock.create_lorafa_optimizer(model, r=case.r, lora_alpha=16, lr=1e-3)
+    loss_of(model, case).backward()
+    with pytest.raises(RuntimeError, match="size"):
+        optimizer.step()
+    model = adapted(one_layer(CASES[3]), case_config(CASES[3])).train()
+    optimizer = stock.create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-3)
+    loss_of(model, CASES[3]).backward()
+    before = [t.grad.clone() for t in factors_of(only_layer(model))]
+    optimizer.step()
+    same = [torch.equal(t.grad, grad) for t, grad in zip(factors_of(only_layer(model)), before, strict=True)]
+    assert same == [True, True, False, False], "the docs say so"
+
+
+def test_loraplus() -> None:
+    """PEFT's LoRA+ gives all of B, grid and plain part and bias, its higher learning rate, and A the lower one."""
+    case = Case(2, 10, 2, 20, 12)
+    model = adapted(one_layer(case), case_config(case, lora_bias=True)).train()
+    before = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
+    optimizer = stock.create_loraplus_optimizer(model, torch.optim.SGD, lr=1e-3, loraplus_lr_ratio=16.0)
+    loss_of(model, case).backward()
+    optimizer.step()
+    assert len(before) == 5
+    for name, p in adapter_parameters(model).items():
+        lr = 16e-3 if "lora_B" in name else 1e-3
+        assert_close64(p.detach(), before[name] - lr * p.grad)
