@@ -1,0 +1,140 @@
+"""Runs of `gralora finetune` in one of several processes; what each process saw goes into files for the tests.
+
+    accelerate launch --config_file CONFIG --num_processes N tests/distributed_runs.py PLAN.json
+
+The plan has a `folder`, and as `runs` the arguments of each run by its name. Written: `folder/NAME.RANK.pt`.
+"""
+
+import copy
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+from multi_gpu import fsdp_on_cpu  # noqa: E402
+
+FSDP = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+if FSDP:
+    fsdp_on_cpu()  # before anything asks accelerate for the device
+
+from helpers import Case, adapted, adapter_parameters, case_config, one_layer, random_input  # noqa: E402
+from peft import get_peft_model_state_dict  # noqa: E402
+
+from gralora import layers  # noqa: E402
+from gralora.tool import finetune as module  # noqa: E402
+from gralora.tool.arguments import FinetuneArguments  # noqa: E402
+
+fused_calls: list[bool] = []  # of each fused operation, whether it was given a DTensor
+gralora_linear = layers.gralora_linear
+
+
+def watched(*operands: Any) -> torch.Tensor:
+    fused_calls.append(any(isinstance(operand, DTensor) for operand in operands))
+    return gralora_linear(*operands)
+
+
+class Recorder(module.AdapterTrainer):
+    """Keeps the trainer of the last run, to look at what this process holds; see `interrupted`."""
+
+    interrupted = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        Recorder.last = self
+        if Recorder.interrupted:
+            self.add_callback(Interrupt())
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C in the second process, in the second step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 1 and distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def local(t: Any) -> Any:
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def local_bytes(tensors: Any) -> int:
+    return sum(local(t).numel() * t.element_size() for t in tensors)
+
+
+def whole(t: torch.Tensor) -> torch.Tensor:
+    return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+
+
+def run(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What this process saw of a run: losses, its share of the tensors, and the whole adapter at the end."""
+    fused_calls.clear()
+    Recorder.interrupted = arguments.pop("interrupted", False)
+    args = FinetuneArguments(**arguments)
+    stopped = None
+    try:
+        module.finetune(args)
+    except KeyboardInterrupt as stop:
+        stopped = str(stop)
+    trainer = Recorder.last
+    model, optimizer = trainer.accelerator.unwrap_model(trainer.model), trainer.optimizer
+    states = [s for state in optimizer.state.values() for name, s in state.items() if name != "step"]
+    return {
+        "stopped": stopped,
+        "log": trainer.state.log_history,
+        "adapter": {name: whole(t) for name, t in get_peft_model_state_dict(model).items()},
+        "parameter_bytes": local_bytes(model.parameters()),
+        "optimizer_bytes": local_bytes(states),
+        "dtypes": {p.requires_grad: p.dtype for p in model.parameters()},
+        "fused": len(fused_calls),
+        "fused_got_dtensor": any(fused_calls),
+    }
+
+
+def shard_by_hand(case: Case) -> None:
+    """fully_shard on the layer, and on each factor alone: output and gradients of the whole layer.
+
+    Sharding a module changes its class, so a factor that is sharded alone must not be read past its hooks.
+    """
+    for units in (["base_model.model.layer"], ["lora_A.default", "lora_B.default"]):
+        model = adapted(one_layer(case), case_config(case))
+        exact = copy.deepcopy(model)
+        for unit in units:
+            fully_shard(model.get_submodule(unit if len(units) == 1 else f"base_model.model.layer.{unit}"))
+        fused_calls.clear()
+        x = random_input(6, case.in_features)
+        y, y_exact = model(x), exact(x)
+        assert fused_calls == ([False, False] if len(units) == 1 else [False]), "and one call is of the exact layer"
+        torch.testing.assert_close(y, y_exact)
+        dy = random_input(*y.shape, seed=4)
+        y.backward(dy)
+        y_exact.backward(dy)
+        gradients = {name: p.grad for name, p in adapter_parameters(exact).items()}
+        for name, p in adapter_parameters(model).items():
+            assert isinstance(p, DTensor) and gradients[name].any()
+            torch.testing.assert_close(p.grad.full_tensor(), gradients[name])
+
+
+def main() -> None:
+    layers.gralora_linear = watched
+    module.AdapterTrainer = Recorder
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    for name, arguments in plan["runs"].items():
+        seen = run(arguments)
+        torch.save(seen, Path(plan["folder"], f"{name}.{os.environ['RANK']}.pt"))
+    if FSDP:
+        for case in (Case(1, 5, 2, 20, 12), Case(4, 10, 2, 16, 28)):
+            shard_by_hand(case)
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
