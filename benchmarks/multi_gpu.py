@@ -26,8 +26,8 @@ TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atten
 TINY |= dict(num_key_value_heads=2, vocab_size=64)
 
 
-def fsdp_on_cpu() -> None:
-    """Let accelerate take processes on the CPU for GPUs, with gloo between them: it offers FSDP for GPUs only."""
+def take_cpu_for_gpus() -> None:
+    """Let accelerate take processes on the CPU for GPUs, with gloo between them: else it shards on GPUs only."""
     import torch.distributed
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
@@ -40,7 +40,7 @@ def fsdp_on_cpu() -> None:
 def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """In one of the processes: a row for each method."""
     if args.tiny and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        fsdp_on_cpu()
+        take_cpu_for_gpus()
     import torch
     from accelerate import Accelerator
 

@@ -12,19 +12,21 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-from multi_gpu import fsdp_on_cpu  # noqa: E402
+from multi_gpu import take_cpu_for_gpus  # noqa: E402
 
 FSDP = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-if FSDP:
-    fsdp_on_cpu()  # before anything asks accelerate for the device
+DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+if FSDP or DEEPSPEED:
+    take_cpu_for_gpus()  # before anything asks accelerate for the device
 
 from helpers import Case, adapted, adapter_parameters, case_config, one_layer, random_input  # noqa: E402
 from peft import get_peft_model_state_dict  # noqa: E402
@@ -54,6 +56,18 @@ class Recorder(module.AdapterTrainer):
             self.add_callback(Interrupt())
 
 
+class Arguments(FinetuneArguments):
+    """With DeepSpeed, as if there were a GPU: the Trainer leaves it out where it is told to use the CPU."""
+
+    def training_arguments(self) -> TrainingArguments:
+        if not DEEPSPEED:
+            return super().training_arguments()
+        with mock.patch("torch.accelerator.is_available", return_value=True):
+            training = super().training_arguments()
+        training.dataloader_pin_memory = False
+        return training
+
+
 class Interrupt(TrainerCallback):
     """Ctrl-C in the second process, in the second step."""
 
@@ -62,8 +76,9 @@ class Interrupt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def local(t: Any) -> Any:
-    return t.to_local() if isinstance(t, DTensor) else t
+def local(t: torch.Tensor) -> torch.Tensor:
+    """This process's share of a tensor: FSDP2's, ZeRO-3's, or all of it."""
+    return t.to_local() if isinstance(t, DTensor) else getattr(t, "ds_tensor", t)
 
 
 def local_bytes(tensors: Any) -> int:
@@ -78,7 +93,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     """What this process saw of a run: losses, its share of the tensors, and the whole adapter at the end."""
     fused_calls.clear()
     Recorder.interrupted = arguments.pop("interrupted", False)
-    args = FinetuneArguments(**arguments)
+    args = Arguments(**arguments)
     stopped = None
     try:
         module.finetune(args)
@@ -90,7 +105,8 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     return {
         "stopped": stopped,
         "log": trainer.state.log_history,
-        "adapter": {name: whole(t) for name, t in get_peft_model_state_dict(model).items()},
+        # under ZeRO-3 the tensors are empty outside of a step
+        "adapter": None if DEEPSPEED else {name: whole(t) for name, t in get_peft_model_state_dict(model).items()},
         "parameter_bytes": local_bytes(model.parameters()),
         "optimizer_bytes": local_bytes(states),
         "dtypes": {p.requires_grad: p.dtype for p in model.parameters()},

@@ -28,6 +28,7 @@ RUNS = {
     "plain": {},  # gradient accumulation, a hybrid
     "bf16": {"bf16": True},  # factors in float32 on a base in bfloat16
     "checkpointing": {"gradient_checkpointing": True, "gralora_k": "1", "hybrid_r": 0},  # fewer blocks than processes
+    "streaming": {"streaming": True},
 }
 # how far losses may be from those of one process, as a share: they are sums in another order
 TOLERANCE = {(engine, name): 1e-5 for engine in ("ddp", "fsdp") for name in RUNS}
@@ -203,3 +204,69 @@ def test_interrupt_of_one_process_stops_all(ddp):
     for process in seen["interrupted"]:
         assert "stopped at step 2 of 6, checkpoint saved in" in process["stopped"]
     assert fault(folder / "interrupted" / "checkpoint-2") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed(stage, alone, arguments, tiny_model, tmp_path, monkeypatch):
+    """Losses, the saved adapter, shares of the memory, and going on from a checkpoint."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    runs = {"plain": arguments("plain", tmp_path)}
+    checkpoint = tmp_path / "plain" / "checkpoint-3"
+    runs["resumed"] = arguments("resumed", tmp_path, resume_from_checkpoint=str(checkpoint))
+    seen = launch(f"zero{stage}", 2, tmp_path, runs)
+    expected = log_of(alone / "plain")
+    assert_same_losses(losses(seen["plain"][0]["log"]), expected, 1e-5)
+    assert_same_losses(losses(seen["resumed"][0]["log"]), expected, 1e-5, after=3)
+    saved, single = load_peft_weights(str(tmp_path / "plain")), load_peft_weights(str(alone / "plain"))
+    torch.testing.assert_close(saved, single, rtol=1e-3, atol=1e-5)
+    gralora.load_adapter(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "plain")
+    model = gralora.load_adapter(AutoModelForCausalLM.from_pretrained(tiny_model), alone / "plain")
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    for process in seen["plain"]:
+        assert process["fused"] > 0
+        assert process["parameter_bytes"] == size if stage == 2 else process["parameter_bytes"] < 0.55 * size
+
+
+@pytest.mark.slow
+def test_the_command_itself(alone, arguments, tmp_path):
+    """`gralora finetune` as the docs launch it, and what it prints, without anything of the tests in between."""
+    options = arguments("plain", tmp_path)
+    flags = [f"--{name}={value}" for name, value in options.items() if not isinstance(value, list)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp.yaml")]
+    command += ["--main_process_port", "0", "-m", "gralora.tool.cli", "finetune", *flags, "--json", "--verify"]
+    done = subprocess.run(
+        [*command, "--lora_target_modules", "all-linear"], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    metrics = json.loads(done.stdout)
+    assert metrics["max_logit_difference"]["reloaded"] < 1e-4
+    assert_same_losses(log_of(tmp_path / "plain"), log_of(alone / "plain"), 1e-5)
+
+
+@pytest.mark.slow
+def test_verify_of_shards(arguments, tmp_path):
+    """All processes compute the logits that the reloaded adapter is compared with, since none has the whole model."""
+    seen = launch("fsdp2", 2, tmp_path, {"plain": arguments("plain", tmp_path, max_steps=2, verify=True)})
+    assert seen["plain"][0]["stopped"] is None
+    metrics = json.loads((tmp_path / "plain" / "metrics.json").read_text())
+    assert metrics["max_logit_difference"]["reloaded"] < 1e-4 < metrics["max_logit_difference"]["base"]
+
+
+@pytest.mark.slow
+def test_benchmark(tmp_path):
+    """benchmarks/multi_gpu.py on the tiny model: a row for each method, engine and number of processes."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "multi_gpu.py"), "--tiny", "--batch", "1", "--sequence", "16"]
+    command += ["--rounds", "2", "--out", str(tmp_path / "rows.json")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-8000:]
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    methods = ["frozen", "PEFT LoRA", "PEFT GRALORA", "gralora"]
+    found = [(row["engine"], row["gpus"], row["method"]) for row in rows]
+    assert found == [(*run, name) for run in (("ddp", 1), ("ddp", 2), ("fsdp2", 2)) for name in methods]
+    for row in rows:
+        alone = next(other for other in rows if other["method"] == row["method"])
+        assert row["tokens_per_s"] == pytest.approx(16e3 * row["gpus"] / row["time_ms"])
+        share = row["tokens_per_s"] / (row["gpus"] * alone["tokens_per_s"])
+        assert row["efficiency_percent"] == pytest.approx(100 * share)
