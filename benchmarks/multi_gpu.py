@@ -37,8 +37,8 @@ def take_cpu_for_gpus() -> None:
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
 
 
-def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """In one of the processes: a row for each method."""
+def measure(args: argparse.Namespace) -> None:
+    """In one of the processes: a row for each method, which the first writes to `args.worker`."""
     if args.tiny and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         take_cpu_for_gpus()
     import torch
@@ -77,8 +77,10 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         row["tokens_per_s"] = tokens.numel() * accelerator.num_processes / row["time_ms"] * 1e3
     if accelerator.is_main_process:
         args.worker.write_text(json.dumps({"rows": rows, "facts": environment()}))
+    steps.clear()  # DDP's models, before what they communicate through
+    accelerator.free_memory()
+    accelerator.wait_for_everyone()
     accelerator.end_training()
-    return rows
 
 
 def training_step(model, tokens, accelerator, checkpointing: bool):

@@ -149,6 +149,8 @@ def main() -> None:
     if FSDP:
         for case in (Case(1, 5, 2, 20, 12), Case(4, 10, 2, 16, 28)):
             shard_by_hand(case)
+    Recorder.last = None  # what communicates, before what it communicates through
+    distributed.barrier()
     distributed.destroy_process_group()
 
 

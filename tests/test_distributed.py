@@ -225,7 +225,7 @@ def test_deepspeed(stage, alone, arguments, tiny_model, tmp_path, monkeypatch):
     model = gralora.load_adapter(AutoModelForCausalLM.from_pretrained(tiny_model), alone / "plain")
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     for process in seen["plain"]:
-        assert process["fused"] > 0
+        assert (process["fused"] > 0) == (stage == 2), "ZeRO-3 gathers weights in hooks, module by module"
         assert process["parameter_bytes"] == size if stage == 2 else process["parameter_bytes"] < 0.55 * size
 
 
