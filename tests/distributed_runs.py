@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 from torch import distributed
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
 
@@ -110,6 +110,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
         "parameter_bytes": local_bytes(model.parameters()),
         "optimizer_bytes": local_bytes(states),
         "dtypes": {p.requires_grad: p.dtype for p in model.parameters()},
+        "units": [name for name, module in model.named_modules() if isinstance(module, FSDPModule)],
         "fused": len(fused_calls),
         "fused_got_dtensor": any(fused_calls),
     }

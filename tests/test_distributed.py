@@ -60,13 +60,23 @@ def launch(engine: str, processes: int, folder: Path, runs: dict[str, Any]) -> d
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{engine}.yaml")]
     command += ["--num_processes", str(processes), "--main_process_port", "0"]
     command += [str(Path(__file__).parent / "distributed_runs.py"), str(plan)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-8000:]
+    output_of(command)
     return {name: [torch.load(folder / f"{name}.{rank}.pt") for rank in range(processes)] for name in runs}
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path])}
+def output_of(command: list[str]) -> str:
+    """What a launcher prints on stdout; if it hangs, it is told to end, and ends its processes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path])}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as launcher:
+        try:
+            output, errors = launcher.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            launcher.terminate()
+            output, errors = launcher.communicate()
+    assert launcher.returncode == 0, errors[-8000:]
+    return output
 
 
 def losses(log: list[dict[str, float]]) -> dict[tuple[str, int], float]:
@@ -163,6 +173,8 @@ def test_operations_stay_fused(engine, request):
     seen, _ = request.getfixturevalue(engine)
     for name in RUNS:
         for process in seen[name]:
+            layers = [unit.split(".")[-1] for unit in process["units"] if "layers" in unit]
+            assert layers == ([] if engine == "ddp" else ["0", "1"]), "a unit is a layer, with all that is in it"
             assert process["fused"] > 0 and not process["fused_got_dtensor"]
     assert seen["bf16"][0]["dtypes"] == {True: torch.float32, False: torch.bfloat16}
 
@@ -236,11 +248,7 @@ def test_the_command_itself(alone, arguments, tmp_path):
     flags = [f"--{name}={value}" for name, value in options.items() if not isinstance(value, list)]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp.yaml")]
     command += ["--main_process_port", "0", "-m", "gralora.tool.cli", "finetune", *flags, "--json", "--verify"]
-    done = subprocess.run(
-        [*command, "--lora_target_modules", "all-linear"], env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
-    metrics = json.loads(done.stdout)
+    metrics = json.loads(output_of([*command, "--lora_target_modules", "all-linear"]))
     assert metrics["max_logit_difference"]["reloaded"] < 1e-4
     assert_same_losses(log_of(tmp_path / "plain"), log_of(alone / "plain"), 1e-5)
 
@@ -259,8 +267,7 @@ def test_benchmark(tmp_path):
     """benchmarks/multi_gpu.py on the tiny model: a row for each method, engine and number of processes."""
     command = [sys.executable, str(ROOT / "benchmarks" / "multi_gpu.py"), "--tiny", "--batch", "1", "--sequence", "16"]
     command += ["--rounds", "2", "--out", str(tmp_path / "rows.json")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-8000:]
+    output_of(command)
     rows = json.loads((tmp_path / "rows.json").read_text())
     methods = ["frozen", "PEFT LoRA", "PEFT GRALORA", "gralora"]
     found = [(row["engine"], row["gpus"], row["method"]) for row in rows]
