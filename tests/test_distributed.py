@@ -118,18 +118,9 @@ def ddp(arguments, alone, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def fsdp_of_one(arguments, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fsdp-1")
-    return launch("fsdp2", 1, folder, {"plain": arguments("plain", folder)}), folder
-
-
-@pytest.fixture(scope="module")
-def fsdp(arguments, fsdp_of_one, tmp_path_factory):
+def fsdp(arguments, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp")
-    runs = {name: arguments(name, folder) for name in RUNS}
-    checkpoint = fsdp_of_one[1] / "plain" / "checkpoint-3"
-    runs["resumed"] = arguments("resumed", folder, resume_from_checkpoint=str(checkpoint))
-    return launch("fsdp2", 2, folder, runs), folder
+    return launch("fsdp2", 2, folder, {name: arguments(name, folder) for name in RUNS}), folder
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
@@ -200,13 +191,22 @@ def test_one_process_goes_on_from_two(ddp, alone, arguments, tmp_path):
     assert_same_losses(log_of(tmp_path / "plain"), expected, 1e-5, after=3)
 
 
-def test_shards_go_on_in_another_number_of_processes(fsdp, alone, arguments, tmp_path):
-    expected = log_of(alone / "plain")
-    assert_same_losses(losses(fsdp[0]["resumed"][0]["log"]), expected, 1e-5, after=3)
+def test_one_process_goes_on_from_two_shards(fsdp, alone, arguments, tmp_path):
     checkpoint = fsdp[1] / "plain" / "checkpoint-3"
     assert fault(checkpoint) is None and (checkpoint / "optimizer_0" / "__1_0.distcp").exists()
     runs = {"resumed": arguments("resumed", tmp_path, resume_from_checkpoint=str(checkpoint))}
     seen = launch("fsdp2", 1, tmp_path, runs)
+    assert_same_losses(losses(seen["resumed"][0]["log"]), log_of(alone / "plain"), 1e-5, after=3)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_from_one_shard(alone, arguments, tmp_path):
+    expected = log_of(alone / "plain")
+    seen = launch("fsdp2", 1, tmp_path, {"plain": arguments("plain", tmp_path)})
+    assert_same_losses(losses(seen["plain"][0]["log"]), expected, 1e-5)
+    checkpoint = tmp_path / "plain" / "checkpoint-3"
+    runs = {"resumed": arguments("resumed", tmp_path, resume_from_checkpoint=str(checkpoint))}
+    seen = launch("fsdp2", 2, tmp_path, runs)
     assert_same_losses(losses(seen["resumed"][0]["log"]), expected, 1e-5, after=3)
 
 
