@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.dev
 
-.PHONY: test finetune test-llamacpp test-vllm test-oldest-peft lint format clean
+.PHONY: test finetune test-llamacpp test-vllm test-oldest-peft test-versions test-oldest test-newest lint format clean
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest
@@ -32,6 +32,21 @@ test-oldest-peft: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target .peft-oldest peft==0.19.0
 	GRALORA_OLD_PEFT=$(CURDIR)/.peft-oldest $(VENV)/bin/python -m pytest -m slow -k stock_peft tests/test_serving.py
 
+# What a release runs: the tests with the oldest and the newest supported versions, each in an environment of its own
+test-versions: test-oldest test-newest
+
+test-oldest: constraints-oldest.txt
+	test -d .venv-oldest || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[dev]'
+	.venv-oldest/bin/python -m pytest
+
+test-newest:
+	test -d .venv-newest || $(PYTHON) -m venv .venv-newest
+	grep torch== constraints.txt > .venv-newest/constraints.txt
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+		-c .venv-newest/constraints.txt -e '.[dev]'
+	.venv-newest/bin/python -m pytest
+
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -41,7 +56,7 @@ format: $(STAMP)
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-llamacpp .venv-vllm .peft-oldest outputs build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-llamacpp .venv-vllm .venv-oldest .venv-newest .peft-oldest outputs build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # $(VENV)/.EXTRA: installed with the dependencies of pyproject's EXTRA
 $(VENV)/.%: pyproject.toml constraints.txt

@@ -18,12 +18,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import fields
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import quality_data
 import quality_plan
+import quality_report
 import torch
 from quality_data import Task
 from quality_plan import Results, Stage
@@ -92,10 +94,18 @@ def choose(todo: list[tuple[str, Job]], held: Cell | None, others: set[Cell]) ->
 def run(args: argparse.Namespace, stages: list[Stage] | None = None) -> Results:
     """Make pending runs until there are none or the budget is used up; returns all results, old and new."""
     start = time.monotonic()
-    results = Results(read(args.results)) if args.results.exists() else Results()
+    results = Results()
+    if args.results.exists():
+        records = read(args.results)
+        results = Results(records)
+        if not args.results.read_text().endswith("\n"):  # else the next run would be added to half a line
+            args.results.write_text("".join(json.dumps(record) + "\n" for record in records))
     names = [Task.load(path).name for path in args.tasks]
     stages = quality_plan.stages(names) if stages is None else stages
     settings = {"steps": args.steps, "tokens_per_step": args.tokens_per_step}
+    if not any(quality_plan.pending(stages, settings, results)):
+        print(f"{len(results)} runs there, nothing to do")
+        return results
     context = multiprocessing.get_context("spawn")
     threads = max(torch.get_num_threads() // args.workers, 1)
     pipes: dict[Connection, Job | None] = {}
@@ -153,7 +163,7 @@ def run(args: argparse.Namespace, stages: list[Stage] | None = None) -> Results:
 
 
 def _show(record: dict[str, Any], elapsed: float) -> None:
-    cell = Cell(**{name: record[name] for name in ("task", "method", "r", "k", "hybrid_r", "scale")})
+    cell = Cell(**{field.name: record[field.name] for field in fields(Cell)})
     loss = "diverged" if record["test_loss"] is None else f"{record['test_loss']:.4f}"
     more = "".join(
         f", {name} {record[name]:.3f}" for name in ("accuracy", "exact_match") if record.get(name) is not None
@@ -256,11 +266,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.tiny:
         with tempfile.TemporaryDirectory() as folder:
-            tiny(Path(folder), workers=1)
+            print(quality_report.write(tiny(Path(folder), workers=1), Path(folder) / "quality.md"))
     elif args.command == "data":
         data(args)
     elif args.command == "run":
         run(args)
+    elif args.command == "report":
+        print(quality_report.write(Results(r for path in args.results for r in read(path)), args.out))
     else:
         parser().error("give a command, or --tiny")
 

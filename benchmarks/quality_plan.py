@@ -2,8 +2,8 @@
 
 The plan is a function of the results: every cell (method, rank, ...) is tuned with one seed over one ladder of
 learning rates, 1e-3 times powers of two, from its first guess outwards until the best is enclosed by two worse; then
-it is run at its best learning rate with other seeds. The seed that chose the learning rate is not among them, so that what the
-tables show was not selected for.
+it is run at its best learning rate with other seeds. The seed that chose the learning rate is not among them, so that
+what the tables show was not selected for.
 """
 
 import math
@@ -24,12 +24,14 @@ class Stage:
 
     Attributes:
         seeds: how many seeds a cell is run with at its best learning rate; 0: tuned only.
+        seeds_at_loras: with how many of them a grid is also run at the best learning rate of LoRA of its rank.
     """
 
     name: str
     cells: tuple[Cell, ...]
     seeds: int
-    exponents: tuple[int, ...] = (0, 1, 2)
+    seeds_at_loras: int = 0
+    exponents: tuple[int, ...] = (0, 1)
 
 
 def first_exponents(cell: Cell, stage: Stage) -> list[int]:
@@ -47,6 +49,7 @@ class Results:
             self.add(record)
 
     def add(self, record: dict[str, Any]) -> None:
+        record = {"start": 1.0} | record  # the first runs were made before there was a start
         self._records[_identity(record)] = record
 
     def get(self, job: Job) -> dict[str, Any] | None:
@@ -66,35 +69,35 @@ class Results:
         return len(self._records)
 
 
-KEY = ("task", "method", "r", "k", "hybrid_r", "scale", "lr", "seed", "steps", "tokens_per_step")
+KEY = ("task", "method", "r", "k", "hybrid_r", "scale", "start", "lr", "seed", "steps", "tokens_per_step")
 
 
 def _identity(record: dict[str, Any]) -> tuple:
-    return tuple(float(f"{v:.6g}") if isinstance(v, float | int) else v for v in (record[name] for name in KEY))
+    return tuple(
+        float(f"{v:.6g}") if isinstance(v, float | int) else v for v in (record.get(name, 1.0) for name in KEY)
+    )
 
 
 def job(cell: Cell, exponent: int, seed: int, run: dict[str, int]) -> Job:
     return Job(cell, LR * 2.0**exponent, seed, run["steps"], run["tokens_per_step"])
 
 
-def tuning(cell: Cell, stage: Stage, run: dict[str, int], results: Results) -> tuple[list[Job], int | None]:
+def tuned(cell: Cell, run: dict[str, int], results: Results) -> dict[int, float]:
+    """Exponent of the learning rate -> loss, of the runs with the seed that chooses."""
+    losses = {e: results.loss(job(cell, e, TUNING_SEED, run)) for e in range(FLATTEST, STEEPEST + 1)}
+    return {exponent: loss for exponent, loss in losses.items() if loss is not None}
+
+
+def tuning(cell: Cell, first: list[int], run: dict[str, int], results: Results) -> tuple[list[Job], int | None]:
     """Runs still to be made to enclose the best learning rate, and its exponent once nothing is left to make."""
-    first = first_exponents(cell, stage)
-    losses = {}
-    for exponent in range(FLATTEST, STEEPEST + 1):
-        loss = results.loss(job(cell, exponent, TUNING_SEED, run))
-        if loss is not None:
-            losses[exponent] = loss
+    losses = tuned(cell, run, results)
     missing = [e for e in first if e not in losses]
-    if missing:
-        return [job(cell, e, TUNING_SEED, run) for e in missing], None
-    best = min(losses, key=losses.__getitem__)
-    around = [e for e in (best + 1, best - 1) if e not in losses and FLATTEST <= e <= STEEPEST]
-    return [job(cell, e, TUNING_SEED, run) for e in around], None if around else best
-
-
-def seeded(cell: Cell, exponent: int, run: dict[str, int], seeds: int) -> list[Job]:
-    return [job(cell, exponent, TUNING_SEED + 1 + number, run) for number in range(seeds)]
+    if not missing:
+        best = min(losses, key=losses.__getitem__)
+        missing = [e for e in (best + 1, best - 1) if e not in losses and FLATTEST <= e <= STEEPEST]
+        if not missing:
+            return [], best
+    return [job(cell, e, TUNING_SEED, run) for e in missing], None
 
 
 def pending(stages: Iterable[Stage], run: dict[str, int], results: Results) -> Iterator[tuple[str, Job]]:
@@ -102,25 +105,39 @@ def pending(stages: Iterable[Stage], run: dict[str, int], results: Results) -> I
     for stage in stages:
         chosen = {}
         for cell in stage.cells:
-            jobs, best = tuning(cell, stage, run, results)
+            jobs, best = tuning(cell, first_exponents(cell, stage), run, results)
             yield from ((f"{stage.name}, learning rates", j) for j in jobs)
             if best is not None:
                 chosen[cell] = best
-        for number in range(1, stage.seeds + 1):
-            for cell, best in chosen.items():
-                last = seeded(cell, best, run, number)[-1]
-                if results.get(last) is None:
-                    yield f"{stage.name}, seeds", last
+        at_loras = {cell: loras_best(cell, run, results) for cell in chosen if cell.method == "gralora"}
+        for wanted, exponents in ((stage.seeds, chosen), (stage.seeds_at_loras, at_loras)):
+            for number in range(1, wanted + 1):
+                for cell, exponent in exponents.items():
+                    if exponent is not None:
+                        seeded = job(cell, exponent, TUNING_SEED + number, run)
+                        if results.get(seeded) is None:
+                            yield f"{stage.name}, seeds", seeded
+
+
+def loras_best(cell: Cell, run: dict[str, int], results: Results) -> int | None:
+    """Exponent of the best learning rate of LoRA of the cell's rank, once it is known."""
+    if not tuned(lora(cell.task, cell.r), run, results):
+        return None
+    return tuning(lora(cell.task, cell.r), [], run, results)[1]
 
 
 def lora(task: str, r: int) -> Cell:
     return Cell(task, "lora", r)
 
 
-def grid(task: str, r: int, k: int, hybrid_r: int = 0, power: float = 0.0) -> Cell:
-    """GraLoRA whose scaling is lora_alpha / r times a power of r / (ranks that meet in one entry of dW)."""
-    met = hybrid_r + (r - hybrid_r) / k
-    return Cell(task, "gralora", r, k, hybrid_r, (r / met) ** power)
+def grid(task: str, r: int, k: int, hybrid_r: int = 0, power: float = 0.0, smaller_start: bool = False) -> Cell:
+    """GraLoRA whose scaling is lora_alpha / r times a power of r / (ranks that meet in one entry of dW).
+
+    Args:
+        smaller_start: A divided by what the scaling is multiplied by, so that the first updates stay as they are.
+    """
+    scale = (r / (hybrid_r + (r - hybrid_r) / k)) ** power
+    return Cell(task, "gralora", r, k, hybrid_r, scale, 1 / scale if smaller_start else 1.0)
 
 
 def stages(tasks: Iterable[str]) -> list[Stage]:
@@ -140,20 +157,27 @@ def stages(tasks: Iterable[str]) -> list[Stage]:
             ),
             seeds=4,
         ),
+        Stage("scaling at r=64", tuple(grid(python, 64, k, power=0.5) for k in (4, 8, 2)), 0, seeds_at_loras=4),
+        Stage("hybrid at LoRA's rate", (grid(python, 64, 4, hybrid_r=32),), 4, seeds_at_loras=4),
+        Stage("methods at r=128", (lora(python, 128), grid(python, 128, 4, power=0.5)), seeds=4),
+        Stage("same rank of dW, full fine-tuning", (lora(python, 256), Cell(python, "full")), seeds=4),
+        Stage("GSM8K at r=64", (lora(gsm8k, 64), grid(gsm8k, 64, 4, power=0.5)), seeds=4),
+        Stage("smaller start of A", (grid(python, 64, 4, power=0.5, smaller_start=True),), seeds=4),
+        Stage("methods at r=16", (lora(python, 16), grid(python, 16, 2)), seeds=4),
+        Stage("no scaling at LoRA's rate", (grid(python, 64, 4), grid(python, 64, 8)), 4, seeds_at_loras=4),
         Stage(
-            "scaling at r=64",
-            tuple(grid(python, 64, k, power=power) for power in (0.5, 1.0) for k in (4, 2, 8))
-            + (grid(python, 64, 4, hybrid_r=32, power=0.5),),
+            "scaling, more",
+            (
+                grid(python, 64, 4, hybrid_r=32, power=0.5),
+                *(grid(python, 64, k, power=1.0) for k in (4, 2, 8)),
+                grid(python, 128, 8, power=0.5),
+                grid(python, 16, 2, power=0.5),
+            ),
             seeds=0,
         ),
-        Stage("methods at r=128", (lora(python, 128), grid(python, 128, 4), grid(python, 128, 8)), seeds=4),
-        Stage("same rank of dW, full fine-tuning", (lora(python, 256), Cell(python, "full")), seeds=4),
-        Stage("scaling, seeds", (grid(python, 64, 4, power=0.5), grid(python, 64, 4, power=1.0)), seeds=4),
-        Stage("GSM8K at r=64", (lora(gsm8k, 64), grid(gsm8k, 64, 4), grid(gsm8k, 64, 4, hybrid_r=32)), seeds=4),
-        Stage("methods at r=16", (lora(python, 16), grid(python, 16, 2), grid(python, 16, 4)), seeds=4),
-        Stage("multiple choice at r=64", (lora(choice, 64), grid(choice, 64, 4)), seeds=4),
-        Stage("scaling at r=128", tuple(grid(python, 128, k, power=0.5) for k in (4, 8)), seeds=4),
-        Stage("GSM8K, more", (grid(gsm8k, 64, 4, power=0.5), lora(gsm8k, 256), Cell(gsm8k, "full")), seeds=4),
+        Stage("multiple choice at r=64", (lora(choice, 64), grid(choice, 64, 4, power=0.5)), seeds=4),
+        Stage("more grids", (grid(python, 128, 4), grid(python, 16, 4), grid(gsm8k, 64, 4, hybrid_r=32)), seeds=4),
+        Stage("GSM8K, more", (grid(gsm8k, 64, 4), lora(gsm8k, 256), Cell(gsm8k, "full")), seeds=4),
     ]
     kept = [replace(stage, cells=tuple(c for c in stage.cells if c.task in tasks)) for stage in order]
     return [stage for stage in kept if stage.cells]
@@ -162,4 +186,4 @@ def stages(tasks: Iterable[str]) -> list[Stage]:
 def tiny_stages(task: str) -> list[Stage]:
     """The same questions in the small: two methods and the scaling, for a check of the whole pipeline."""
     cells = (lora(task, 8), grid(task, 8, 2), grid(task, 8, 4, power=0.5))
-    return [Stage("tiny", cells, seeds=2, exponents=(2, 3)), Stage("tiny, full", (Cell(task, "full"),), 0, (3,))]
+    return [Stage("tiny", cells, 2, 2, exponents=(2, 3)), Stage("tiny, full", (Cell(task, "full"),), 0, 0, (5,))]

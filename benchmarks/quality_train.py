@@ -34,6 +34,7 @@ class Cell:
         method: lora, rslora, gralora (with hybrid_r > 0 the hybrid) or full.
         r: total rank; 0 for full fine-tuning.
         scale: factor on lora_alpha / r, which is 1 (rsLoRA: on lora_alpha / sqrt(r), lora_alpha = r).
+        start: factor on the initial entries of A.
     """
 
     task: str
@@ -42,6 +43,7 @@ class Cell:
     k: int = 1
     hybrid_r: int = 0
     scale: float = 1.0
+    start: float = 1.0
 
     @property
     def name(self) -> str:
@@ -49,7 +51,8 @@ class Cell:
             return "full fine-tuning"
         words = {"lora": "LoRA", "rslora": "rsLoRA", "gralora": f"GraLoRA k={self.k}"}[self.method]
         words += f" hybrid_r={self.hybrid_r}" if self.hybrid_r else ""
-        return words + (f" scaling x{self.scale:.3g}" if self.scale != 1 else "") + f" r={self.r}"
+        words += f" scaling x{self.scale:.3g}" if self.scale != 1 else ""
+        return words + (f" A x{self.start:.3g}" if self.start != 1 else "") + f" r={self.r}"
 
     def config(self) -> peft.LoraConfig:
         """All linears of the decoder layers, no dropout."""
@@ -117,6 +120,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.trainable, lr=self.lr, weight_decay=0.0, fused=True, capturable=self.cuda
         )
+        self.start_loss: float | None = None
         self.train_step, self.test_step = self._train_step, self._test_step
         if launch != "eager":
             self._capture()
@@ -182,8 +186,10 @@ class Trainer:
                 p.copy_(start)
         else:
             for layer in self.adapted:
-                for p in layer.lora_A.parameters():  # [r, in], or a grid's [k, in/k, r]: shape[1] is the fan-in
-                    bound = 1 / math.sqrt(p.shape[1])  # kaiming_uniform_ with a = sqrt(5), as PEFT's default
+                # PEFT's default, kaiming_uniform_ with a = sqrt(5); A is [r, in], or a grid's [k, in/k, r]
+                for p in layer.lora_A.parameters():
+                    fan_in = p.shape[1]
+                    bound = self.cell.start / math.sqrt(fan_in)
                     p.uniform_(-bound, bound, generator=generator)
                 for p in layer.lora_B.parameters():
                     p.zero_()
@@ -205,12 +211,14 @@ class Trainer:
             exact_match: on GSM8K, the tokenizer and on how many test problems to generate answers.
 
         Returns:
-            test_loss (nats a token), train_loss (mean of the last tenth), update_rms (steps to root mean square of
-            dW's entries, mean over layers), parameters, and for some tasks accuracy or exact_match, all of them null
-            where the run diverged.
+            start_loss and test_loss (held out, before and after, nats a token), train_loss (mean of the last tenth),
+            update_rms (steps -> root mean square of dW's entries, mean over layers), parameters, seconds, and for
+            some tasks accuracy or exact_match. Losses are None where the run diverged.
         """
         start = time.perf_counter()
         self.reset(job.lr, job.seed)
+        if self.start_loss is None:
+            self.start_loss = self.test()["test_loss"]
         sizes = {}
         for step in range(1, self.steps + 1):
             self.train_step()
@@ -223,7 +231,7 @@ class Trainer:
             "parameters": sum(p.numel() for p in self.trainable),
             "train_s": time.perf_counter() - start,
         }
-        results |= self.test()
+        results |= {"start_loss": self.start_loss} | self.test()
         if exact_match is not None and self.task.name == "gsm8k" and results["test_loss"] is not None:
             results["exact_match"] = self.exact_match(*exact_match)
         return results | {"wall_s": time.perf_counter() - start}

@@ -17,6 +17,7 @@ from gralora.config import (
     FORMAT,
     FORMAT_MATCHED,
     GRALORA_FIELDS,
+    PATTERNS,
     SUPPORTED_VARIANTS,
     auto_k,
     divisors,
@@ -183,8 +184,8 @@ names = st.lists(st.sampled_from(["a", "b", "a+", "0", "10"]), min_size=1, max_s
 @given(values=st.dictionaries(names, st.integers(1, 3), min_size=1, max_size=12))
 def test_shortest_patterns_give_every_layer_its_value(values):
     """All keys that match a layer give its value, so that their order does not matter; none is longer than needed."""
-    default, pattern = shortest_patterns(values)
-    assert list(values.values()).count(default) == max(list(values.values()).count(v) for v in values.values())
+    default = 2
+    pattern = shortest_patterns(values, default)
     for name, value in values.items():
         found = {pattern[key] for key in pattern if matches(key, name)}
         assert found == (set() if value == default else {value})
@@ -197,22 +198,23 @@ def test_shortest_patterns_give_every_layer_its_value(values):
 def test_shortest_patterns_are_short():
     """What kinds of layers share is said once; a name that ends another one's is anchored."""
     ks = {f"layers.{i}.{name}": k for i in range(9) for name, k in [("q", 4), ("v", 2), ("o", 4)]}
-    assert shortest_patterns(ks) == (4, {"v": 2})
-    assert shortest_patterns(ks | {"layers.3.o": 1}) == (4, {"v": 2, r"3\.o": 1})
-    assert shortest_patterns({"x.a": 4, "y.a": 4, "a": 2}) == (4, {"^a": 2})
+    assert shortest_patterns(ks, 4) == {"v": 2}
+    assert shortest_patterns(ks | {"layers.3.o": 1}, 4) == {"v": 2, r"3\.o": 1}
+    assert shortest_patterns({"x.a": 4, "y.a": 4, "a": 2}, 4) == {"^a": 2}
 
 
 @pytest.mark.parametrize("pattern", [{"q": 4, "0.q": 2}, {"q": 2, "z": 4}, {}], ids=str)
-def test_layers_keep_their_k_when_the_pattern_is_sorted(pattern, tmp_path):
-    """PEFT sorts a pattern's keys when it saves it; a layer that several match keeps the k of the first."""
-    config = LoraConfig(use_gralora=True, gralora_k=1, gralora_k_pattern=pattern)
-    ks = {layer: config.of_layer("gralora_k", layer) for layer in ["0.q", "1.q", "z"]}
-    settled = config.with_ks(ks)
+@pytest.mark.parametrize("field, name", PATTERNS.items())
+def test_layers_keep_their_values_when_patterns_are_sorted(pattern, field, name, tmp_path):
+    """PEFT sorts a pattern's keys when it saves it; a layer that several match keeps the value of the first."""
+    config = LoraConfig(use_gralora=True, r=8, gralora_k=1, **{name: pattern})
+    values = {layer: config.of_layer(field, layer) for layer in ["0.q", "1.q", "z"]}
+    settled = config.settled({layer: config.of_layer("gralora_k", layer) for layer in values})
     assert (settled is config) == (pattern != {"q": 4, "0.q": 2}), "it is copied only where that is needed"
     settled.save_pretrained(tmp_path)
     loaded = PeftConfig.from_pretrained(tmp_path)
-    assert {layer: loaded.of_layer("gralora_k", layer) for layer in ks} == ks
-    assert config.gralora_k_pattern == pattern
+    assert {layer: loaded.of_layer(field, layer) for layer in values} == values
+    assert getattr(config, name) == pattern and getattr(settled, field) == getattr(config, field)
 
 
 @law

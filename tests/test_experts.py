@@ -142,6 +142,20 @@ def test_output_and_gradients_equal_the_loop_over_experts(transposed, k, r, hybr
     assert base.weight.grad is None and not base.weight.requires_grad
 
 
+def test_trained_base_parameter():
+    """If a user trains the parameter beside the adapter, it gets its gradient, and goes on to require one."""
+    model = adapted(OneLayer(Experts(False)), experts_config()).train()
+    (layer,) = wrappers(model)
+    layer.get_param().requires_grad_()
+    expected = Experts(False)
+    expected.weight.data = (layer.get_param() + naive_experts(layer)).detach()
+    x = random_input(7, IN)
+    for module in (model, expected):
+        module(x).square().sum().backward()
+    assert_close64(layer.get_param().grad, expected.weight.grad)
+    assert layer.get_param().requires_grad
+
+
 @pytest.mark.parametrize("transposed", [False, True], ids=["EOI", "EIO"])
 @pytest.mark.parametrize("safe", [False, True])
 def test_merge_and_unmerge(transposed, safe):

@@ -227,6 +227,30 @@ def test_hotswap_refuses_what_does_not_fit(tmp_path: Path) -> None:
         gralora.hotswap_adapter(model, tmp_path / "llama", "default")
 
 
+def test_padding_that_would_change_the_scaling_is_refused(tmp_path: Path) -> None:
+    """With "matched" the scaling of a hybrid depends on its rank, which padding raises; a pure grid's does not."""
+    for hybrid_r in (0, 2):
+        fields = {"hybrid_r": hybrid_r, "gralora_scaling": "matched"}
+        outputs = [grid_adapter(tmp_path / f"{hybrid_r}-{r}", r, seed=r, lora_alpha=2 * r, **fields) for r in (6, 10)]
+        model, x = PeftModel.from_pretrained(one_layer(WIDE), tmp_path / f"{hybrid_r}-10"), random_input(7, 40)
+        if hybrid_r:
+            message = "gralora_scaling='matched' with hybrid_r=2 depends on the rank"
+            with assert_unchanged(model, x), pytest.raises(ValueError, match=message):
+                gralora.hotswap_adapter(model, tmp_path / f"{hybrid_r}-6", "default")
+            with assert_unchanged(model, x), pytest.raises(ValueError, match=message):
+                gralora.prepare_model_for_compiled_hotswap(model, target_rank=14)
+        else:
+            gralora.hotswap_adapter(model, tmp_path / f"{hybrid_r}-6", "default")
+            assert_close64(model(x), outputs[0])
+
+
+def test_padding_is_of_linear_layers_only() -> None:
+    """Ranks of a convolution are not padded, and the error names it."""
+    model = adapted(nn.Sequential(nn.Conv2d(4, 4, 1)), gralora_config(2, target_modules=["0"]))
+    with pytest.raises(ValueError, match="layer '.*0': ranks of a ConvDown cannot be padded"):
+        gralora.prepare_model_for_compiled_hotswap(model, target_rank=16)
+
+
 def test_padding_by_peft_fails_on_a_grid(tmp_path: Path) -> None:
     """PEFT's own function raises for a target_rank: it unpacks a weight's shape into two numbers."""
     grid_adapter(tmp_path, 4, seed=0)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from gralora.ops import dropout, fused, gralora_linear, reference
+from gralora.ops import add_update, dropout, fused, gralora_linear, reference
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -134,6 +134,28 @@ def test_dropout_on_gpu(shape):
         assert relative(a, c) <= 1.2 * relative(b, c) + 1e-6, name
 
 
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[5], SHAPES[6]], ids=lambda s: "T{}-{}x{}-k{}-r{}-h{}".format(*s))
+def test_added_on_gpu(shape, dtype):
+    """The adapter in bfloat16, added to a result of bfloat16 or float32: as near to float64 as the plain definition."""
+    x, _, _, *factors = make(shape, torch.bfloat16, "cuda")
+    y = torch.randn(shape[0], shape[2], device="cuda", dtype=dtype)
+    dy = torch.randn_like(y)
+
+    def plain(x, _, __, *args):
+        *factors, scaling = args
+        return y.to(torch.promote_types(dtype, x.dtype)) + scaling * reference.update(x, *factors)
+
+    doubles = [None if t is None else t.double() for t in (x, None, None, *factors)]
+    exact = gradients(plain, doubles, dy.double())
+    near = gradients(plain, [x, None, None, *factors], dy)
+    ours = gradients(lambda x, _, __, *args: add_update(y.clone(), x, *args), [x, None, None, *factors], dy)
+    for name, a, b, c in zip(["y", "dx", "dA", "dB", "d_hybrid_A", "d_hybrid_B"], ours, near, exact, strict=False):
+        assert relative(a, c) <= 1.2 * relative(b, c) + 1e-6, name
+
+
 INTERPRETED = """
 import torch
 from gralora.ops import kernels, reference
@@ -182,3 +204,14 @@ def test_kernels_interpreted():
     env = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True)
     assert run.returncode == 0 and "interpreted" in run.stdout, run.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-{}x{}-k{}-r{}-h{}".format(*s))
+def test_two_runs_on_gpu_give_the_same_bits(shape, dtype):
+    tensors = make(shape, dtype, "cuda", bias=True)
+    dy = torch.randn(shape[0], shape[2], device="cuda", dtype=dtype)
+    first, second = gradients(gralora_linear, tensors, dy), gradients(gralora_linear, tensors, dy)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

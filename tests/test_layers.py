@@ -42,8 +42,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import gralora
+from gralora.inject import install
 from gralora.kinds import check_fields
-from gralora.layers import GraloraLayer, install
+from gralora.layers import GraloraLayer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
@@ -949,11 +950,14 @@ def test_k_pattern_sets_the_k_of_layers():
     assert_close64(model.merge_and_unload()(x), y)
 
 
-def test_k_pattern_whose_order_matters_is_saved_without(tmp_path):
-    """A saved pattern is sorted; where this would give a layer another k, the saved pattern is another one."""
-    config = gralora_config(2, r=8, gralora_k_pattern={"layers.[01]": 4, "0": 2}, target_modules=r"layers\.\d")
+def test_patterns_whose_order_matters_are_saved_without(tmp_path):
+    """A saved pattern is sorted; where this would give a layer another k, r or alpha, the saved one is another."""
+    ordered = {"layers.[01]": 4, "0": 2}
+    patterns = {"gralora_k_pattern": ordered, "alpha_pattern": ordered, "rank_pattern": {"layers.[01]": 16, "0": 12}}
+    config = gralora_config(2, r=8, **patterns, target_modules=r"layers\.\d")
     model = adapted(chain([16, 8, 24, 16, 8]), config)
     assert ks_of(model) == [4, 4, 2, 2]
+    assert [layer.scaling["default"] for layer in adapter_layers(model)] == [4 / 16, 4 / 16, 2, 2]
     model.save_pretrained(tmp_path)
     x = random_input(3, 16, dtype=torch.float32)
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path)

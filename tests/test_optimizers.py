@@ -211,3 +211,22 @@ def test_loraplus() -> None:
     for name, p in adapter_parameters(model).items():
         lr = 16e-3 if "lora_B" in name else 1e-3
         assert_close64(p.detach(), before[name] - lr * p.grad)
+
+
+def test_optimizers_know_the_gain_of_the_scaling() -> None:
+    """With gralora_scaling="matched" LoRA-FA divides by the scaling with its gain; convolutions are refused."""
+    case = CASES[3]
+    model = adapted(one_layer(case), case_config(case, gralora_scaling="matched")).train()
+    factors, layer = factors_of(only_layer(model)), only_layer(model)
+    gain = layer.lora_B["default"].gain
+    assert gain != 1
+    gradients = torch.autograd.grad(loss_of(model, case), factors.tensors())
+    expected = by_blocks(factors, gradients, lambda *block: naive_lorafa(*block, scaling=3.0 * gain))
+    optimizer = gralora.create_lorafa_optimizer(model, lr=1e-3)
+    loss_of(model, case).backward()
+    optimizer.step()
+    for t, gradient in zip(factors.tensors()[1::2], expected[1::2], strict=True):
+        torch.testing.assert_close(t.grad, gradient, rtol=1e-5, atol=1e-5)
+    model = adapted(torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1)), gralora_config(2, target_modules=["0"]))
+    with pytest.raises(ValueError, match="layer '.*0': a GraLoRA of a .*Conv2d cannot be preconditioned"):
+        gralora.create_lorafa_optimizer(model, lr=1e-3)

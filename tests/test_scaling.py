@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from helpers import (
     only_layer,
     random_input,
     randomize,
+    tiny_gpt2,
     tiny_llama,
 )
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
@@ -35,6 +37,10 @@ from gralora.checkpoints import formats
 from gralora.checkpoints.files import read_adapter_folder
 from gralora.config import FORMAT, FORMAT_MATCHED
 from gralora.ops import dispatch
+from gralora.optimizers import lora_pairs
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import update_size
 
 MATCHED = {"gralora_scaling": "matched"}
 FIELDS = {
@@ -78,14 +84,15 @@ def test_forward_and_merge(case: Case, fields: dict, scaling: Any, implementatio
     assert_close64(model.merge_and_unload()(x), expected)
 
 
-def test_bias_of_the_adapter_is_scaled_too() -> None:
-    """lora_bias: PEFT scales B x + bias as one, and so is it with a gain, merged or not."""
+def test_bias_of_the_adapter_has_no_gain() -> None:
+    """lora_bias: PEFT merges the bias times its scaling, so the gain is on dW alone, merged or not."""
     case = CASES[3]
     model, x = matched(case, lora_bias=True)
     layer = only_layer(model)
-    update = naive_update(x, factors_of(layer)) + layer.lora_B["default"].bias
-    expected = layer.base_layer(x) + 3.0 * gain(case) * update
+    update = gain(case) * naive_update(x, factors_of(layer)) + layer.lora_B["default"].bias
+    expected = layer.base_layer(x) + 3.0 * update
     assert_close64(model(x), expected)
+    assert_close64(model.merge_and_unload()(x), expected)
 
 
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
@@ -160,6 +167,26 @@ def test_weighted_combination() -> None:
     assert_close64(layer.get_delta_weight("mix"), expected)
 
 
+# What it is for
+
+
+@pytest.mark.parametrize(("k", "hybrid_r"), [(4, 0), (4, 32)])
+def test_size_of_the_update_under_adam(k: int, hybrid_r: int) -> None:
+    """docs/scaling.md: as large as LoRA's after one step, m/r of it later if the gradient has rank one; "matched"
+    multiplies it by the gain throughout, since Adam's steps do not depend on the scaling."""
+    fields = {"r": 64, "lora_alpha": 64, "target_modules": ["0"]}
+    grid = {"use_gralora": True, "gralora_k": k, "hybrid_r": hybrid_r}
+    configs = (peft.LoraConfig(**fields), gralora.LoraConfig(**fields, **grid))
+    configs += (gralora.LoraConfig(**fields, **grid, gralora_scaling="matched"),)
+    G = update_size.gradient(1, seed=0)
+    lora, plain, larger = (update_size.update_sizes(config, G, 0.0, 0, steps=(1, 100)) for config in configs)
+    m = hybrid_r + (64 - hybrid_r) / k
+    assert plain[1][0] / lora[1][0] == pytest.approx(1, abs=0.03)
+    assert plain[100][0] / lora[100][0] == pytest.approx(m / 64, rel=0.03)
+    for step in (1, 100):
+        assert larger[step][0] / plain[step][0] == pytest.approx(math.sqrt(64 / m), rel=1e-3)
+
+
 # On disk
 
 HYBRID_RSLORA = {"use_rslora": True, "lora_alpha": 5}
@@ -183,6 +210,25 @@ def test_saved_loaded_exported_and_merged(tmp_path: Path, fields: dict) -> None:
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
     plain = save_gralora(tmp_path / "plain", **fields)
     assert (plain - expected).abs().max() > 1e-2  # the factor is no detail
+
+
+def test_bias_on_disk_has_no_gain(tmp_path: Path) -> None:
+    """An exported and a merged adapter with lora_bias give the logits of the one that was saved."""
+    expected = save_gralora(tmp_path / "in", "gpt2", lora_bias=True, **MATCHED)
+    gralora.to_lora(tmp_path / "in", tmp_path / "lora")
+    exported = peft.PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "lora")
+    torch.testing.assert_close(logits(exported), expected, rtol=0, atol=1e-5)
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+    gralora.merge_adapter(tmp_path / "in", tmp_path / "merged", base=tmp_path / "base")
+    merged = type(tiny_gpt2()).from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
+
+
+def test_preconditioners_see_the_gain() -> None:
+    """LoRA-FA divides by the factor on dW squared, which has the gain in it."""
+    case = CASES[3]
+    model, _ = matched(case)
+    assert [pair.scaling for pair in lora_pairs(model)] == [pytest.approx(3.0 * gain(case))] * 2
 
 
 def test_scaling_read_from_a_file_is_the_layers(tmp_path: Path) -> None:

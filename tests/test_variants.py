@@ -31,7 +31,7 @@ from helpers import (
     token_ids,
 )
 from peft import PeftModel
-from saved import edit, logits, read, save_gralora
+from saved import edit, logits, read, save_fork, save_gralora
 from torch import Tensor, nn
 
 import gralora
@@ -427,6 +427,14 @@ def test_alora_is_saved_and_loaded(tmp_path: Path) -> None:
 # What is refused
 
 
+def test_variants_in_an_adapter_of_the_fork_are_refused(tmp_path: Path) -> None:
+    """What that program makes of them together with a grid is not known."""
+    save_fork(tmp_path)
+    edit(tmp_path, use_dora=True)
+    with pytest.raises(ValueError, match="use_dora=True, which gralora does not know"):
+        gralora.inspect_adapter(tmp_path)
+
+
 def test_two_variants_are_refused() -> None:
     """PEFT takes one variant."""
     fields = {"use_dora": True, "alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}
@@ -434,24 +442,21 @@ def test_two_variants_are_refused() -> None:
         gralora_config(2, target_modules=["q_proj"], **fields)
 
 
-class Other(nn.Parameter):
-    """A weight of another class, as quantised ones are."""
-
-
 @dora
-@pytest.mark.parametrize("field", ["use_dora", "alora_invocation_tokens"])
-@pytest.mark.parametrize("second", [False, True], ids=["new", "beside-another"])
-def test_variants_on_other_layers_are_refused(field: str, second: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a weight of another class than nn.Parameter they are refused by the layer's name, before any change."""
-    monkeypatch.setattr("gralora.layers.check_kind", lambda *args: None)
-    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 12)).double()
-    model[1].weight = Other(model[1].weight.data)
-    if second:
-        model = peft.get_peft_model(model, gralora_config(2, target_modules=["0", "1"]))
-    values = {"use_dora": True, "alora_invocation_tokens": [1]}
-    config = gralora_config(2, target_modules=["0", "1"], task_type="CAUSAL_LM", **{field: values[field]})
-    with assert_unchanged(model, random_input(3, 20)), pytest.raises(ValueError, match=f"{field}=.* '1' is a .*Other"):
-        model.add_adapter("other", config) if second else peft.LoraModel(model, config, "default")
+@pytest.mark.parametrize("field, value", [("use_dora", True), ("alora_invocation_tokens", [1])])
+@pytest.mark.parametrize("kind", ["convolution", "bitsandbytes"])
+def test_variants_on_other_layers_are_refused(field: str, value: object, kind: str) -> None:
+    """On layers of other kinds they are refused by the layer's name, before any layer is changed."""
+    if kind == "convolution":
+        other = nn.Conv1d(20, 12, 1)
+    else:
+        other = pytest.importorskip("bitsandbytes").nn.Linear8bitLt(20, 12, has_fp16_weights=False)
+    model = nn.Sequential(nn.Linear(20, 20), other)
+    model.is_loaded_in_8bit = True
+    config = gralora_config(2, target_modules=["0", "1"], task_type="CAUSAL_LM", **{field: value})
+    with pytest.raises(ValueError, match=f"(?s){field}=.*'1'|'1'.*{field}="):
+        peft.LoraModel(model, config, "default")
+    assert type(model[0]) is nn.Linear and model[1] is other
 
 
 def test_dora_with_an_old_peft_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

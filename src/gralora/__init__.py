@@ -3,8 +3,12 @@
 import importlib
 from typing import Any
 
-from .config import LoraConfig
-from .layers import install
+from .versions import check_versions
+
+check_versions()
+
+from .config import LoraConfig  # noqa: E402
+from .inject import install  # noqa: E402
 
 _LAZY = {  # name -> module, imported when the name is first used
     "convert_adapter": "checkpoints.convert",

@@ -101,8 +101,8 @@ class GranularUp(nn.Module):
 
     @property
     def gain(self) -> float:
-        k, r_g, _ = self.weight.shape
-        hybrid_r = 0 if self.hybrid_weight is None else self.hybrid_weight.shape[1]
+        k, r_g, _ = self.weight.shape[-3:]
+        hybrid_r = 0 if self.hybrid_weight is None else self.hybrid_weight.shape[-1]
         return scaling_gain(self.gralora_scaling, k, r_g, hybrid_r)
 
     def forward(self, g: Tensor) -> Tensor:

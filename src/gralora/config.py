@@ -37,13 +37,12 @@ def auto_k(r: int, *sizes: int) -> int:
     return max(d for d in divisors(gcd(*sizes)) if d <= target)
 
 
-def shortest_patterns(values: Mapping[str, int]) -> tuple[int, dict[str, int]]:
-    """The most common of the layers' values, and a pattern for the layers that have another one.
+def shortest_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """A pattern that gives each layer its value, beside a default.
 
     A key is the shortest end of a layer's name that no layer with another value shares, so the order of the keys,
     which PEFT does not save, does not matter.
     """
-    default = Counter(values.values()).most_common(1)[0][0]
     sharing = defaultdict(set)
     for name, value in values.items():
         for end in _ends(name):
@@ -53,7 +52,7 @@ def shortest_patterns(values: Mapping[str, int]) -> tuple[int, dict[str, int]]:
         if value != default:
             end = next((end for end in _ends(name) if sharing[end] == {value}), None)
             pattern["^" + re.escape(name) if end is None else re.escape(end)] = value
-    return default, pattern
+    return pattern
 
 
 def _ends(name: str) -> list[str]:
@@ -176,20 +175,26 @@ class LoraConfig(peft.LoraConfig):
                 "alone: gralora_k_pattern), gralora_k='auto', or leave it out of the targets."
             )
 
-    def with_ks(self, ks: Mapping[str, int]) -> "LoraConfig":
-        """A config in which `gralora_k` is a number and every layer gets its k, also after it was saved and read.
+    def settled(self, ks: Mapping[str, int]) -> "LoraConfig":
+        """A config in which `gralora_k` is a number and layers keep their k, r and alpha when it is saved and read.
 
-        It is this config itself if that is so already, else a copy.
+        PEFT sorts the keys of patterns when it saves them; where this would change what a layer gets, the pattern is
+        another one. It is this config itself if nothing has to change, else a copy.
 
         Args:
-            ks: name of a layer -> its k.
+            ks: name of each targeted layer -> its k.
         """
-        config = copy.copy(self)
-        config.gralora_k_pattern = dict(sorted(self.gralora_k_pattern.items()))  # PEFT sorts keys when it saves
-        if self.gralora_k != "auto" and all(config.of_layer("gralora_k", layer) == k for layer, k in ks.items()):
-            return self
-        config.gralora_k, config.gralora_k_pattern = shortest_patterns(ks)
-        return config
+        config, changed = copy.copy(self), False
+        for name, pattern in PATTERNS.items():
+            values = ks if name == "gralora_k" else {layer: self.of_layer(name, layer) for layer in ks}
+            auto = getattr(self, name) == "auto"
+            setattr(config, pattern, dict(sorted(getattr(self, pattern).items())))
+            if auto or any(config.of_layer(name, layer) != value for layer, value in values.items()):
+                default = Counter(values.values()).most_common(1)[0][0] if auto else getattr(self, name)
+                setattr(config, name, default)
+                setattr(config, pattern, shortest_patterns(values, default))
+                changed = True
+        return config if changed else self
 
     def as_plain_lora(self, r: int) -> "LoraConfig":
         """The config of a plain LoRA of rank `r` and scaling 1 on the same modules."""

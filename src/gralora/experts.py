@@ -102,8 +102,8 @@ class GranularExperts:
             return super().get_delta_weight(adapter, *args, **kwargs)
         param = self.get_param()
         dtype = torch.promote_types(self.lora_B[adapter].weight.dtype, torch.float32)
-        lhs, rhs = self._rows(adapter, dtype)
-        dW = (torch.bmm(lhs, rhs) * float(self.scaling[adapter])).view(param.shape)
+        with torch.autocast(param.device.type, enabled=False):  # a forward pass with several adapters comes here
+            dW = torch.bmm(*self._rows(adapter, dtype)).mul(float(self.scaling[adapter])).view(param.shape)
         return dW if is_8_bit(param) else dW.to(param.dtype)
 
     @contextmanager
@@ -116,10 +116,9 @@ class GranularExperts:
                 yield
             return
         sum_of_both = AddRows(*self._rows(names[0], param.dtype), float(self.scaling[names[0]]))
-        base, requires_grad = self.get_base_layer(), param.requires_grad  # which parametrize sets to True
+        base = self.get_base_layer()
         # unsafe: without computing the sum once more, to see that shape and dtype stay, which they do
         nn.utils.parametrize.register_parametrization(base, self.parameter_name, sum_of_both, unsafe=True)
-        base.parametrizations[self.parameter_name].original.requires_grad_(requires_grad)
         try:
             with nn.utils.parametrize.cached():
                 yield

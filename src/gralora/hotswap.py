@@ -13,7 +13,7 @@ from peft import PeftConfig, load_peft_weights
 from peft.utils import hotswap
 from torch import Tensor, nn
 
-from .blocks import GranularDown, GranularUp
+from .blocks import GranularDown, GranularUp, scaling_gain
 from .layers import GraloraLayer
 from .ops.factors import pad_grid, pad_lora
 
@@ -65,6 +65,7 @@ def _padded(layer: Any, where: str, name: str, rank: int) -> tuple[Tensor, Tenso
         if A.weight.shape[0] > rank:
             raise ValueError(f"target_rank={rank} is less than the rank {A.weight.shape[0]} of {where!r}.")
         return pad_lora(A.weight.data, B.weight.data, rank)
+    _check_linear(where, A)
     k, _, r_g = A.weight.shape
     hybrid_r = 0 if A.hybrid_weight is None else A.hybrid_weight.shape[0]
     if rank < r_g + hybrid_r or (rank - hybrid_r) % k:
@@ -73,7 +74,24 @@ def _padded(layer: Any, where: str, name: str, rank: int) -> tuple[Tensor, Tenso
             f"target_rank={rank} does not fit layer {where!r}, adapter {name!r}: it must be at least "
             f"{r_g + hybrid_r}, and less hybrid_r={hybrid_r} divisible by gralora_k={k}, for example {fitting}."
         )
+    _check_gain(where, B, r_g, rank - hybrid_r)
     return pad_grid(A.weight.data, B.weight.data, rank - hybrid_r)
+
+
+def _check_linear(where: str, down: GranularDown) -> None:
+    if type(down) is not GranularDown:
+        raise ValueError(f"layer {where!r}: ranks of a {type(down).__name__} cannot be padded, only of linear layers.")
+
+
+def _check_gain(where: str, up: GranularUp, r_g: int, padded: int) -> None:
+    """Raise ValueError if gralora_scaling takes the padding for ranks."""
+    hybrid_r = 0 if up.hybrid_weight is None else up.hybrid_weight.shape[1]
+    gains = [scaling_gain(up.gralora_scaling, up.weight.shape[0], r, hybrid_r) for r in (r_g, padded)]
+    if abs(gains[0] - gains[1]) > 1e-12:  # without hybrid_r they differ by a rounding at most
+        raise ValueError(
+            f"layer {where!r}: gralora_scaling={up.gralora_scaling!r} with hybrid_r={hybrid_r} depends on the rank: "
+            f"a grid rank of {r_g} cannot be padded to {padded}; hotswap between adapters of one rank."
+        )
 
 
 def hotswap_adapter(
@@ -111,8 +129,12 @@ def hotswap_adapter(
     for where, layer in layers.items():
         A, B = (f"{where}.{factor}.weight" for factor in ("lora_A", "lora_B"))
         if A in tensors and B in tensors and layer.is_gralora(adapter_name):
+            if tensors[A].shape == layer.lora_A[adapter_name].weight.shape:
+                continue
+            _check_linear(where, layer.lora_A[adapter_name])
             _check_features(where, tensors[A], tensors[B], layer.lora_A[adapter_name], layer.lora_B[adapter_name])
             rank = max(tensors[A].shape[2], layer.lora_A[adapter_name].weight.shape[2])
+            _check_gain(where, layer.lora_B[adapter_name], tensors[A].shape[2], rank)
             tensors[A], tensors[B] = pad_grid(tensors[A], tensors[B], rank)
     named = {
         name.replace(".lora_A.", f".lora_A.{adapter_name}.").replace(".lora_B.", f".lora_B.{adapter_name}."): t

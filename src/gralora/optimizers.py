@@ -33,14 +33,22 @@ class Pair(NamedTuple):
 
 
 def lora_pairs(model: nn.Module) -> Iterator[Pair]:
-    """All adapters of linear layers: grids, their hybrid parts, plain LoRAs."""
-    for layer in model.modules():
+    """All adapters of linear layers: grids, their hybrid parts, plain LoRAs.
+
+    Raises:
+        ValueError: naming the layer, if it has a GraLoRA of a convolution or of experts.
+    """
+    for where, layer in model.named_modules():
         for name in layer.lora_A if isinstance(layer, LoraLayer) else ():
             A, B, scaling = layer.lora_A[name], layer.lora_B[name], float(layer.scaling[name])
-            if isinstance(A, GranularDown) or A.weight.ndim == 2:
+            if type(A) is GranularDown:
+                yield Pair(A.weight, B.weight, scaling * B.gain)
+                if A.hybrid_weight is not None:
+                    yield Pair(A.hybrid_weight, B.hybrid_weight, scaling * B.gain)
+            elif isinstance(A, GranularDown):
+                raise ValueError(f"layer {where!r}: a GraLoRA of a {type(layer).__name__} cannot be preconditioned.")
+            elif A.weight.ndim == 2:
                 yield Pair(A.weight, B.weight, scaling)
-            if getattr(A, "hybrid_weight", None) is not None:
-                yield Pair(A.hybrid_weight, B.hybrid_weight, scaling)
 
 
 def create_riemannian_optimizer(

@@ -196,7 +196,8 @@ def logits_parity(adapter: Path, exported: Path, base: Path) -> dict[str, float]
 
     from .load import load_adapter
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    # False, since the default asks people whether to run the code of a base that has some
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     tokens = torch.randint(model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
     model = load_adapter(model, adapter, adapter_name="gralora")
     model.add_adapter("exported", peft.PeftConfig.from_pretrained(exported))

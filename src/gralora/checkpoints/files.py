@@ -5,6 +5,7 @@ Only safetensors and JSON are ever read; pickled checkpoints (`.bin`, `.pt`) can
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from torch import Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+FINISHED = ".finished"  # subfolder of an adapter's, while its files are replaced
+DEPTH = 32  # of nested JSON; configs need a few
 DTYPES = {  # safetensors' names
     "F64": torch.float64,
     "F32": torch.float32,
@@ -128,20 +131,38 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], done: Callable[
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raise ValueError if the file is not one JSON object."""
+    """Raise ValueError if the file is not one JSON object, names a field twice, or nests deeper than DEPTH."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError(f"{str(path)!r} nests deeper than {DEPTH} levels.") from None
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} holds a JSON {type(content).__name__}, not an object.")
+    level: list[Any] = [content]
+    for _ in range(DEPTH):
+        level = [v for x in level for v in (x.values() if isinstance(x, dict) else x) if isinstance(v, dict | list)]
+    if level:
+        raise ValueError(f"{str(path)!r} nests deeper than {DEPTH} levels.")
     return content
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
 def write_json(path: Path, content: Any) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    """Write a file that is there whole, or as it was before."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
         sync(file)
+    os.replace(temporary, path)
 
 
 def read_adapter_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], LazyTensors]:
@@ -154,6 +175,11 @@ def read_adapter_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any],
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"adapter {str(folder)!r} is not a folder; a Hub id must be downloaded first.")
+    if not (folder / CONFIG).is_file() and (folder / FINISHED).is_dir():
+        raise FileNotFoundError(
+            f"{str(folder)!r} has no {CONFIG}: a program was killed while it replaced the adapter. The new one is "
+            f"complete: move the files of {str(folder / FINISHED)!r} into {str(folder)!r}."
+        )
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no {CONFIG}, so it is not an adapter.")
     if not (folder / WEIGHTS).is_file():
@@ -182,7 +208,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     check_absent(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -192,11 +218,42 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def replace_files(folder: Path, path: Path) -> None:
+    """Move the files of an adapter that was written to `folder`, in `path`, over those of an older one in `path`.
+
+    There is never a mix of the two: the old config is removed first and the new one moved last. If the process is
+    killed in between, the new files are complete in `path` and its subfolder FINISHED, and `finish_replacing` goes on.
+    """
+    finish_replacing(path)
+    sync_files(folder)
+    os.replace(folder, path / FINISHED)
+    finish_replacing(path)
+
+
+def finish_replacing(path: Path) -> None:
+    """Go on where `replace_files` was interrupted, if it was."""
+    finished = path / FINISHED
+    if not finished.is_dir():
+        return
+    (path / CONFIG).unlink(missing_ok=True)
+    for file in sorted(finished.iterdir(), key=lambda file: file.name == CONFIG):
+        os.replace(file, path / file.name)
+        sync_folder(path)
+    finished.rmdir()
+
+
 def publish(folder: Path, path: Path) -> None:
-    """Move a finished folder to its place, durably."""
-    sync_folder(folder)
+    """Move a finished folder to its place, durably: also after a power failure it is whole or not there."""
+    sync_files(folder)
     os.replace(folder, path)
     sync_folder(path.parent)
+
+
+def sync_files(folder: Path) -> None:
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    sync_folder(folder)
 
 
 def sync(file: Any) -> None:

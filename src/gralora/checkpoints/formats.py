@@ -7,6 +7,7 @@ renamed, never computed, and a round trip is bit-exact. docs/formats.md describe
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,8 +18,9 @@ from peft import PeftType
 from torch import Tensor
 
 from ..blocks import scaling_gain
-from ..config import FORMAT, LoraConfig
+from ..config import FORMAT, SUPPORTED_VARIANTS, LoraConfig
 from .files import LazyTensors
+from .untrusted import check_fields, check_matching_time, check_rank
 
 PREFIX = "base_model.model."  # PEFT's, before the name of the layer in the base model
 A, HYBRID_A = ".lora_A.weight", ".lora_A.hybrid_weight"
@@ -98,10 +100,14 @@ class Adapter:
         k, _, r_g = self.specs(layer).A.shape
         return scaling_gain(self.config.gralora_scaling, k, r_g, self.config.hybrid_r)
 
+    def peft_scaling(self, layer: str) -> float:
+        """PEFT's scaling, without the gain: the factor on an adapter's bias."""
+        rank = self.rank(layer)
+        return self.alpha(layer) / (math.sqrt(rank) if self.config.use_rslora else rank)
+
     def scaling(self, layer: str) -> float:
         """Factor on dW: PEFT's scaling times the gain."""
-        rank = self.rank(layer)
-        return self.alpha(layer) / (math.sqrt(rank) if self.config.use_rslora else rank) * self.gain(layer)
+        return self.peft_scaling(layer) * self.gain(layer)
 
     def k(self, layer: str) -> int:
         """Blocks per side, by the tensors."""
@@ -175,11 +181,31 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str |
     if unused:
         notices.append(f"dropped {len(unused)} tensors that this format saves and never uses: {unused[0]}, ...")
     sources = {known.to_ours(t): t for t in lazy if t not in unused}
+    if len(sources) < len(lazy) - len(unused):
+        twice = next(t for t in lazy if t not in unused and sources[known.to_ours(t)] != t)
+        raise ValueError(f"tensor {twice!r} is in the file twice, under the names of two formats.")
     ours, more_notices = known.read_config(dict(config))
     notices += more_notices
-    adapter = Adapter(LoraConfig.from_peft_type(**ours), lazy.renamed(sources), name, tuple(notices))
+    adapter = Adapter(_config(ours), lazy.renamed(sources), name, tuple(notices))
+    check_matching_time(ours, adapter.layers)
+    if not adapter.config.target_modules or adapter.config.target_modules == "all-linear":
+        adapter.config.target_modules = set(adapter.layers)  # what the words stood for is no longer known
     check(adapter)
     return adapter
+
+
+def _config(fields: dict[str, Any]) -> LoraConfig:
+    known = {f.name for f in dataclasses.fields(LoraConfig)}
+    unknown = sorted(fields.keys() - known)
+    if any(fields[name] for name in unknown):
+        warnings.warn(
+            f"the config has the fields {', '.join(map(repr, unknown))}, which this version of PEFT does not know and "
+            "which are ignored; if they change the adapter's output, update PEFT.",
+            stacklevel=4,
+        )
+    fields = {name: value for name, value in fields.items() if name in known}
+    check_fields(fields)
+    return LoraConfig(**fields)
 
 
 def write(adapter: Adapter, target: str) -> tuple[dict[str, Any], LazyTensors]:
@@ -203,6 +229,10 @@ def check(adapter: Adapter) -> None:
     _check_linear(adapter)
     if not adapter.layers:
         raise ValueError("the file has no GraLoRA tensors; the adapter is empty or of another method.")
+    names = [layer_and_suffix(name) for name in adapter.tensors]
+    if len(set(names)) < len(names):
+        twice = next(layer for layer, suffix in names if names.count((layer, suffix)) > 1)
+        raise ValueError(f"layer {twice!r} has a factor twice, with and without the prefix {PREFIX!r}.")
     for layer in adapter.layers:
         f = adapter.specs(layer)
         _check_present(layer, f, config)
@@ -295,18 +325,7 @@ def set_fields(config: LoraConfig) -> dict[str, Any]:
     return {name: value for name, value in json_config(config).items() if value != defaults.get(name)}
 
 
-def number(config: Mapping[str, Any], name: str, kinds: tuple[type, ...] = (int,)) -> Any:
-    """A numeric field; ValueError if it is absent or of another type."""
-    value = config.get(name)
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} in the config must be a number.")
-    return value
-
-
 def _gralora_to_gralora(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    for name in ("r", "gralora_k", "hybrid_r"):
-        number(config, name)
-    number(config, "lora_alpha", (int, float))
     return config, []
 
 
@@ -315,10 +334,12 @@ def _fork_to_gralora(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]
     notices = []
     if config.get("lora_bias"):
         notices.append("lora_bias=True set to False: the fork's forward does not use the bias.")
+    for name in SUPPORTED_VARIANTS:  # what the fork makes of them together with a grid is not known
+        _refuse_if_set(name, config.get(name))
     known = {f.name for f in dataclasses.fields(LoraConfig)}
     for name in sorted(config.keys() - known):
         _refuse_if_set(name, config.pop(name))
-    return _gralora_to_gralora(config | {"lora_bias": False, "gralora_format": FORMAT})[0], notices
+    return config | {"lora_bias": False, "gralora_format": FORMAT}, notices
 
 
 def _peft_to_gralora(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -338,15 +359,16 @@ def _tuner_to_gralora(
     if alpha_name not in config:
         notices.append(f"{alpha_name} is not in the config: took its default, {default_alpha}.")
         config[alpha_name] = default_alpha
-    r, hybrid_r = number(config, "r"), number(config, "hybrid_r")
-    number(config, "gralora_k")
+    for name in ("r", "hybrid_r"):
+        check_rank(name, config.get(name))
+    r, hybrid_r = config["r"], config["hybrid_r"]
     ours = {name: config.pop(name) for name in SHARED if name in config}
     ours |= {
         "peft_type": PeftType.LORA,
         "use_gralora": True,
         "gralora_format": FORMAT,
         "r": r if includes_hybrid else r + hybrid_r,
-        "lora_alpha": number(config, alpha_name, (int, float)),
+        "lora_alpha": config[alpha_name],
         "lora_dropout": config.pop("gralora_dropout", 0.0),
         "bias": str(config.pop("bias", "none")).replace("gralora_only", "lora_only"),
         "init_lora_weights": config.pop("init_weights", True),

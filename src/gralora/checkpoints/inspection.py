@@ -14,6 +14,7 @@ from ..ops.factors import block_norms, hybrid_to_lora, singular_values
 from . import formats
 from .files import read_adapter_folder
 from .formats import Adapter
+from .untrusted import is_finite
 
 PANELS = 16  # in one heat map
 
@@ -73,7 +74,7 @@ def describe_layer(adapter: Adapter, layer: str) -> dict[str, Any]:
     """
     f, scaling = adapter.factors(layer), adapter.scaling(layer)
     in_features, out_features = adapter.features(layer)
-    finite = all(bool(t.isfinite().all()) for t in f if t is not None)
+    finite = all(is_finite(t) for t in f if t is not None)
     values = scaling * singular_values(*hybrid_to_lora(*f[:4])) if finite else torch.tensor([torch.nan])
     tolerance = max(in_features, out_features) * torch.finfo(torch.float32).eps * values.max()
     norm_A, norm_B = (

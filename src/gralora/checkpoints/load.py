@@ -1,19 +1,23 @@
-"""Load a saved GraLoRA adapter into a model; raise where PEFT warns: nothing missing, left over, or all zero."""
+"""Load a saved GraLoRA adapter into a model; raise where PEFT warns: nothing missing, left over, NaN, or all zero."""
 
+import copy
 import os
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import peft
 from peft import PeftModel
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 
-from .. import layers
+from .. import inject
+from ..kinds import check_kind
 from . import formats
 from .files import read_adapter_folder
-from .formats import PREFIX, Adapter
-
-SHOWN = 5  # names in an error message
+from .formats import Adapter
+from .untrusted import check_finite, check_matching_time, listed
 
 
 def load_adapter(
@@ -38,30 +42,26 @@ def load_adapter(
 
     Raises:
         OSError: if a file is missing.
-        ValueError: if the file is damaged or of an unclear format or scale, if its B is zero in all layers, if the
-            model lacks layers of the adapter or has others that its config selects, or if tensors are missing, left
-            over or of a wrong shape.
+        ValueError: if the file is damaged or of an unclear format or scale, if tensors have NaN or infinite values, if
+            B is zero in all layers, if the model lacks layers of the adapter or has others that its config selects,
+            or if tensors are missing, left over or of a wrong shape.
     """
     adapter = formats.read(*read_adapter_folder(path), source=source)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if isinstance(model, PeftModel) and adapter_name in model.peft_config:
         raise ValueError(f"adapter_name={adapter_name!r} is taken; the model has {sorted(model.peft_config)}.")
     check_layers(adapter, base)
+    tensors = dict(adapter.tensors)
+    check_finite(tensors)
     check_not_zero(adapter)
     adapter.config.inference_mode = not is_trainable
-    loaded = _with_adapter(model, adapter, adapter_name)
-    try:
-        tensors = dict(adapter.tensors)
-        check_names(set(tensors), expected_names(loaded, adapter_name))
+    with unchanged_after_error(model):
+        loaded = _with_adapter(model, adapter, adapter_name)
+        check_tensors(tensors, expected_tensors(loaded, adapter_name))
         set_peft_model_state_dict(loaded, tensors, adapter_name)
-    except Exception as error:
-        _remove(model, loaded, adapter_name)
-        if isinstance(error, RuntimeError):  # torch's, about shapes
-            raise ValueError(f"the adapter does not fit the model: {error}") from error
-        raise
-    loaded.set_adapter(adapter_name, inference_mode=not is_trainable)
-    if not is_trainable:
-        loaded.eval()
+        loaded.set_adapter(adapter_name, inference_mode=not is_trainable)
+        if not is_trainable:
+            loaded.eval()
     return loaded
 
 
@@ -75,13 +75,27 @@ def check_layers(adapter: Adapter, base: nn.Module) -> None:
             f"adapter has: {listed(missing)}. It was trained on {adapter.config.base_model_name_or_path!r}."
         )
     for layer in adapter.layers:
-        layers.check_kind(layer, modules[layer], base)
-        if layers.features(modules[layer]) != adapter.features(layer):
+        check_kind(layer, modules[layer], base)
+        if inject.features(modules[layer]) != adapter.features(layer):
             raise ValueError(
-                f"layer {layer!r} has (in, out) features {layers.features(modules[layer])} in the base model and "
+                f"layer {layer!r} has (in, out) features {inject.features(modules[layer])} in the base model and "
                 f"{adapter.features(layer)} in the adapter, which was trained on "
                 f"{adapter.config.base_model_name_or_path!r}."
             )
+
+    check_matching_time(adapter.config.to_dict(), modules)
+    # before PEFT makes room for them: the config sets how much
+    tuner = SimpleNamespace(model=base, _check_target_module_exists=check_target_module_exists)
+    selected = [name for name, _ in inject.targeted_layers(tuner, adapter.config)]
+    without = [name for name in selected if name not in adapter.layers]
+    if without:
+        raise ValueError(
+            f"the config selects {len(without)} layers of the base model that the file has no tensors of: "
+            f"{listed(without)}."
+        )
+    unselected = [layer for layer in adapter.layers if layer not in selected]
+    if unselected:
+        raise ValueError(f"the config does not select {len(unselected)} layers of the file: {listed(unselected)}.")
 
 
 def check_not_zero(adapter: Adapter) -> None:
@@ -93,25 +107,49 @@ def check_not_zero(adapter: Adapter) -> None:
     raise ValueError("all B factors of the adapter are zero: it was not trained, and does nothing.")
 
 
-def expected_names(model: PeftModel, adapter_name: str) -> set[str]:
-    return set(get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False))
+def expected_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    return get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
 
 
-def check_names(found: set[str], expected: set[str]) -> None:
-    """Raise ValueError if tensors are missing from the file or would not be used."""
-    missing, unexpected = sorted(expected - found), sorted(found - expected)
+def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise ValueError if tensors are missing from the file, would not be used, or have other shapes."""
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     problems = []
     if missing:
         problems.append(f"{len(missing)} tensors are missing from the file: {listed(missing)}")
     if unexpected:
         problems.append(f"{len(unexpected)} tensors of the file have no place in the model: {listed(unexpected)}")
+    for name in sorted(expected.keys() & found.keys()):
+        if found[name].shape != expected[name].shape:
+            shapes = f"{tuple(found[name].shape)} in the file and {tuple(expected[name].shape)} in the model"
+            problems.append(f"{listed([name])} has shape {shapes}")
     if problems:
         raise ValueError("the adapter does not fit what its config makes of the model: " + "; ".join(problems) + ".")
 
 
-def listed(names: list[str]) -> str:
-    names = [name.removeprefix(PREFIX) for name in names]
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+@contextmanager
+def unchanged_after_error(model: nn.Module) -> Iterator[None]:
+    """After an error in the block, `model` has the modules, classes, attributes and trainable parameters of before.
+
+    PEFT changes a model layer by layer, and an error in the middle leaves it half changed. Values of tensors are not
+    restored; adding an adapter changes none.
+    """
+    modules, trainable = list(model.modules()), [(p, p.requires_grad) for p in model.parameters()]
+    classes = [type(module) for module in modules]
+    attributes = [vars(module) for module in modules]
+    containers = [*attributes, *(v for a in attributes for v in a.values() if isinstance(v, dict | list | set))]
+    copies = [copy.copy(container) for container in containers]
+    try:
+        yield
+    except BaseException:
+        for module, cls in zip(modules, classes, strict=True):
+            module.__class__ = cls
+        for container, before in zip(containers, copies, strict=True):
+            container.clear()
+            container.extend(before) if isinstance(container, list) else container.update(before)
+        for p, requires_grad in trainable:
+            p.requires_grad = requires_grad
+        raise
 
 
 def _with_adapter(model: nn.Module, adapter: Adapter, adapter_name: str) -> PeftModel:
@@ -119,11 +157,3 @@ def _with_adapter(model: nn.Module, adapter: Adapter, adapter_name: str) -> Peft
         model.add_adapter(adapter_name, adapter.config)
         return model
     return peft.get_peft_model(model, adapter.config, adapter_name)
-
-
-def _remove(model: nn.Module, loaded: Any, adapter_name: str) -> None:
-    """Undo `_with_adapter`."""
-    if isinstance(model, PeftModel):
-        model.delete_adapter(adapter_name)
-    else:
-        loaded.unload()

@@ -7,6 +7,7 @@ an interrupted merge goes on where it stopped; the output folder appears when al
 import hashlib
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,13 @@ from .files import (
     write_safetensors,
 )
 from .formats import PREFIX, Adapter
-from .load import listed
+from .untrusted import is_finite, listed
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 STATE = "merge_state.json"
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
+LOST = 0.1  # of a layer's update, by rounding, above which a merge warns
 VERIFIED = 8  # layers that are checked after writing
 NEUTRAL = formats.NOT_IN_OUTPUT | {"hybrid_r", "gralora_k", "lora_bias", "trainable_token_indices", "use_dora"}
 
@@ -64,11 +66,14 @@ def merge_adapter(
         progress: show a progress bar.
 
     Returns:
-        `layers` merged, `replaced` tensors (modules_to_save), `verified` layers and `resumed` files.
+        `layers` merged, `replaced` tensors (modules_to_save), `verified` layers, `resumed` files, `notices`, and
+        `rounding`: for each layer what storing the merged weight in its dtype lost, |stored - (W + dW)| in the
+        Frobenius norm, relative to the merged weight (`of_weight`) and to the update |dW| (`of_update`). A warning is
+        given if that is more than LOST of a layer's update.
 
     Raises:
         OSError: if something is not there, or `out` exists.
-        ValueError: if adapter and base do not fit together.
+        ValueError: if adapter and base do not fit together, or a merged weight would have NaN or infinite values.
     """
     out = Path(out)
     check_absent(out)
@@ -79,33 +84,54 @@ def merge_adapter(
 
     partial = out.with_name(f".{out.name}.partial")
     fingerprint = fingerprint_of(Path(adapter), model, dtype)
-    if partial.exists() and (not (partial / STATE).exists() or read_json(partial / STATE) != fingerprint):
-        shutil.rmtree(partial)  # of another adapter, base or dtype
+    state = {"of": fingerprint, "rounding": {}}
+    if partial.exists():
+        if (partial / STATE).exists() and read_json(partial / STATE).get("of") == fingerprint:
+            state = read_json(partial / STATE)
+        else:
+            shutil.rmtree(partial)  # of another adapter, base or dtype
     partial.mkdir(parents=True, exist_ok=True)
-    write_json(partial / STATE, fingerprint)
 
-    resumed = [name for name in model.files if (partial / name).exists()]
-    with _progress_bar(model, resumed, progress) as bar:
-        for name in model.files:
-            if name not in resumed:
-                tensors = merges.merged(model.files[name], dtype)
-                write_safetensors(partial / f"{name}.tmp", tensors, done=bar.update)
-                os.replace(partial / f"{name}.tmp", partial / name)
-    copy_other_files(model, partial, dtype)
+    resumed = [name for name in model.files if name in state["rounding"] and (partial / name).exists()]
     try:
+        with _progress_bar(model, resumed, progress) as bar:
+            for name in model.files:
+                if name not in resumed:
+                    state["rounding"][name] = {}
+                    tensors = merges.merged(model.files[name], dtype, state["rounding"][name])
+                    write_safetensors(partial / f"{name}.tmp", tensors, done=bar.update)
+                    write_json(partial / STATE, state)
+                    os.replace(partial / f"{name}.tmp", partial / name)
+        copy_other_files(model, partial, dtype)
         verified = merges.verify(BaseModel(partial), VERIFIED)
     except ValueError:
         shutil.rmtree(partial)
         raise
     (partial / STATE).unlink()
     publish(partial, out)
+    rounding = {layer: error for layers in state["rounding"].values() for layer, error in layers.items()}
+    warn_of_rounding(rounding)
     return {
         "layers": len(read.layers),
         "replaced": sorted(merges.replaced),
         "verified": verified,
         "resumed": resumed,
+        "rounding": rounding,
         "notices": list(read.notices),
     }
+
+
+def warn_of_rounding(rounding: dict[str, dict[str, float]]) -> None:
+    """Warn, once, if more than LOST of a layer's update was lost when the merged weight was rounded to its dtype."""
+    lost = {layer: error["of_update"] for layer, error in rounding.items() if error["of_update"] > LOST}
+    if lost:
+        worst = max(lost, key=lost.__getitem__)
+        warnings.warn(
+            f"rounding the merged weights lost more than {LOST:.0%} of the update in {len(lost)} of {len(rounding)} "
+            f"layers, the most in {worst!r}: {lost[worst]:.0%}. The update is small beside the weights' precision; "
+            "merge into float32 (--dtype float32), or serve the adapter unmerged.",
+            stacklevel=3,
+        )
 
 
 def _progress_bar(model: "BaseModel", resumed: list[str], show: bool) -> Any:
@@ -151,7 +177,10 @@ class BaseModel:
         if self.config.get("quantization_config"):
             raise ValueError(f"base model {str(folder)!r} is quantised; merge into the unquantised model.")
         if (folder / INDEX).is_file():
-            names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+            weight_map = read_json(folder / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise ValueError(f"{str(folder / INDEX)!r} has no weight_map from tensors to files.")
+            names = sorted(set(weight_map.values()))
         elif (folder / SINGLE).is_file():
             names = [SINGLE]
         else:
@@ -184,6 +213,7 @@ class Merges:
         biased = adapter.layers if adapter.config.lora_bias else []
         self.biases = {f"{layer.removeprefix(strip)}.bias": layer for layer in biased}
         self.replaced = {self._base_name(name, strip): name for name in adapter.others}
+        self.changed = {*self.weights, *self.biases, *self.replaced}
         missing = [name for name in [*self.weights, *self.biases, *self.replaced] if name not in model]
         if missing:
             raise ValueError(
@@ -233,17 +263,42 @@ class Merges:
             )
         return self.adapter.config.fan_in_fan_out
 
-    def merged(self, tensors: LazyTensors, dtype: torch.dtype | None) -> LazyTensors:
-        """The tensors of one of the base's files after the merge, computed as they are asked for."""
+    def merged(
+        self, tensors: LazyTensors, dtype: torch.dtype | None, rounding: dict[str, dict[str, float]]
+    ) -> LazyTensors:
+        """The tensors of one of the base's files after the merge, computed as they are asked for.
+
+        Args:
+            tensors: of the file.
+            dtype: to store floating-point tensors in, or None for each one's own.
+            rounding: gets, for each merged layer, what storing it lost; see `merge_adapter`.
+        """
 
         def new_dtype(name: str) -> torch.dtype:
             old = tensors.specs[name].dtype
             return dtype if dtype is not None and old.is_floating_point else old
 
         def load(name: str) -> Tensor:
-            return self.merged_tensor(name, tensors).to("cpu", new_dtype(name))
+            exact = self.merged_tensor(name, tensors)
+            stored = exact.to(new_dtype(name))
+            if name in self.changed and not is_finite(stored):
+                raise ValueError(
+                    f"the merged tensor {name!r} would have NaN or infinite values in {stored.dtype}; `gralora "
+                    "inspect` shows whether the adapter has."
+                )
+            if name in self.weights:
+                rounding[self.weights[name]] = self._rounding(name, exact, stored, tensors)
+            return stored.cpu()
 
         return LazyTensors({name: spec(tuple(t.shape), new_dtype(name)) for name, t in tensors.specs.items()}, load)
+
+    def _rounding(self, name: str, exact: Tensor, stored: Tensor, tensors: LazyTensors) -> dict[str, float]:
+        """What storing lost; overwrites `exact` if it is not `stored` itself."""
+        if stored is exact:
+            return {"of_weight": 0.0, "of_update": 0.0}
+        lost, weight = stored.to(exact).sub_(exact).norm().item(), exact.norm().item()
+        update = exact.sub_(self._base(name, tensors).to(exact)).norm().item()
+        return {"of_weight": _share(lost, weight), "of_update": _share(lost, update)}
 
     def _base(self, name: str, tensors: "Mapping[str, Tensor] | BaseModel") -> Tensor:
         return self.adapter.tensors[self.replaced[name]] if name in self.replaced else tensors[name]
@@ -260,7 +315,7 @@ class Merges:
         if name in self.biases:
             layer = self.biases[name]
             bias = self.adapter.factors(layer).bias.to(self.device, torch.float32)
-            return base.to(bias) + self.adapter.scaling(layer) * bias
+            return base.to(bias) + self.adapter.peft_scaling(layer) * bias
         return base
 
     def _rescale(self, weight: Tensor, layer: str) -> None:
@@ -304,6 +359,10 @@ class Merges:
             if not ((weight.double() - exact).abs() <= rounding).all():
                 raise ValueError(f"weight {name!r} is not base + dW after writing: NaN in the adapter, or a bad disk.")
         return len(sample)
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if part else 0.0
 
 
 def fingerprint_of(adapter: Path, model: BaseModel, dtype: torch.dtype | None) -> dict[str, Any]:

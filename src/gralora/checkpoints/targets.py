@@ -59,7 +59,7 @@ def write_peft(plain: PlainLora, folder: Path, base_config: dict[str, Any] | Non
 
 
 def folded_bias(plain: PlainLora, layer: str) -> Tensor:
-    return (plain.adapter.factors(layer).bias.double() * plain.adapter.scaling(layer)).to(plain.dtype)
+    return (plain.adapter.factors(layer).bias.double() * plain.adapter.peft_scaling(layer)).to(plain.dtype)
 
 
 def write_mlx(plain: PlainLora, folder: Path, base_config: dict[str, Any] | None, extra: dict[str, Any]) -> ReadBack:

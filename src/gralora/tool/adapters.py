@@ -127,6 +127,10 @@ def merge_command(argv: list[str]) -> None:
     if result["resumed"]:
         print(f"resumed: {len(result['resumed'])} files were there already")
     replaced = f", replaced {len(result['replaced'])} tensors" if result["replaced"] else ""
+    if result["rounding"]:
+        worst, error = max(result["rounding"].items(), key=lambda item: item[1]["of_update"])
+        lost = f"{error['of_update']:.2g} of its update, {error['of_weight']:.2g} of the weight"
+        print(f"lost by rounding, at most: {lost}, in {worst}")
     print(f"merged {result['layers']} layers{replaced}, checked {result['verified']}; written to {args.out}")
 
 

@@ -8,6 +8,8 @@ import traceback
 # name -> (module, function, what it does); the function takes the command's own arguments, a list of strings
 COMMANDS = {
     "finetune": ("gralora.tool.finetune", "main", "fine-tune a causal language model with GraLoRA or plain LoRA"),
+    "evaluate": ("gralora.tool.evaluate", "main", "measure adapters and their base model side by side"),
+    "chat": ("gralora.tool.chat", "main", "talk to a model, with adapters switched on and off"),
     "inspect": ("gralora.tool.adapters", "inspect_command", "show sizes, norms, ranks and anomalies of an adapter"),
     "convert": ("gralora.tool.adapters", "convert_command", "write an adapter in another GraLoRA format"),
     "export": ("gralora.tool.adapters", "export_command", "write the plain LoRA that an adapter equals, for serving"),

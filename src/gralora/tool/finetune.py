@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import (
 )
 from transformers.hf_argparser import string_to_bool
 
+from ..checkpoints.files import finish_replacing, replace_files
 from . import configfile, output
 from .arguments import FinetuneArguments
 from .corpus import Corpus, load_corpus
@@ -32,10 +34,11 @@ from .distributed import AdapterTrainer, holds_share
 from .models import check_length, load_model, load_tokenizer
 from .packing import PackingCollator, check_packing
 from .progress import Progress, peak_memory_gib
-from .report import LOSS_PLOT, METRICS, history, plot_losses, report, write_card, write_json
+from .report import CARD, LOSS_PLOT, METRICS, history, plot_losses, report, write_card, write_json
 from .resume import check_checkpoint, check_output, delete_checkpoints, find_checkpoint, train_or_interrupt
 from .verify import LOGITS, PROBES, record_logits, verify_in_new_process
 
+NEW = ".new"  # where the adapter is written, before it replaces an older one
 SAMPLE_TOKENS = 48
 TEXT_PROMPT_TOKENS = 16
 EXAMPLES = """examples:
@@ -105,6 +108,9 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
     check_packages("accelerate", "matplotlib")
     started = time.monotonic()
     training, lora_config = args.training_arguments(), args.lora_config()
+    output_dir = Path(args.output_dir)
+    with training.main_process_first():
+        finish_replacing(output_dir)
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     check_output(args.output_dir, checkpoint, args.overwrite)
     tokenizer = load_tokenizer(args.base_model)
@@ -138,9 +144,16 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
     train_or_interrupt(trainer, checkpoint)
     losses = history(trainer.state.log_history)
     loss = held_out_loss(losses, trainer.state.best_metric)
+    new = output_dir / NEW
     if trainer.is_world_process_zero():
         write_card(args, model, loss)
-    trainer.save_model()  # PEFT adds to the card what it knows
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        shutil.copyfile(output_dir / CARD, new / CARD)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(new))  # PEFT adds to the card what it knows
+    if trainer.is_world_process_zero():
+        replace_files(new, output_dir)
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward without autocast again
 
     trainable, total = model.get_nb_trainable_parameters()
@@ -164,17 +177,16 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
         "versions": {package.__name__: package.__version__ for package in (torch, transformers, peft)}
         | {"python": platform.python_version()},
     }
-    folder = Path(args.output_dir)
     if args.verify:  # in all processes, since each may hold a share of the model
         texts = [row["input_ids"] for row in (corpus.held_out or [corpus.first])[:PROBES]]
-        record_logits(args, model, texts, folder / LOGITS, write=trainer.is_world_process_zero())
+        record_logits(args, model, texts, output_dir / LOGITS, write=trainer.is_world_process_zero())
     if trainer.is_world_process_zero():
-        write_json(folder / METRICS, metrics)
-        plot_losses(losses, folder / LOSS_PLOT)
-        report(metrics, folder)
+        write_json(output_dir / METRICS, metrics)
+        plot_losses(losses, output_dir / LOSS_PLOT)
+        report(metrics, output_dir)
         if args.verify:
-            verify_in_new_process(folder)
-            metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+            verify_in_new_process(output_dir)
+            metrics = json.loads((output_dir / METRICS).read_text(encoding="utf-8"))
     return metrics
 
 

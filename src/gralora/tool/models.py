@@ -27,7 +27,8 @@ def load_pretrained(auto: type, base_model: str, **options: Any) -> Any:
     """What an Auto class of transformers makes of the base model."""
     folder = str(embedded_model()) if base_model == EMBEDDED else base_model
     try:
-        return auto.from_pretrained(folder, **options)
+        # False, since the default asks people whether to run a model's code
+        return auto.from_pretrained(folder, trust_remote_code=False, **options)
     except OSError as error:
         raise OSError(
             f"base_model={base_model!r} could not be loaded; give a local folder, a hub id that can be reached, or "

@@ -1,0 +1,140 @@
+"""One base model with several adapters on it, switched between: what `evaluate` and `chat` compare."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils.save_and_load import set_peft_model_state_dict
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checkpoints.files import CONFIG, read_adapter_folder, read_json
+from ..checkpoints.load import check_tensors, expected_tensors, load_adapter
+from .embedded import embedded_model
+from .models import EMBEDDED, load_pretrained, load_tokenizer
+
+
+@dataclass
+class SideBySide:
+    """A base model and its adapters.
+
+    Attributes:
+        model: the base model; with adapters on it, a PeftModel.
+        tokenizer: of the base model.
+        adapters: label -> name of the adapter in `model`; None: the base model alone.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    adapters: dict[str, str | None]
+
+    @contextmanager
+    def using(self, label: str) -> Iterator[PreTrainedModel | PeftModel]:
+        """The model as one of `adapters` makes it, inside the block."""
+        adapter = self.adapters[label]
+        if adapter is None:
+            with self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext():
+                yield self.model
+        else:
+            self.model.set_adapter(adapter, inference_mode=True)
+            yield self.model
+
+
+def is_adapter(path: str) -> bool:
+    return Path(path, CONFIG).is_file()
+
+
+def load_side_by_side(
+    models: list[str], base_model: str | None = None, dtype: str = "auto", device: str | None = None
+) -> SideBySide:
+    """Load one base model and put the adapters on it.
+
+    Args:
+        models: folders of adapters (GraLoRA of any format, or plain LoRA), and the base model to have it alone too.
+        base_model: to use in place of what the adapters name.
+        dtype: torch's name of the base model's dtype; "auto": as it is stored. Adapters are held in float32.
+        device: torch's name; default: the accelerator if there is one.
+
+    Raises:
+        ValueError: if the adapters are of different base models, or one does not fit.
+        OSError: if files are missing.
+    """
+    labels = unique_labels(models)
+    base = common_base(models, base_model)
+    tokenizer = load_tokenizer(base)
+    model = load_pretrained(AutoModelForCausalLM, base, dtype=dtype).eval().to(device or default_device())
+    adapters: dict[str, str | None] = {}
+    for number, (label, path) in enumerate(zip(labels, models, strict=True)):
+        adapters[label] = None
+        if is_adapter(path):
+            adapters[label] = f"adapter_{number}"
+            try:
+                model = load_strictly(model, path, adapters[label])
+            except ValueError as error:
+                raise ValueError(f"adapter {path!r}: {error}") from error
+    return SideBySide(model.eval(), tokenizer, adapters)
+
+
+def default_device() -> torch.device:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def unique_labels(models: list[str]) -> list[str]:
+    """Names of folders, or, where two have the same, what was given; ValueError if that is the same too."""
+    short = [Path(model).name or model for model in models]
+    labels = [model if short.count(name) > 1 else name for model, name in zip(models, short, strict=True)]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"model {label!r} is given twice.")
+    return labels
+
+
+def common_base(models: list[str], base_model: str | None = None) -> str:
+    """The one base model that all are, or are adapters of; what is given as `base_model` goes first."""
+    bases = {}
+    for model in models:
+        if not is_adapter(model):
+            bases[model] = model
+        elif base_model is None:
+            bases[model] = read_json(Path(model, CONFIG)).get("base_model_name_or_path")
+            if not bases[model]:
+                raise ValueError(f"adapter {model!r} does not name its base model; give --base_model.")
+    if base_model is not None:
+        bases["--base_model"] = base_model
+    found = {place(base) for base in bases.values()}
+    if len(found) > 1:
+        listed = "; ".join(f"{model}: {base}" for model, base in bases.items())
+        raise ValueError(
+            f"these are of different base models, and can only be compared on one: {listed}. If these are copies of "
+            "one model, give --base_model and, for the base alone, the same."
+        )
+    return next(iter(bases.values()))
+
+
+def place(base_model: str) -> str:
+    """What tells base models apart: the folder that is meant, or a hub id."""
+    if base_model == EMBEDDED:
+        return str(embedded_model().resolve())
+    return str(Path(base_model).resolve()) if Path(base_model).is_dir() else base_model
+
+
+def load_strictly(model: PreTrainedModel | PeftModel, path: str, name: str) -> PeftModel:
+    """Add a GraLoRA or plain LoRA adapter; ValueError if anything of it is missing, left over or does not fit."""
+    config, tensors = read_adapter_folder(path)
+    if config.get("peft_type") != "LORA" or config.get("use_gralora"):
+        return load_adapter(model, path, name)
+    if not any(tensors[tensor].count_nonzero() for tensor in tensors if "lora_B" in tensor):
+        raise ValueError("all B factors of the adapter are zero: it was not trained, and does nothing.")
+    plain = PeftConfig.from_pretrained(path)
+    plain.inference_mode = True
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, plain)
+    else:
+        model = peft.get_peft_model(model, plain, name)
+    tensors = dict(tensors)
+    check_tensors(tensors, expected_tensors(model, name))
+    set_peft_model_state_dict(model, tensors, name)
+    return model

@@ -1,0 +1,33 @@
+"""Whether the installed PEFT, torch and transformers are ones that gralora supports: what pyproject.toml says."""
+
+import importlib.metadata
+import warnings
+
+from packaging.requirements import Requirement
+
+
+def check_versions() -> None:
+    """Called by `import gralora`, before anything of these packages is imported.
+
+    Raises:
+        ImportError: if a package is older than gralora supports; a newer one gives a warning.
+    """
+    try:
+        requirements = [Requirement(line) for line in importlib.metadata.requires("gralora") or []]
+    except importlib.metadata.PackageNotFoundError:  # run from its source tree, not installed
+        return
+    for requirement in requirements:
+        if requirement.marker is not None:  # of an extra
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # importing it says so
+        if requirement.specifier.contains(version, prereleases=True):
+            continue
+        advice = f"gralora {importlib.metadata.version('gralora')} supports {requirement}, and {version} is installed"
+        newer = [part for part in requirement.specifier if part.operator in ("<", "<=")]
+        if any(not part.contains(version, prereleases=True) for part in newer):
+            warnings.warn(f"{advice}: it is newer than what was tested; update gralora.", stacklevel=3)
+        else:
+            raise ImportError(f"{advice}: pip install '{requirement}'")

@@ -1,0 +1,405 @@
+"""Killed at any point, on a full disk, in a read-only folder: nothing finished is lost, and the next run goes on."""
+
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_llama
+from saved import CONFIG, WEIGHTS, save_gralora
+
+import gralora
+from gralora.checkpoints import files
+from gralora.tool.finetune import FinetuneArguments, finetune
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs fork, kill and mounts"),
+]
+QUICK, SLOW = 4, 60  # kills at random times, of each operation
+# events of Python's audit hooks that touch files; at each of them a process can be killed
+FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree"}
+
+
+def in_child(action: Callable[[], Any], kill_at: int = 0, kill_after: float = 0.0) -> int:
+    """Run `action` in a forked process and kill it, as `kill -9` does, at its n-th file event or after a time.
+
+    Returns:
+        How many file events it had, if it was not killed; else 0.
+    """
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            count = 0
+
+            def hook(event: str, args: tuple[Any, ...]) -> None:
+                nonlocal count
+                if event in FILE_EVENTS:
+                    count += 1
+                    if count == kill_at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(hook)
+            action()
+            os.write(writer, str(count).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    if kill_after:
+        time.sleep(kill_after)
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    with os.fdopen(reader) as pipe:
+        count = int(pipe.read() or 0)
+    assert count or os.WIFSIGNALED(status), "the action raised an error"
+    return count
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """A folder with an adapter `in` and a base model `base` of several files."""
+    save_gralora(tmp_path / "in")
+    tiny_llama().save_pretrained(tmp_path / "base", max_shard_size="4KB")
+    return tmp_path
+
+
+OPERATIONS: dict[str, Callable[[Path, Path], Any]] = {
+    "merge": lambda inputs, out: gralora.merge_adapter(inputs / "in", out, inputs / "base"),
+    "export": lambda inputs, out: gralora.to_lora(inputs / "in", out),
+    "convert": lambda inputs, out: gralora.convert_adapter(inputs / "in", out, to="peft"),
+}
+
+
+def check_killed(operation: str, inputs: Path, expected: dict[str, bytes], **when: Any) -> bool:
+    """Kill an operation and run it again; returns whether it was killed before it was done."""
+    out, run = inputs / "out", OPERATIONS[operation]
+    before = contents(inputs / "in") | contents(inputs / "base")
+    killed = not in_child(lambda: run(inputs, out), **when)
+    if out.exists():
+        assert contents(out) == expected, when
+        with pytest.raises(FileExistsError, match="exists; choose another name"):
+            run(inputs, out)
+    else:
+        assert killed
+        run(inputs, out)
+        assert contents(out) == expected, when
+    assert contents(inputs / "in") | contents(inputs / "base") == before
+    shutil.rmtree(out)
+    for left in inputs.glob(".out.*"):  # what a killed export or conversion leaves, for the user to delete
+        assert operation != "merge"
+        shutil.rmtree(left)
+    return killed
+
+
+def try_kills(operation: str, inputs: Path, times: int, every_event: bool) -> None:
+    out = inputs / "out"
+    started = time.monotonic()
+    OPERATIONS[operation](inputs, out)
+    duration, expected = time.monotonic() - started, contents(out)
+    shutil.rmtree(out)
+    events = in_child(lambda: OPERATIONS[operation](inputs, out))
+    assert contents(out) == expected and events > 5
+    shutil.rmtree(out)
+    r = random.Random(0)
+    numbers = range(1, events + 1) if every_event else sorted(r.sample(range(1, events), times))
+    killed = sum(check_killed(operation, inputs, expected, kill_at=n) for n in numbers)
+    assert killed >= len(numbers) - 1
+    at_random = 0
+    while at_random < times:
+        at_random += check_killed(operation, inputs, expected, kill_after=r.uniform(0, duration))
+    print(f"{operation}: killed at {killed} of its {events} file events, and {at_random} times at random")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_killed_and_run_again(inputs: Path, operation: str) -> None:
+    try_kills(operation, inputs, QUICK, every_event=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_killed_at_every_file_event(inputs: Path, operation: str) -> None:
+    try_kills(operation, inputs, SLOW, every_event=True)
+
+
+def test_merge_killed_again_and_again(inputs: Path) -> None:
+    """Each run goes on where the last was killed, so that short runs get there."""
+    out = inputs / "out"
+    OPERATIONS["merge"](inputs, out)
+    expected = contents(out)
+    shutil.rmtree(out)
+    events = in_child(lambda: OPERATIONS["merge"](inputs, out))
+    shutil.rmtree(out)
+    shards = len(list((inputs / "base").glob("*.safetensors")))
+    finished = 0
+    for _ in range(200):
+        if in_child(lambda: OPERATIONS["merge"](inputs, out), kill_at=events * 3 // 4):
+            break
+        now = len(list((inputs / ".out.partial").glob("*.safetensors")))
+        assert now > finished or now == shards
+        finished = now
+        events += 5  # of the rest that is left to do, fewer each time
+    assert contents(out) == expected and finished == shards
+
+
+def check_killed_save(tmp_path: Path, model: Any, old: dict[str, bytes], new: dict[str, bytes], after: float) -> str:
+    """Kill PEFT's save_pretrained over an older adapter; returns what is there."""
+    folder = tmp_path / "saved"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, content in old.items():
+        (folder / name).write_bytes(content)
+    in_child(lambda: model.save_pretrained(folder), kill_after=after)
+    found = contents(folder)
+    if all(found[name] == old[name] for name in (CONFIG, WEIGHTS)):
+        return "old"
+    if all(found[name] == new[name] for name in (CONFIG, WEIGHTS)):
+        return "new"
+    with pytest.raises((ValueError, OSError), match="adapter_"):
+        gralora.load_adapter(tiny_llama(), folder)
+    return "refused"
+
+
+def try_killed_saves(tmp_path: Path, times: int) -> None:
+    save_gralora(tmp_path / "in")
+    model = gralora.load_adapter(tiny_llama(), tmp_path / "in")
+    model.save_pretrained(tmp_path / "old")
+    for p in model.parameters():
+        p.data *= 2
+    started = time.monotonic()
+    model.save_pretrained(tmp_path / "new")
+    duration, r = time.monotonic() - started, random.Random(0)
+    old, new = contents(tmp_path / "old"), contents(tmp_path / "new")
+    found = [check_killed_save(tmp_path, model, old, new, r.uniform(0, duration)) for _ in range(times)]
+    print(f"save_pretrained killed {times} times: {', '.join(f'{found.count(x)} {x}' for x in sorted(set(found)))}")
+
+
+def test_killed_save(tmp_path: Path) -> None:
+    """PEFT writes in place, first the weights: what is half written is refused, never half loaded."""
+    try_killed_saves(tmp_path, QUICK)
+
+
+@pytest.mark.slow
+def test_many_killed_saves(tmp_path: Path) -> None:
+    try_killed_saves(tmp_path, SLOW)
+
+
+def test_replacing_an_adapter_killed_anywhere(tmp_path: Path) -> None:
+    """The old one, the new one, or a refusal that says where the new one is; going on gives the new one."""
+    save_gralora(tmp_path / "old")
+    save_gralora(tmp_path / "new", lora_alpha=1)
+    old, new, folder = contents(tmp_path / "old"), contents(tmp_path / "new"), tmp_path / "adapter"
+    found, events = [], 0
+    for n in range(0, 100):  # 0: not killed, to count
+        if n > events:
+            break
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "old", folder)
+        (folder / "other").write_bytes(b"kept")
+        shutil.copytree(tmp_path / "new", folder / ".new")
+        events = in_child(lambda: files.replace_files(folder / ".new", folder), kill_at=n) or events
+        state = contents(folder)
+        here = {name: state.get(name) for name in (CONFIG, WEIGHTS)}
+        if here == {name: old[name] for name in here}:
+            found.append("old")
+        elif here == {name: new[name] for name in here}:
+            found.append("new")
+        else:
+            found.append("refused")
+            with pytest.raises(FileNotFoundError, match="The new one is complete: move the files"):
+                gralora.load_adapter(tiny_llama(), folder)
+            files.finish_replacing(folder)
+            assert contents(folder) == new | {"other": b"kept"}
+    assert set(found) == {"old", "new", "refused"} and events > 5
+
+
+# Finetune
+
+
+def finetune_arguments(tmp_path: Path, base: Path, **changes: Any) -> FinetuneArguments:
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(f'{{"instruction": "say {x}", "output": "{x}{x}"}}' for x in range(20)))
+    fields = {"base_model": str(base), "data_path": str(data), "output_dir": str(tmp_path / "out"), "max_steps": 6}
+    fields |= {"batch_size": 2, "micro_batch_size": 2, "max_seq_length": 64, "val_set_size": 0, "save_steps": 2}
+    fields |= {"lora_r": 8, "use_gralora": True, "lora_target_modules": ["q_proj"], "learning_rate": 1e-2}
+    if "overwrite" in FinetuneArguments.__dataclass_fields__:
+        fields["overwrite"] = True
+    return FinetuneArguments(**fields | changes)
+
+
+def adapter_files(folder: Path) -> dict[str, bytes | None]:
+    return {name: (folder / name).read_bytes() if (folder / name).exists() else None for name in (CONFIG, WEIGHTS)}
+
+
+def quiet_finetune(args: FinetuneArguments) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    finetune(args)
+
+
+def finetune_in_child(args: FinetuneArguments, kill_after: float | None = None) -> bool:
+    """In a process forked from one that has imported everything and run nothing, since autograd's threads do not
+    survive a fork; returns whether it was killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gralora.tool.finetune", __name__])
+    process = context.Process(target=quiet_finetune, args=(args,))
+    process.start()
+    process.join(kill_after)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+def try_finetune_kills(tmp_path: Path, base: Path, times: int) -> None:
+    """Over a finished adapter: it stays, or the new one is there; a checkpoint goes on or is refused."""
+    out, r, found = tmp_path / "out", random.Random(0), []
+    assert not finetune_in_child(finetune_arguments(tmp_path, base, seed=1))
+    first = tmp_path / "first"
+    shutil.copytree(out, first, ignore=shutil.ignore_patterns("checkpoint-*"))
+    started = time.monotonic()
+    assert not finetune_in_child(finetune_arguments(tmp_path, base))
+    duration, old, new = time.monotonic() - started, adapter_files(first), adapter_files(out)
+    assert old[WEIGHTS] != new[WEIGHTS] and None not in (*old.values(), *new.values())
+    while len(found) < times:
+        shutil.rmtree(out)
+        shutil.copytree(first, out)
+        if not finetune_in_child(finetune_arguments(tmp_path, base), duration * (0.3 + 0.7 * r.random())):
+            continue  # it was done before
+        state = adapter_files(out)
+        if state != old and state != new:  # killed while the files were moved: nothing is lost
+            files.finish_replacing(out)
+            state = adapter_files(out)
+        assert state in (old, new)
+        found.append("old" if state == old else "new")
+        checkpoints = sorted(out.glob("checkpoint-*"))
+        if checkpoints and len(found) % 5 == 0:
+            args = finetune_arguments(tmp_path, base, resume_from_checkpoint=str(checkpoints[-1]))
+            try:
+                finetune(args)
+            except (ValueError, OSError) as error:
+                assert "checkpoint" in str(error) and adapter_files(out) == state
+                found[-1] += ", its checkpoint refused"
+            else:
+                assert adapter_files(out)[WEIGHTS] == new[WEIGHTS]
+                found[-1] += ", resumed to the end of the whole run"
+    print(f"finetune killed {times} times: {', '.join(f'{found.count(x)} {x}' for x in sorted(set(found)))}")
+
+
+@pytest.mark.slow
+def test_finetune_killed_often(tmp_path: Path, tiny_model: Path) -> None:
+    try_finetune_kills(tmp_path, tiny_model, SLOW)
+
+
+# Full disks and read-only folders
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """mount(*options) -> a folder that is a file system of its own."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+
+    def do(*options: str) -> Path:
+        done = subprocess.run(["mount", *options, str(folder)], capture_output=True)
+        if done.returncode:
+            pytest.skip("mounting is not permitted here")
+        return folder
+
+    yield do
+    subprocess.run(["umount", str(folder)], capture_output=True)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_full_disk(inputs: Path, operation: str, mount: Callable[..., Path]) -> None:
+    """A small file system fills up in the middle; with room, the next run succeeds."""
+    size = {"merge": "24k", "export": "8k", "convert": "8k"}[operation]
+    folder = mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs")
+    (folder / "precious").write_bytes(b"kept")
+    before = contents(inputs / "in")
+    with pytest.raises(OSError, match="No space left"):
+        OPERATIONS[operation](inputs, folder / "out")
+    assert not (folder / "out").exists() and (folder / "precious").read_bytes() == b"kept"
+    assert contents(inputs / "in") == before
+    if operation != "merge":  # which keeps what is done, to go on
+        assert [path.name for path in folder.iterdir()] == ["precious"]
+    subprocess.run(["mount", "-o", "remount,size=10M", str(folder)], check=True)
+    OPERATIONS[operation](inputs, folder / "out")
+    OPERATIONS[operation](inputs, inputs / "elsewhere")
+    skipped = {"export_report.json"}  # has the output's name in it
+    found, expected = contents(folder / "out"), contents(inputs / "elsewhere")
+    assert {n: x for n, x in found.items() if n not in skipped} == {
+        n: x for n, x in expected.items() if n not in skipped
+    }
+
+
+@pytest.mark.parametrize("size", [1, 300, 2000])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_write_that_fails_in_the_middle(inputs: Path, operation: str, size: int) -> None:
+    """No file may grow beyond `size` bytes, as on a full disk; needs no mount."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            OPERATIONS[operation](inputs, inputs / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not (inputs / "out").exists()
+    OPERATIONS[operation](inputs, inputs / "out")
+    assert not list(inputs.glob(".out.*"))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_read_only_folder(inputs: Path, operation: str, mount: Callable[..., Path]) -> None:
+    (inputs / "source").mkdir()
+    (inputs / "source" / "precious").write_bytes(b"kept")
+    folder = mount("--bind", str(inputs / "source"))
+    subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)
+    with pytest.raises(OSError, match="Read-only file system"):
+        OPERATIONS[operation](inputs, folder / "out")
+    assert contents(folder) == {"precious": b"kept"}
+
+
+def test_json_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    files.write_json(path, {"a": 1})
+    for n in range(1, 4):
+        in_child(lambda: files.write_json(path, {"a": 2}), kill_at=n)
+        assert files.read_json(path) in ({"a": 1}, {"a": 2})
+
+
+def test_adapter_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file, and the folder, is flushed to the disk before the folder gets its name."""
+    synced, order = set(), []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.add(os.readlink(f"/proc/self/fd/{fd}")))
+    replace = os.replace
+
+    def replaced(source: Any, target: Any) -> None:
+        if Path(source).is_dir():
+            order.append({str(path) for path in [Path(source), *Path(source).iterdir()]} - synced)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    with files.new_folder(tmp_path / "out") as folder:
+        (folder / "a").write_bytes(b"1")
+        files.write_safetensors(folder / "b", {"x": torch.ones(3)})
+    assert order == [set()] and str(tmp_path) in synced

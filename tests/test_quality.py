@@ -1,0 +1,344 @@
+"""The quality benchmark: what it runs, that it goes on where it stopped, what it trains, and what it concludes."""
+
+import json
+import math
+import multiprocessing
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import adapter_parameters, tiny_llama
+from peft import get_peft_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import quality
+import quality_data
+import quality_plan
+import quality_report
+from quality_data import Task
+from quality_plan import Results, Stage
+from quality_train import Cell, Job, Trainer, schedule
+
+RUN = {"steps": 4, "tokens_per_step": 32}
+LORA, GRID = Cell("python", "lora", 8), Cell("python", "gralora", 8, 2)
+
+
+def record(job: Job, loss: float | None, **more: Any) -> dict[str, Any]:
+    facts = {"card": "none", "torch": "0", "peft": "0", "transformers": "0", "parameters": 1}
+    return job.key | {"test_loss": loss, "update_rms": {"1": 1.0}} | facts | more
+
+
+def finish(stages: list[Stage], loss: Callable[[Job], float | None], results: Results) -> list[Job]:
+    """Make what is pending, always the first, until nothing is; returns the jobs in order."""
+    made = []
+    while todo := next(quality_plan.pending(stages, RUN, results), None):
+        made.append(todo[1])
+        results.add(record(todo[1], loss(todo[1])))
+        assert len(made) < 200
+    return made
+
+
+# The plan
+
+
+@pytest.mark.parametrize("best", [-4, 0, 3])
+def test_learning_rates_enclose_the_best(best: int) -> None:
+    """From the first guess to the best and one further on either side, and the seeds at the best alone."""
+
+    def loss(job: Job) -> float | None:
+        exponent = math.log2(job.lr / 1e-3)
+        return None if exponent > best + 1 else abs(exponent - best)  # what is much too high diverges
+
+    made = finish([Stage("s", (LORA,), seeds=3)], loss, Results())
+    tuned = {round(math.log2(job.lr / 1e-3)) for job in made if job.seed == quality_plan.TUNING_SEED}
+    assert {best - 1, best, best + 1} <= tuned and tuned == set(range(min(tuned), max(tuned) + 1))
+    seeds = [job for job in made if job.seed != quality_plan.TUNING_SEED]
+    assert [job.seed for job in seeds] == [1, 2, 3] and all(job.lr == 1e-3 * 2.0**best for job in seeds)
+
+
+def test_plan_goes_on_from_results_and_repeats_nothing() -> None:
+    stages = [Stage("s", (LORA, GRID), seeds=2)]
+    whole, half = Results(), Results()
+    made = finish(stages, lambda job: abs(job.lr - 1e-3), whole)
+    assert len(made) == len(set(made)) == len(whole)
+    for job in made[: len(made) // 2]:
+        half.add(json.loads(json.dumps(record(job, abs(job.lr - 1e-3)))))
+    assert finish(stages, lambda job: abs(job.lr - 1e-3), half) == made[len(made) // 2 :]
+
+
+def test_real_plan_ends_and_has_equal_parameters() -> None:
+    """Every stage of the real plan is reached; adapters of one rank have equal trainable parameters."""
+    stages = quality_plan.stages(["python", "gsm8k", "choice"])
+    made = finish_limited(stages)
+    assert {job.cell for job in made} == {cell for stage in stages for cell in stage.cells}
+    counts: dict[int, set[int]] = {}
+    model = tiny_llama(hidden_size=64, intermediate_size=64, num_attention_heads=8, num_key_value_heads=8)
+    for cell in {job.cell for job in made if job.cell.method != "full"}:
+        adapted = get_peft_model(model, cell.config())
+        counts.setdefault(cell.r, set()).add(sum(p.numel() for p in adapter_parameters(adapted).values()))
+        model = adapted.unload()
+    assert {16, 64, 128, 256} == counts.keys() and all(len(count) == 1 for count in counts.values())
+
+
+def finish_limited(stages: list[Stage]) -> list[Job]:
+    results, made = Results(), []
+    while todo := [job for _, job in quality_plan.pending(stages, RUN, results)]:
+        made += todo
+        for job in todo:
+            results.add(record(job, abs(math.log2(job.lr / 2e-3))))
+    return made
+
+
+def test_worker_keeps_its_model() -> None:
+    """A worker gets jobs of the cell that it has built, then of one that nobody has."""
+    jobs = {(cell, e): quality_plan.job(cell, e, 0, RUN) for cell in (LORA, GRID) for e in (0, 1)}
+    todo = [("s", job) for job in jobs.values()]
+    assert quality.choose(todo, GRID, {LORA}) == jobs[GRID, 0]
+    assert quality.choose(todo, None, {LORA}) == jobs[GRID, 0]
+    assert quality.choose(todo, None, set()) == jobs[LORA, 0]
+    assert quality.choose(todo[:1], None, {LORA}) == jobs[LORA, 0]  # rather than nothing
+    assert quality.choose([], LORA, set()) is None
+
+
+# Training
+
+
+@pytest.fixture
+def task() -> Task:
+    tokens = np.random.default_rng(0).integers(1, 32, (24, 17)).astype(np.uint16)
+    mask = np.ones(tokens.shape, bool)
+    mask[:, :5] = False
+    return Task("python", tokens[:16], mask[:16], tokens[16:], mask[16:])
+
+
+def trainer(cell: Cell, task: Task, steps: int = 4) -> Trainer:
+    return Trainer(tiny_llama(num_hidden_layers=1), cell, task, steps, RUN["tokens_per_step"], "eager")
+
+
+@pytest.mark.parametrize("cell", [LORA, GRID, Cell("python", "gralora", 8, 4, 4), Cell("python", "full")], ids=str)
+def test_loss_is_the_models_own(cell: Cell, task: Task) -> None:
+    """Held-out loss and gradient agree with transformers' loss on labels that leave out what is masked."""
+    own = trainer(cell, task)
+    tokens = torch.from_numpy(task.test_tokens.astype(np.int64))
+    labels = tokens.masked_fill(torch.from_numpy(~task.test_mask), -100)
+    theirs = own.lm(input_ids=tokens, labels=labels, use_cache=False).loss
+    assert own.test()["test_loss"] == pytest.approx(theirs.item(), abs=1e-5)
+    rows = own.row_losses(tokens, torch.from_numpy(task.test_mask))
+    ours = torch.autograd.grad(rows.sum() / task.test_mask[:, 1:].sum(), own.trainable)
+    for a, e in zip(ours, torch.autograd.grad(theirs, own.trainable), strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=1e-5)
+
+
+def test_runs_are_those_of_a_plain_loop(task: Task) -> None:
+    """After an earlier run, a run is what a loop over torch's AdamW gives from the same start and rows."""
+    cell = Cell("python", "gralora", 8, 2, 4)
+    own = trainer(cell, task)
+    own.run(Job(cell, 1e-1, 1, **RUN))
+    result = own.run(Job(cell, 1e-2, 2, **RUN))
+    other = trainer(cell, task)
+    other.reset(1e-2, 2)
+    optimizer = torch.optim.AdamW(other.trainable, weight_decay=0.0)
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] = 1e-2 * schedule(step, 4)
+        rows = other.order[step]
+        loss = other.row_losses(other.tokens[rows], other.mask[rows]).sum() / other.mask[rows][:, 1:].sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert result["test_loss"] == pytest.approx(other.test()["test_loss"], abs=1e-6)
+    assert result["update_rms"]["4"] == pytest.approx(other.update_rms(), rel=1e-4)
+
+
+def test_start_is_pefts(task: Task) -> None:
+    """A has the spread of PEFT's initialisation, times the cell's factor, B is zero; seeds differ, the same repeat."""
+    fresh = trainer(GRID, task)
+    drawn = trainer(GRID, task)
+    for layer, ours in zip(fresh.adapted, drawn.adapted, strict=True):
+        ours.lora_A["default"].weight.data.zero_()
+        assert not layer.lora_B["default"].weight.any()
+    drawn.reset(1e-3, 0)
+    for layer, ours in zip(fresh.adapted, drawn.adapted, strict=True):
+        theirs, mine = layer.lora_A["default"].weight.detach(), ours.lora_A["default"].weight.detach()
+        assert mine.abs().max() == pytest.approx(theirs.abs().max().item(), rel=0.1)
+        assert mine.std() == pytest.approx(theirs.std().item(), rel=0.2)
+    first = [p.clone() for p in drawn.trainable]
+    drawn.reset(1e-3, 1)
+    assert not torch.equal(first[0], drawn.trainable[0])
+    drawn.reset(1e-3, 0)
+    assert all(map(torch.equal, first, drawn.trainable))
+    smaller = trainer(Cell("python", "gralora", 8, 2, 0, 1.0, 0.5), task)
+    smaller.reset(1e-3, 0)
+    torch.testing.assert_close(smaller.trainable[0], first[0] / 2)
+
+
+def test_rows_are_the_same_for_all_methods(task: Task) -> None:
+    orders = []
+    for cell in (LORA, Cell("python", "full")):
+        own = trainer(cell, task)
+        own.reset(1e-3, 5)
+        orders.append(own.order.clone())
+        own.reset(1e-3, 6)
+        assert not torch.equal(own.order, orders[-1])
+    assert torch.equal(*orders)
+
+
+def test_accuracy_is_of_the_likeliest_answer(task: Task) -> None:
+    """Of three questions with candidates of known loss, two are answered right."""
+    own = trainer(LORA, task)
+    own.task = Task(
+        "choice", task.train_tokens, task.train_mask, task.test_tokens[:6], task.test_mask[:6],
+        np.array([0, 0, 1, 1, 2, 2]), np.array([True, False, False, True, True, False]),
+    )  # fmt: skip
+    own.test_tokens, own.test_mask = own.test_tokens[:6], own.test_mask[:6]
+    losses = torch.tensor([1.0, 2.0, 5.0, 3.0, 9.0, 8.0, 0.0, 0.0])
+    own.test_step = lambda: losses[own.test_rows]
+    results = own.test()
+    assert results["accuracy"] == pytest.approx(2 / 3)
+    assert results["test_loss"] == pytest.approx((1 + 3 + 9) / (3 * 12))
+
+
+def test_exact_match_compares_the_final_numbers(task: Task, monkeypatch: Any) -> None:
+    """Prompts are the tokens before the answer, filled up on the left; right is the reply with the answer's number."""
+    own = trainer(LORA, task)
+    own.task.test_mask[1, :8] = False  # a longer prompt than the others'
+    seen, generate = [], own.lm.generate
+
+    class Tokenizer:
+        eos_token_id = 0
+
+        def decode(self, tokens: list[int]) -> str:
+            return "thus #### 1,000"
+
+        def batch_decode(self, rows: torch.Tensor) -> list[str]:
+            return ["#### 1000", "#### 100", "1000"][: len(rows)]
+
+    def watched(**arguments: Any) -> torch.Tensor:
+        seen.append((arguments["input_ids"], arguments["attention_mask"]))
+        return generate(**arguments | {"max_new_tokens": 2})
+
+    monkeypatch.setattr(own.lm, "generate", watched)
+    assert own.exact_match(Tokenizer(), 3) == pytest.approx(1 / 3)
+    ((ids, attention),) = seen
+    expected = np.zeros((3, 8), np.int64)
+    for row, length in enumerate([5, 8, 5]):
+        expected[row, 8 - length :] = task.test_tokens[row][:length]
+    assert ids.tolist() == expected.tolist() and attention.tolist() == (expected > 0).astype(int).tolist()
+    assert own.lm.training
+
+
+def test_runs_made_are_kept_and_skipped(tmp_path: Path, task: Task, capsys: Any, monkeypatch: Any) -> None:
+    """The pool of workers, stopped after some runs, goes on from the file, even if its last line was cut off."""
+    forked = multiprocessing.get_context("fork")  # a new interpreter would import for ten seconds
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: forked)
+    task.save(tmp_path / "task.npz")
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    arguments = ["run", "--model", str(tmp_path / "model"), "--tasks", str(tmp_path / "task.npz"), "--workers", "1"]
+    arguments += ["--results", str(tmp_path / "r.jsonl"), "--steps", "4", "--tokens_per_step", "32"]
+    stages = [Stage("s", (LORA,), seeds=0, exponents=(0, 1))]
+    done = [quality_plan.job(LORA, e, 0, RUN) for e in (0, 1)]
+    lines = [json.dumps(record(job, loss)) + "\n" for job, loss in zip(done, (2.0, 3.0), strict=True)]
+    (tmp_path / "r.jsonl").write_text("".join(lines) + lines[0][:40])
+    results = quality.run(quality.parser().parse_args([*arguments, "--max_runs", "1"]), stages)
+    assert len(results) == 3 and "1 runs made" in capsys.readouterr().out
+    (new,) = [r for r in results if r["lr"] == 5e-4]
+    assert (
+        2 < new["test_loss"] < 5
+        and new["start_loss"] > new["test_loss"]
+        and set(new["update_rms"]) == {"1", "4"}
+        and new["parameters"] > 0
+    )
+    assert [r["lr"] for r in quality.read(tmp_path / "r.jsonl")] == [1e-3, 2e-3, 5e-4]
+
+
+@pytest.mark.slow
+def test_tiny_does_all_of_it(capsys: Any) -> None:
+    """`quality.py --tiny`, with workers of their own interpreters: data, runs, report."""
+    quality.main(["--tiny"])
+    text = capsys.readouterr().out
+    assert "0 or more to do" in text and "GraLoRA k=2 r=8 against LoRA r=8" in text and "diverged" not in text
+
+
+# Data
+
+
+def test_python_is_held_out_by_package(tmp_path: Path) -> None:
+    """No text of a held-out package is trained on; vendored copies and tests are left out."""
+    for number in range(40):
+        folder = tmp_path / f"package{number}"
+        for name in ("", "tests/", "_vendor/"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            letter = chr(ord("A") + number) if not name else "x"
+            (folder / name / "m.py").write_text(letter * 50)
+    made = quality_data.python_task([tmp_path], lambda text: list(text.encode()), 0, 10, 50, 3, per_package=25)
+    train, test = (set(np.unique(t)) - {0} for t in (made.train_tokens, made.test_tokens))
+    assert not train & test and ord("x") not in train | test
+    assert all(quality_data.held_out(f"package{letter - ord('A')}") for letter in test)
+    with pytest.raises(ValueError, match="fewer than 5000"):
+        quality_data.python_task([tmp_path], lambda text: list(text.encode()), 0, 10, 5000, 3, per_package=25)
+
+
+def test_questions_count_answers_only(tmp_path: Path) -> None:
+    line = json.dumps({"question": "2+2?", "answer": "2+2=4\n#### 4"})
+    (tmp_path / "t.jsonl").write_text(line + "\n" + json.dumps({"question": "q" * 200, "answer": "#### 1"}) + "\n")
+    with pytest.warns(UserWarning, match="left out 1 of 2 rows over 60 tokens"):
+        made = quality_data.gsm8k_task(*[tmp_path / "t.jsonl"] * 2, lambda text: list(text.encode()), 0, 60)
+    counted = bytes(made.test_tokens[0][made.test_mask[0]].tolist())
+    assert counted == b" 2+2=4\n#### 4\0" and len(made.test_tokens) == 1
+    assert quality_data.gsm8k_number("so #### 1,234") == "1234" and quality_data.gsm8k_number("no") is None
+
+
+def test_choice_has_a_row_for_every_answer(tmp_path: Path) -> None:
+    fields = {"instruction": "Which?\n\nAnswer format: answer1/answer2/answer3", "output": "it is answer2"}
+    (tmp_path / "c.json").write_text(json.dumps([fields | {"answer": "answer2"}]))
+    encode = lambda text: list(text.encode())  # noqa: E731
+    made = quality_data.choice_task([tmp_path / "c.json"], tmp_path / "c.json", encode, 0, 80)
+    rows = [bytes(row[mask].tolist()) for row, mask in zip(made.test_tokens, made.test_mask, strict=True)]
+    assert rows == [b"it is answer1\0", b"it is answer2\0", b"it is answer3\0"]
+    assert made.test_right.tolist() == [False, True, False] and made.test_question.tolist() == [0, 0, 0]
+    (tmp_path / "c.json").write_text(json.dumps([fields | {"answer": "answer9"}]))
+    with pytest.raises(ValueError, match="answer9"):
+        quality_data.choice_task([tmp_path / "c.json"], tmp_path / "c.json", encode, 0, 80)
+
+
+# Conclusions
+
+
+def results_with(grid: list[float], lora: list[float]) -> Results:
+    """A grid and a LoRA, tuned to 1e-3, with these losses for the other seeds."""
+    results = Results()
+    for cell, losses in ((GRID, grid), (LORA, lora)):
+        for exponent, loss in ((-1, 2.0), (0, 0.5), (1, None)):
+            results.add(record(quality_plan.job(cell, exponent, 0, RUN), loss))
+        for seed, loss in enumerate(losses, start=1):
+            results.add(record(quality_plan.job(cell, 0, seed, RUN), loss))
+    return results
+
+
+@pytest.mark.parametrize(
+    ("shift", "verdict"),
+    [([-0.1, -0.11, -0.09], "better"), ([0.1, 0.11, 0.09], "worse"), ([0.1, -0.11, 0.09], "tie"), ([-0.1], "open")],
+)
+def test_verdicts_are_paired_by_seed(tmp_path: Path, shift: list[float], verdict: str) -> None:
+    """Seeds that differ more than methods hide nothing; a single seed decides nothing."""
+    lora = [1.0, 3.0, 2.0][: len(shift)]
+    results = results_with([a + b for a, b in zip(lora, shift, strict=True)], lora)
+    runs = quality_report.collect(results)
+    assert quality_report.difference(runs[GRID], runs[LORA]).verdict == verdict
+    text = quality_report.write(results, tmp_path / "q.md")
+    assert f"GraLoRA k=2 r=8 against LoRA r=8: **{verdict}**" in text == (tmp_path / "q.md").read_text()
+    assert (tmp_path / "q-python.svg").stat().st_size > 1000
+
+
+def test_intervals_are_students() -> None:
+    """Three values 1, 2, 3: 4.303 / sqrt(3) times their deviation of 1."""
+    assert quality_report.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
+    assert quality_report.half_width([1.0]) is None and quality_report.half_width([1.0, math.inf]) is None
+
+
+def test_tuning_seed_decides_nothing(tmp_path: Path) -> None:
+    text = quality_report.write(results_with([], []), tmp_path / "q.md")
+    assert "nothing is decided" in text

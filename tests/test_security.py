@@ -1,0 +1,183 @@
+"""Reading an adapter or a model runs no code of theirs: no pickle, no import that a config names, no remote code."""
+
+import json
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from helpers import tiny_llama
+from saved import CONFIG, WEIGHTS, edit, read, save_gralora, write
+
+import gralora
+from gralora.tool.finetune import FinetuneArguments, finetune
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module that can be imported and leaves a file if it is; after the test, it must not have been."""
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "trap_module.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w').close()\nModel = 1\n")
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    yield "trap_module"
+    assert "trap_module" not in sys.modules and not (tmp_path / "sprung").exists()
+
+
+READERS: dict[str, Callable[[Path, Path, Path], Any]] = {
+    "load": lambda adapter, base, out: gralora.load_adapter(tiny_llama(), adapter),
+    "inspect": lambda adapter, base, out: gralora.inspect_adapter(adapter),
+    "convert": lambda adapter, base, out: gralora.convert_adapter(adapter, out),
+    "export": lambda adapter, base, out: gralora.to_lora(adapter, out, base=base),
+    "merge": lambda adapter, base, out: gralora.merge_adapter(adapter, out, base),
+}
+FIELDS: dict[str, Any] = {
+    "auto_mapping": {"base_model_class": "Model", "parent_library": "trap_module"},
+    "megatron_core": "trap_module",
+    "megatron_config": {"a": 1},
+    "peft_type": "trap_module",
+    "task_type": "trap_module.Model",
+    "runtime_config": {"ephemeral_gpu_offload": "trap_module"},
+    "base_model_name_or_path": "trap_module",
+    "corda_config": {"cache_file": "trap_module"},
+    "init_lora_weights": "trap_module",
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_config_never_chooses_an_import(tmp_path: Path, base: Path, trap: str, field: str, reader: str) -> None:
+    save_gralora(tmp_path / "in")
+    more = {"megatron_core": trap} if field == "megatron_config" else {}
+    edit(tmp_path / "in", **{field: FIELDS[field]}, **more)
+    try:
+        READERS[reader](tmp_path / "in", base, tmp_path / "out")
+    except ValueError as error:
+        assert field in str(error).replace("task type", "task_type")
+    else:  # what has no effect here
+        assert field in ("auto_mapping", "megatron_core", "task_type", "base_model_name_or_path")
+
+
+def test_peft_refuses_an_import_outside_its_list(tmp_path: Path, trap: str) -> None:
+    """AutoPeftModel imports what auto_mapping names; PEFT's list of permitted libraries holds for our adapters too."""
+    save_gralora(tmp_path / "in")
+    edit(tmp_path / "in", auto_mapping=FIELDS["auto_mapping"], task_type=None)
+    with pytest.raises(ValueError, match="trap_module"):
+        peft.AutoPeftModel.from_pretrained(tmp_path / "in")
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "adapter_model.pth", WEIGHTS])
+@pytest.mark.parametrize("reader", READERS)
+def test_no_pickle_is_read(tmp_path: Path, base: Path, reader: str, name: str) -> None:
+    save_gralora(tmp_path / "in")
+    (tmp_path / "in" / WEIGHTS).unlink()
+    content = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": Bomb(tmp_path / "sprung")}
+    if name == WEIGHTS:  # a pickle under the name of a safetensors file
+        (tmp_path / "in" / name).write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, tmp_path / "in" / name)
+    with pytest.raises(ValueError, match="can run code|not a valid safetensors"):
+        READERS[reader](tmp_path / "in", base, tmp_path / "out")
+    assert not (tmp_path / "sprung").exists() and not (tmp_path / "out").exists()
+    if name != WEIGHTS:  # the trap works
+        torch.load(tmp_path / "in" / name, weights_only=False)
+        assert (tmp_path / "sprung").exists()
+
+
+def test_pickled_base_is_not_merged_into(tmp_path: Path, base: Path) -> None:
+    save_gralora(tmp_path / "in")
+    (base / "model.safetensors").unlink()
+    torch.save({"weight": Bomb(tmp_path / "sprung")}, base / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="neither model.safetensors nor"):
+        gralora.merge_adapter(tmp_path / "in", tmp_path / "out", base)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    "weight_map", [{"a": "../elsewhere/model.safetensors"}, {"a": "/etc/passwd"}, {"a": ""}, {"a": 3}, ["a"], None]
+)
+def test_index_that_climbs_out_is_refused(tmp_path: Path, base: Path, weight_map: Any) -> None:
+    save_gralora(tmp_path / "in")
+    (tmp_path / "elsewhere").mkdir()
+    (base / "model.safetensors").rename(tmp_path / "elsewhere" / "model.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises((ValueError, OSError), match="lacks the file|no weight_map"):
+        gralora.merge_adapter(tmp_path / "in", tmp_path / "out", base)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("reader", ["export", "finetune"])
+def test_remote_code_of_a_base_is_not_run(
+    tmp_path: Path, base: Path, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing passes trust_remote_code on, and nobody is asked."""
+    save_gralora(tmp_path / "in")
+    config = json.loads((base / "config.json").read_text())
+    names = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model", "AutoTokenizer": ["code.T", None]}
+    (base / "config.json").write_text(json.dumps(config | {"auto_map": names, "model_type": "trap"}))
+    (base / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["code.T", None]}}))
+    (base / "code.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w').close()\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
+    with pytest.raises((ValueError, OSError), match="trust_remote_code"):
+        if reader == "export":
+            gralora.to_lora(tmp_path / "in", tmp_path / "out", base=base)
+        else:
+            finetune(FinetuneArguments(base_model=str(base), output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "sprung").exists() and not (tmp_path / "out" / CONFIG).exists()
+
+
+SLOW_PATTERN = r"((\w+)+\.)*$"
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "modules_to_save"])
+def test_pattern_that_never_ends_is_refused(tmp_path: Path, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gralora.checkpoints.untrusted.MATCHING_S", 1.0)
+    save_gralora(tmp_path / "in")
+    value = {"rank_pattern": {SLOW_PATTERN: 8}, "modules_to_save": [SLOW_PATTERN]}.get(field, SLOW_PATTERN)
+    edit(tmp_path / "in", **{field: value})
+    with pytest.raises(ValueError, match=rf"matching {field}=.* takes more than 1 s"):
+        gralora.load_adapter(tiny_llama(), tmp_path / "in")
+
+
+def test_harmless_pattern_with_repeated_groups_is_taken(tmp_path: Path) -> None:
+    expected = r"model\.layers\.\d+(\.\w+)+\.(q_proj|k_proj)|.*\.down_proj"
+    save_gralora(tmp_path / "in", target_modules=expected)
+    loaded = gralora.load_adapter(tiny_llama(), tmp_path / "in")
+    assert loaded.peft_config["default"].target_modules == expected
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("reader", READERS)
+def test_tensors_that_are_not_finite(tmp_path: Path, base: Path, reader: str, value: float) -> None:
+    """Loading, merging and export refuse them and name the tensor; inspect shows them; convert changes only names."""
+    save_gralora(tmp_path / "in")
+    config, tensors = read(tmp_path / "in")
+    tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"].view(-1)[3] = value
+    write(tmp_path / "in", config, tensors)
+    if reader == "inspect":
+        assert "layers.1.self_attn.q_proj: NaN" in gralora.inspect_adapter(tmp_path / "in")["anomalies"][0]
+    elif reader == "convert":
+        gralora.convert_adapter(tmp_path / "in", tmp_path / "out")
+    else:
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            READERS[reader](tmp_path / "in", base, tmp_path / "out")
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
