@@ -7,7 +7,7 @@ STAMP := $(VENV)/.dev
 .PHONY: test finetune test-llamacpp test-vllm test-oldest-peft test-versions test-oldest test-newest lint format clean
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 # SmolLM2-135M with GraLoRA on Python's standard library, in minutes on a laptop's CPU
 finetune: $(VENV)/.finetune
