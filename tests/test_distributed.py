@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import load_peft_weights
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +25,7 @@ from gralora.tool.finetune import finetune
 from gralora.tool.resume import fault
 
 ROOT = Path(__file__).parent.parent
+RESUMES_ON_CPUS = Version(transformers.__version__) >= Version("5.17")  # 5.6 cannot, from "cpu:0" tensors
 CONFIGS = ROOT / "configs" / "accelerate"
 RUNS = {
     "plain": {},  # gradient accumulation, a hybrid
@@ -112,8 +115,9 @@ def ddp(arguments, alone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
     runs = {name: arguments(name, folder) for name in RUNS}
     runs["interrupted"] = arguments("interrupted", folder, interrupted=True)
-    checkpoint = alone / "plain" / "checkpoint-3"
-    runs["resumed"] = arguments("resumed", folder, resume_from_checkpoint=str(checkpoint))
+    if RESUMES_ON_CPUS:
+        checkpoint = alone / "plain" / "checkpoint-3"
+        runs["resumed"] = arguments("resumed", folder, resume_from_checkpoint=str(checkpoint))
     return launch("ddp", 2, folder, runs), folder
 
 
@@ -182,6 +186,7 @@ def test_memory_is_divided(ddp, fsdp):
     assert shares[1] == 0 and shares[0] == ddp[0]["checkpointing"][0]["optimizer_bytes"]
 
 
+@pytest.mark.skipif(not RESUMES_ON_CPUS, reason="old transformers resume several processes on GPUs only")
 def test_one_process_goes_on_from_two(ddp, alone, arguments, tmp_path):
     """And two go on from one: optimizer, schedule and order of the data are the same in each."""
     expected = log_of(alone / "plain")

@@ -79,11 +79,14 @@ def test_nothing_is_learnt_across_a_boundary():
 
 
 def test_a_model_that_mixes_packed_texts_is_refused(model):
-    """Here with a mask, which is what makes transformers ignore where positions start anew."""
+    """Here one that takes positions to go on, and a mask of ones, from which transformers sees a single text."""
 
-    def add_mask(_, args, kwargs):
-        return args, kwargs | {"attention_mask": torch.ones_like(kwargs["input_ids"])}
+    def as_one_text(_, args, kwargs):
+        ids = args[0] if args else kwargs["input_ids"]
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        return args, kwargs | {"attention_mask": torch.ones_like(ids), "position_ids": positions}
 
-    model.get_base_model().register_forward_pre_hook(add_mask, with_kwargs=True)
+    base = model.get_base_model()
+    getattr(base, base.base_model_prefix).register_forward_pre_hook(as_one_text, with_kwargs=True)
     with pytest.raises(ValueError, match="base_model='mixer' does not keep packed texts apart"):
         check_packing(model, "mixer")

@@ -533,6 +533,22 @@ def test_layer_classes_without_merge(peft_class, package, class_name, plain_firs
         model.merge_adapter()
 
 
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_weights_made_anew_are_not_taken_for_shared(monkeypatch):
+    """Layers whose weight is computed at every look, as HQQ's is, are not refused as layers that share one."""
+
+    def dispatch(target, adapter_name, config, **kwargs):
+        return GPTQLoraLinear(target, adapter_name, config=config, r=kwargs["r"], lora_alpha=kwargs["lora_alpha"])
+
+    monkeypatch.setattr("peft.tuners.lora.model.dispatch_default", dispatch)
+    layer = stand_in("gptqmodel", "BaseQuantLinear")
+    type(layer).weight = property(lambda self: self.qweight.clone())
+    layers = nn.ModuleDict({f"layer{i}": copy.deepcopy(layer) for i in range(4)})
+    model = get_peft_model(layers, case_config(CASE, target_modules=list(layers)))
+    assert len(adapter_layers(model)) == 4
+    model.base_model._check_merge_allowed()
+
+
 FAKE_PACKAGES = {  # module -> class of the base layer
     "aqlm": "QuantizedLinear",
     "eetq": "EetqLinear",

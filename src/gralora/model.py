@@ -94,7 +94,7 @@ class GraloraModel(Promoted):
         first: dict[tuple[int, type], tuple[str, nn.Module]] = {}
         for where, layer in self.model.named_modules():
             base = layer.get_base_layer() if isinstance(layer, lora.LoraLayer) else None
-            weight = getattr(base, "weight", None)
+            weight = None if base is None else base._parameters.get("weight")  # no property: HQQ's makes one anew
             if weight is not None:
                 other, other_base = first.setdefault((id(weight), type(base)), (where, base))
                 if other_base is not base:
