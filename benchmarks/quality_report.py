@@ -154,13 +154,13 @@ def write(results: Results, out: Path) -> str:
         "",
         f"{made} runs of {steps} steps of {tokens} tokens ({steps * tokens / 1e6:.2f} million), on {some['card']}, "
         f"torch {some['torch']}, peft {some['peft']}, transformers {some['transformers']}. Adapters of all linear "
-        "layers, float32 under bf16 autocast, no dropout, lora_alpha = r, AdamW without weight decay, warm-up over 5% "
-        "of the steps, then a cosine to zero. For one seed all methods see the same rows in the same order. A "
-        "method's learning rate is the best, for one seed, of 1e-3 times powers of two, tried until it lies between "
-        "two worse ones; the other seeds are run at that learning rate alone, and only they are in the means and "
-        "intervals. A difference is to LoRA of the same rank (full fine-tuning, and a LoRA whose rank no grid has: "
-        "LoRA r=64), paired by seed, with its 95% interval; a tie is an interval that contains 0. The intervals hold "
-        "one by one, not all at once.",
+        "layers, in float32 (on a GPU under bf16 autocast), no dropout, lora_alpha = r, AdamW without weight decay, "
+        "warm-up over 5% of the steps, then a cosine to zero. For one seed all methods see the same rows in the same "
+        "order. A method's learning rate is the best, for one seed, of 1e-3 times powers of two, tried until it lies "
+        "between two worse ones; the other seeds are run at that learning rate alone, and only they are in the means "
+        "and intervals. A difference is to LoRA of the same rank (full fine-tuning, and a LoRA whose rank no grid "
+        "has: LoRA r=64), paired by seed, with its 95% interval; a tie is an interval that contains 0. The intervals "
+        "hold one by one, not all at once.",
         "",
         "## Summary",
         "",

@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import select
 import shutil
 import signal
 import subprocess
@@ -206,24 +207,29 @@ print("left")
             nonlocal seen
             deadline = time.monotonic() + seconds
             while words not in seen:
-                assert time.monotonic() < deadline, seen
+                ready, _, _ = select.select([terminal], [], [], max(0, deadline - time.monotonic()))
+                assert ready, seen
                 seen += os.read(terminal, 1000)
             seen = seen.split(words, 1)[1]
 
-        wait_for(b"/help lists the commands")
-        wait_for(b"off> ")
-        os.write(terminal, b"add\n")
-        wait_for(b"add\r\n")
-        time.sleep(0.7)
-        process.send_signal(signal.SIGINT)
-        wait_for(b" [stopped]")
-        wait_for(b"off> ")
-        process.send_signal(signal.SIGINT)
-        wait_for(b"/quit or Ctrl-D leaves")
-        wait_for(b"off> ")
-        os.write(terminal, b"/adapter\n")
-        wait_for(b"adapters: [off]")
-        os.write(terminal, b"/quit\n")
-        wait_for(b"left")
+        try:
+            wait_for(b"/help lists the commands")
+            wait_for(b"off> ")
+            os.write(terminal, b"add\n")
+            wait_for(b"add\r\n")
+            time.sleep(0.7)
+            process.send_signal(signal.SIGINT)
+            wait_for(b" [stopped]")
+            wait_for(b"off> ")
+            process.send_signal(signal.SIGINT)
+            wait_for(b"/quit or Ctrl-D leaves")
+            wait_for(b"off> ")
+            os.write(terminal, b"/adapter\n")
+            wait_for(b"adapters: [off]")
+            os.write(terminal, b"/quit\n")
+            wait_for(b"left")
+        except BaseException:
+            process.kill()
+            raise
     os.close(terminal)
     assert process.returncode == 0

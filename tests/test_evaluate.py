@@ -144,10 +144,10 @@ def test_labels(models, tmp_path):
         (lambda t: {name: value * 0 if "lora_B" in name else value for name, value in t.items()}, "are zero"),
         (
             lambda t: {name: value for name, value in t.items() if "layers.1.self_attn" not in name},
-            "tensors are missing",
+            "(tensors are missing|no tensors of)",
         ),
         (lambda t: t | {"base_model.model.model.norm.weight": torch.ones(32)}, "1 tensors of the file have no place"),
-        (lambda t: {name: value[:, :4] for name, value in t.items()}, "(does not fit the model|features|have shapes)"),
+        (lambda t: {name: value[:, :4] for name, value in t.items()}, "(does not fit|features|have shapes)"),
     ],
 )
 @pytest.mark.parametrize("kind", ["plain", "gralora"])

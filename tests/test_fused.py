@@ -106,6 +106,22 @@ def test_added_to_another_result(grid, p):
         assert torch.equal(function(*trainable(args)), ours)
 
 
+@grids
+def test_added_to_a_result_of_another_dtype(grid):
+    """In bfloat16, added to float32: what autocast makes of base layers that keep the dtype of their input."""
+    x, weight, _, *factors, scaling, _, _ = operands(grid, 0.0, bias=False)
+    halves = [None if t is None else t.detach().bfloat16().requires_grad_() for t in (x, *factors)]
+    wide = [None if t is None else t.detach().double().requires_grad_() for t in halves]
+    y = add_update(torch.ones(2, 5, weight.shape[0]), *halves, scaling)
+    exact = 1 + scaling * reference.update(*wide)
+    assert y.dtype == torch.float32
+    dy = torch.randn(2, 5, weight.shape[0])
+    values = [y, *torch.autograd.grad(y, trainable(halves), dy)]
+    truths = [exact, *torch.autograd.grad(exact, trainable(wide), dy.double())]
+    for value, truth in zip(values, truths, strict=True):
+        assert (value.double() - truth).norm() <= 0.01 * truth.norm()
+
+
 @dropouts
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_any_subset_of_gradients(p, compiled):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -229,8 +230,10 @@ def test_exact_match_compares_the_final_numbers(task: Task, monkeypatch: Any) ->
     assert own.lm.training
 
 
-def test_runs_made_are_kept_and_skipped(tmp_path: Path, task: Task, capsys: Any) -> None:
+def test_runs_made_are_kept_and_skipped(tmp_path: Path, task: Task, capsys: Any, monkeypatch: Any) -> None:
     """The pool of workers, stopped after some runs, goes on from the file, even if its last line was cut off."""
+    forked = multiprocessing.get_context("fork")  # a new interpreter would import for ten seconds
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: forked)
     task.save(tmp_path / "task.npz")
     tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
     arguments = ["run", "--model", str(tmp_path / "model"), "--tasks", str(tmp_path / "task.npz"), "--workers", "1"]
@@ -249,6 +252,14 @@ def test_runs_made_are_kept_and_skipped(tmp_path: Path, task: Task, capsys: Any)
         and new["parameters"] > 0
     )
     assert [r["lr"] for r in quality.read(tmp_path / "r.jsonl")] == [1e-3, 2e-3, 5e-4]
+
+
+@pytest.mark.slow
+def test_tiny_does_all_of_it(capsys: Any) -> None:
+    """`quality.py --tiny`, with workers of their own interpreters: data, runs, report."""
+    quality.main(["--tiny"])
+    text = capsys.readouterr().out
+    assert "0 or more to do" in text and "GraLoRA k=2 r=8 against LoRA r=8" in text and "diverged" not in text
 
 
 # Data

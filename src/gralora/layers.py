@@ -39,7 +39,7 @@ from .config import SUPPORTED_VARIANTS, LoraConfig, auto_k
 from .dora import GranularDora
 from .experts import TargetParameter, param_wrapper, targeted_parameters
 from .kinds import base_layer, check_fields, check_kind, keep_bias, keep_weights_unpacked, kind_of
-from .ops import dispatch, gralora_linear
+from .ops import add_update, dispatch, gralora_linear
 from .ops.factors import hybrid_to_lora, pad_lora
 
 ARROW = (
@@ -90,56 +90,52 @@ class GraloraLayer(Promoted):
         return hybrid_to_lora(A.weight, B.weight, A.hybrid_weight, B.hybrid_weight, rank)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """PEFT's forward, or base and adapter in one operation where that computes the same."""
-        operands = self._fusible_operands(*args) if len(args) == 1 and not kwargs else None
-        return super().forward(*args, **kwargs) if operands is None else gralora_linear(*operands)
+        """PEFT's forward, or fewer operations that compute the same."""
+        y = self._fused_forward(*args) if len(args) == 1 and not kwargs else None
+        return super().forward(*args, **kwargs) if y is None else y
 
-    def _fusible_operands(self, x: Tensor) -> tuple[Any, ...] | None:
-        """The arguments of `gralora_linear` if that is all there is to do, else None.
+    def _fused_forward(self, x: Tensor) -> Tensor | None:
+        """With one active adapter: base and adapter in one operation, or the adapter added to the base's output.
 
-        That is: one active adapter, a plain frozen base layer without hooks, and one dtype for base and adapter.
+        None where PEFT's forward is needed.
         """
         if self._disable_adapters or self.merged_adapters or dispatch.choice == "reference" or not x.numel():
             return None
         modules = self._modules  # nn.Module's own lookup would cost as much as the arithmetic of a small layer
         downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules
         active = [name for name in self.active_adapters if name in downs]
-        if len(active) != 1:
+        if len(active) != 1 or active[0] in self.lora_variant:
             return None
-        name, base = active[0], modules["base_layer"]
-        if name in self.lora_variant:
-            return None
+        name = active[0]
         A, B, dropout = downs[name], ups[name], modules["lora_dropout"]._modules[name]
         if type(A) is not GranularDown or type(B) is not GranularUp or B._parameters["bias"] is not None:
             return None
-        if type(dropout) not in (nn.Identity, nn.Dropout):
+        if type(dropout) not in (nn.Identity, nn.Dropout) or _has_hooks(A) or _has_hooks(B) or _has_hooks(dropout):
             return None
-        if _has_hooks(base) or _has_hooks(A) or _has_hooks(B) or _has_hooks(dropout):
-            return None
-        weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-        if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
-            return None
-        transposed = type(base).forward is Conv1D.forward
-        if not transposed and type(base).forward is not nn.Linear.forward:
-            return None
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         A_weight, B_weight = A._parameters["weight"], B._parameters["weight"]
-        A_hybrid, B_hybrid = A._parameters["hybrid_weight"], B._parameters["hybrid_weight"]
-
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            if dtype == torch.float64:
-                return None
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        elif not weight.dtype == A_weight.dtype == B_weight.dtype == dtype:
+        if x.dtype == torch.float64 if autocast else not A_weight.dtype == B_weight.dtype == dtype:
             return None
+        A_hybrid, B_hybrid = A._parameters["hybrid_weight"], B._parameters["hybrid_weight"]
         scaling = self.scaling[name] if B.gralora_scaling == "lora" else self.scaling[name] * B.gain
         if isinstance(scaling, Tensor):  # prepare_model_for_compiled_hotswap: a number would be compiled in
             B_weight, B_hybrid = B_weight * scaling, None if B_hybrid is None else B_hybrid * scaling
             scaling = 1.0
-        weight = weight.t() if transposed else weight
         p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-        return x, weight, bias, A_weight, B_weight, A_hybrid, B_hybrid, scaling, p
+        adapter = A_weight, B_weight, A_hybrid, B_hybrid, scaling, p
+
+        base = modules["base_layer"]
+        plain = _plain_weights(base)
+        if plain is not None and (autocast or plain[0].dtype == dtype):
+            weight, bias = (t if t is None or t.dtype == dtype else t.to(dtype) for t in plain)
+            return gralora_linear(x.to(dtype), weight, bias, *adapter)
+        if torch.compiler.is_compiling():
+            return None
+        y = base(x)
+        if y._is_view() or not y.is_contiguous() or _has_hooks(base):
+            y = y.clone()  # what is changed below must be nobody else's
+        return add_update(y, x.to(dtype), *adapter)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """dW of one adapter, scaling included, in the layout of the base weight (`[out, in]`, Conv1D: `[in, out]`).
@@ -306,6 +302,18 @@ def plain_weights(layer: Any, adapter_name: str) -> tuple[nn.Parameter, nn.Param
     if adapter_name in layer.lora_embedding_A:
         return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
     return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+
+
+def _plain_weights(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight `[O, I]` and bias of a frozen nn.Linear or Conv1D without hooks; None for any other base layer."""
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    if _has_hooks(base):
+        return None
+    if type(base).forward is nn.Linear.forward:
+        return weight, bias
+    return (weight.t(), bias) if type(base).forward is Conv1D.forward else None
 
 
 def _has_hooks(module: nn.Module) -> bool:

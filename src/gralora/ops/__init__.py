@@ -90,7 +90,7 @@ def add_update(
     """y + scaling * (grid + B_s A_s x), in place: for base layers whose product with x is not ours to compute.
 
     Args:
-        y: `[..., O]`, contiguous, dtype of x, no leaf that requires gradients; changed.
+        y: `[..., O]`, contiguous, any float dtype, no leaf that requires gradients; changed.
         The others are those of `gralora_linear`.
     """
     seed = draw_seed(x) if p else None
@@ -119,10 +119,12 @@ class GraloraUpdateFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             inputs = x, A, B, hybrid_A, hybrid_B
             update = ctx.scaling * reference.update(x if seed is None else x * _kept(x, ctx.p, seed), *inputs[1:])
-            grads = _differentiable(update, inputs, ctx.needs_input_grad[1:6], dy)
+            grads = _differentiable(update, inputs, ctx.needs_input_grad[1:6], dy.to(x.dtype))
         else:
             needs = needs_x, needs_A or needs_hybrid_A, needs_B or needs_hybrid_B
-            grads = fused.backward(dy, x, None, A, B, hybrid_A, hybrid_B, g, ctx.scaling, ctx.p, seed, needs)
+            grads = fused.backward(
+                dy.to(x.dtype), x, None, A, B, hybrid_A, hybrid_B, g, ctx.scaling, ctx.p, seed, needs
+            )
         return dy if needs_y else None, *grads, None, None, None
 
 

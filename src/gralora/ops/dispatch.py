@@ -58,9 +58,9 @@ FEW_TOKENS = 2048  # up to which a launch costs more than what cuBLAS gains on a
 MIN_SIZE = 2**22  # elements of x from which the matrix product itself takes the adapter's output in
 
 
-def factor_kernels(x: Tensor) -> ModuleType | None:
-    """The kernels that project x `[T, I]` down and up, or None where torch is to do that."""
-    if x.is_cuda and choice in ("auto", "triton") and x.dtype in HALF and x.stride(1) == 1:
+def factor_kernels(x: Tensor, dtype: torch.dtype | None = None) -> ModuleType | None:
+    """The kernels that project x `[T, I]` down and up, in its dtype or another, or None where torch is to do that."""
+    if x.is_cuda and choice in ("auto", "triton") and (dtype or x.dtype) in HALF and x.stride(1) == 1:
         return kernels()
     return None
 

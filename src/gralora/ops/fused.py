@@ -79,12 +79,14 @@ def linear_up(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tens
 
 
 def add_up(y: Tensor, g: Tensor, B: Tensor) -> Tensor:
-    """y + up(g, B), in place: y `[T, O]`, g `[k, T, R]` of its dtype, B `[k, R, O/k]`."""
-    kernels = dispatch.factor_kernels(y) if y.numel() < dispatch.MIN_SIZE else None
+    """y + up(g, B), in place: y `[T, O]` of any dtype, g `[k, T, R]`, B `[k, R, O/k]`; computed in the dtype of g."""
+    kernels = dispatch.factor_kernels(y, g.dtype) if y.numel() < dispatch.MIN_SIZE else None
     if kernels is not None:
         kernels.up(g, B, y)
+    elif y.dtype == g.dtype:
+        chunks(y, B.shape[0]).baddbmm_(g, B.to(g.dtype))
     else:
-        chunks(y, B.shape[0]).baddbmm_(g, B.to(y.dtype))
+        chunks(y, B.shape[0]).add_(torch.bmm(g, B.to(g.dtype)))
     return y
 
 
@@ -135,7 +137,7 @@ def add_update(
     p: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """Add the adapter's output to y `[..., O]`, contiguous, in place; the result is g `[k, T, R]` for the backward."""
+    """Add the adapter's output to y `[..., O]`, contiguous, any dtype; returns g `[k, T, R]` for the backward."""
     A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
     rows = _rows(x)
     g = down(rows if seed is None else dropout(rows, p, seed), A, hybrid_r, scaling)

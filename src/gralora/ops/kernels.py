@@ -110,13 +110,13 @@ def up(g: Tensor, B: Tensor, y: Tensor) -> None:
     Args:
         g: `[k, T, r]`, contiguous.
         B: `[k, r, O/k]`, any float dtype, computed with in that of g; any strides.
-        y: changed: `[T, O]`, dtype of g, unit stride along O.
+        y: changed: `[T, O]`, any float dtype, unit stride along O.
     """
     (k, T, r), chunk = g.shape, B.shape[2]
     constants = (chunk, r, *B.stride(), y.stride(0), 64, 64, min(64, _dot_size(r)))
     aligned = tuple(t.data_ptr() % 16 == 0 for t in (g, B, y))
     grid = (-(-T // 64), -(-chunk // 64), k)
-    _up((g.dtype, B.dtype, constants, aligned), grid, g, g, B, y, T, *constants)
+    _up((g.dtype, B.dtype, y.dtype, constants, aligned), grid, g, g, B, y, T, *constants)
 
 
 def _dot_size(n: int) -> int:

@@ -1,6 +1,7 @@
 """`gralora chat`: talk to a model, with its adapters switched on, off, or side by side."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -8,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import TextStreamer, set_seed
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer, set_seed
 
 from .adapters import DTYPES
 from .data import instruction_example, prompt_ids
@@ -44,6 +46,26 @@ class Answer(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.text += text
         super().on_finalized_text(text, stream_end)
+
+
+class StopOnInterrupt(StoppingCriteria):
+    """Inside `with`, the first Ctrl-C ends the answer at the next token: an exception could be lost on its way."""
+
+    def __enter__(self) -> "StopOnInterrupt":
+        self.requested = False
+        self.previous = signal.signal(signal.SIGINT, self.request)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGINT, self.previous)
+
+    def request(self, *_: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.requested, device=input_ids.device)
 
 
 @dataclass
@@ -101,19 +123,19 @@ class Conversation:
             config = generation_config(
                 model, self.loaded.tokenizer, self.args.max_new_tokens, self.args.temperature, self.args.top_p
             )
-            try:
-                with torch.inference_mode():
-                    model.generate(
-                        input_ids=inputs,
-                        attention_mask=torch.ones_like(inputs),
-                        generation_config=config,
-                        streamer=streamer,
-                        **options,
-                    )
-            except KeyboardInterrupt:
-                if not sys.stdin.isatty():
-                    raise
-                print(" [stopped]")
+            with torch.inference_mode(), StopOnInterrupt() as interrupt:
+                model.generate(
+                    input_ids=inputs,
+                    attention_mask=torch.ones_like(inputs),
+                    generation_config=config,
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([interrupt]),
+                    **options,
+                )
+        if interrupt.requested:
+            if not sys.stdin.isatty():
+                raise KeyboardInterrupt
+            print(" [stopped]")
         return cut(streamer.text, stop)
 
     def say(self, text: str) -> None:
