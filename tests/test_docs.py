@@ -7,8 +7,8 @@ has a comment above it, `<!-- not run: why -->`.
 
 import argparse
 import importlib
+import io
 import json
-import os
 import re
 import shlex
 import shutil
@@ -49,7 +49,7 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def command_lines(page: Path) -> Iterator[tuple[int, list[str]]]:
-    """The commands of a page's blocks: those after "$ " where a block shows output too, else all that look like one."""
+    """The commands of a page's blocks: those after "$ " where a block has any, else all lines that look like one."""
     for block in blocks(page):
         if block.language not in ("", "bash"):
             continue
@@ -131,7 +131,7 @@ def desk(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(things, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GRALORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("sys.stdin", open(os.devnull))  # nobody types
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # nobody types
     return tmp_path
 
 
