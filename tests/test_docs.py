@@ -97,14 +97,11 @@ def parsers(monkeypatch: pytest.MonkeyPatch) -> list[argparse.ArgumentParser]:
 
 
 @pytest.fixture(scope="module")
-def things(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+def things(tmp_path_factory: pytest.TempPathFactory, embedded_stand_in: Path) -> Path:
     """A folder with what the pages take for granted."""
     folder = tmp_path_factory.mktemp("docs")
     model = folder / "MODEL"
-    shutil.copytree(tiny_model, model)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))  # rotary: no weights
-    shutil.copytree(model, folder / "cache" / embedded.MODEL)
+    shutil.copytree(embedded_stand_in / embedded.MODEL, model)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(model)
     shape = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=270, n_positions=256)
@@ -126,11 +123,11 @@ def things(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 
 @pytest.fixture
-def desk(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def desk(things: Path, embedded_stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory, with a copy of `things`."""
     shutil.copytree(things, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GRALORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("GRALORA_CACHE", str(embedded_stand_in))
     monkeypatch.setattr("sys.stdin", io.StringIO())  # nobody types
     return tmp_path
 
