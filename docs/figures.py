@@ -121,13 +121,13 @@ STAGES = [  # of a forward pass: what, where, what it does
     ),
     (
         "layer",
-        "layers.py, blocks.py",
+        "inject.py, layers.py, blocks.py",
         "PEFT's LoRA layer, promoted;\nlora_A, lora_B hold the grid's\nfactors; fused path or PEFT's?",
     ),
     (
         "op",
         "ops/__init__.py, fused.py",
-        "gralora_linear: y = x W' + g B,\ng = exchange(x A); its gradients\nare the same operations",
+        "gralora_linear, add_update:\ny = x W' + g B,\ng = exchange(x A); gradients alike",
     ),
     (
         "kernel",
@@ -151,7 +151,7 @@ def forward() -> plt.Figure:
     ax.text(
         1 * 2.6 + 1.125,
         -0.12,
-        "no (dropout, hooks, several adapters, quantised base): PEFT's forward calls\n"
+        "no (several adapters, DoRA, hooks, mixed dtypes): PEFT's forward computes\n"
         "base_layer(x) + lora_B(lora_A(dropout(x))) * scaling, with the same factors",
         ha="center",
         va="top",

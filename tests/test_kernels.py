@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from gralora.ops import dropout, fused, gralora_linear, reference
+from gralora.ops import add_update, dropout, fused, gralora_linear, reference
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -131,6 +131,28 @@ def test_dropout_on_gpu(shape):
     plain = gradients(lambda *args: reference.linear(*args, kept), tensors, dy)
     ours = gradients(lambda *args: gralora_linear(*args, 0.3, seed), tensors, dy)
     for name, a, b, c in zip(["y", "dx", "dA", "dB", "d_hybrid_A", "d_hybrid_B"], ours, plain, exact, strict=False):
+        assert relative(a, c) <= 1.2 * relative(b, c) + 1e-6, name
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[5], SHAPES[6]], ids=lambda s: "T{}-{}x{}-k{}-r{}-h{}".format(*s))
+def test_added_on_gpu(shape, dtype):
+    """The adapter in bfloat16, added to a result of bfloat16 or float32: as near to float64 as the definition."""
+    x, _, _, *factors = make(shape, torch.bfloat16, "cuda")
+    y = torch.randn(shape[0], shape[2], device="cuda", dtype=dtype)
+    dy = torch.randn_like(y)
+
+    def plain(x, _, __, *args):
+        *factors, scaling = args
+        return y.to(torch.promote_types(dtype, x.dtype)) + scaling * reference.update(x, *factors)
+
+    doubles = [None if t is None else t.double() for t in (x, None, None, *factors)]
+    exact = gradients(plain, doubles, dy.double())
+    near = gradients(plain, [x, None, None, *factors], dy)
+    ours = gradients(lambda x, _, __, *args: add_update(y.clone(), x, *args), [x, None, None, *factors], dy)
+    for name, a, b, c in zip(["y", "dx", "dA", "dB", "d_hybrid_A", "d_hybrid_B"], ours, near, exact, strict=False):
         assert relative(a, c) <= 1.2 * relative(b, c) + 1e-6, name
 
 

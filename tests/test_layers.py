@@ -42,8 +42,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import gralora
+from gralora.inject import install
 from gralora.kinds import check_fields
-from gralora.layers import GraloraLayer, install
+from gralora.layers import GraloraLayer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),

@@ -8,7 +8,7 @@ from .versions import check_versions
 check_versions()
 
 from .config import LoraConfig  # noqa: E402
-from .layers import install  # noqa: E402
+from .inject import install  # noqa: E402
 
 _LAZY = {  # name -> module, imported when the name is first used
     "convert_adapter": "checkpoints.convert",

@@ -13,7 +13,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from .. import kinds, layers
+from .. import inject
+from ..kinds import check_kind
 from . import formats
 from .files import read_adapter_folder
 from .formats import Adapter
@@ -75,10 +76,10 @@ def check_layers(adapter: Adapter, base: nn.Module) -> None:
             f"adapter has: {listed(missing)}. It was trained on {adapter.config.base_model_name_or_path!r}."
         )
     for layer in adapter.layers:
-        kinds.check_kind(layer, modules[layer], base)
-        if layers.features(modules[layer]) != adapter.features(layer):
+        check_kind(layer, modules[layer], base)
+        if inject.features(modules[layer]) != adapter.features(layer):
             raise ValueError(
-                f"layer {layer!r} has (in, out) features {layers.features(modules[layer])} in the base model and "
+                f"layer {layer!r} has (in, out) features {inject.features(modules[layer])} in the base model and "
                 f"{adapter.features(layer)} in the adapter, which was trained on "
                 f"{adapter.config.base_model_name_or_path!r}."
             )
@@ -86,7 +87,7 @@ def check_layers(adapter: Adapter, base: nn.Module) -> None:
     check_matching_time(adapter.config.to_dict(), modules)
     # before PEFT makes room for them: the config sets how much
     tuner: Any = SimpleNamespace(model=base, _check_target_module_exists=check_target_module_exists)
-    selected = [name for name, _ in layers.targeted_layers(tuner, adapter.config)]
+    selected = [name for name, _ in inject.targeted_layers(tuner, adapter.config)]
     without = [name for name in selected if name not in adapter.layers]
     if without:
         raise ValueError(

@@ -1,0 +1,236 @@
+"""How GraLoRA plugs into PEFT: the registrations, and how an adapter gets into a model.
+
+PEFT builds its own LoRA layer, of whatever class it chooses for the base layer; then that layer's class is promoted to
+a subclass that knows the delta weight of a grid, and its factors are read as GraLoRA's. So an adapter never depends on
+which kind of layer PEFT chose, on the order in which plain LoRA and GraLoRA adapters are added, or on who adds them.
+
+`install` (called by `import gralora`) is all that changes in PEFT:
+
+1. `PEFT_TYPE_TO_CONFIG_MAPPING[LORA]` is `gralora.LoraConfig`, so whatever loads a LoRA adapter can load GraLoRA;
+2. `LoraModel._create_and_replace` hands configs with `use_gralora=True` to `create_and_replace` below;
+3. hotswap's list of config fields that must agree gets GraLoRA's: it would put a grid's tensors into another layer.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import peft
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _get_in_out_features
+from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from . import blocks
+from .config import SUPPORTED_VARIANTS, LoraConfig, auto_k
+from .dora import GranularDora
+from .experts import TargetParameter, param_wrapper, targeted_parameters
+from .kinds import base_layer, check_fields, check_kind, keep_weights_unpacked, kind_of
+from .layers import ARROW, GraloraLayer
+from .model import GraloraModel
+from .promote import promote
+
+
+def install() -> None:
+    """Register GraLoRA with PEFT; see the module's docstring. Calling it again changes nothing."""
+    if PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is LoraConfig:
+        return
+    PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = LoraConfig
+    lora.LoraModel._create_and_replace = _with_gralora(lora.LoraModel._create_and_replace)
+    CONFIG_KEYS_TO_CHECK[PeftType.LORA] += [
+        "use_gralora",
+        "gralora_k",
+        "gralora_k_pattern",
+        "hybrid_r",
+        "gralora_scaling",
+    ]
+
+
+def _with_gralora(stock: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(stock)
+    def _create_and_replace(self: BaseTuner, lora_config: peft.LoraConfig, *args: Any, **kwargs: Any) -> None:
+        if getattr(lora_config, "use_gralora", False):
+            create_and_replace(stock, self, lora_config, *args, **kwargs)
+        else:
+            stock(self, lora_config, *args, **kwargs)
+
+    return _create_and_replace
+
+
+def create_and_replace(
+    stock: Callable[..., None],
+    tuner: BaseTuner,
+    config: LoraConfig,
+    adapter_name: str,
+    target: nn.Module,
+    target_name: str,
+    parent: nn.Module,
+    current_key: str,
+    **kwargs: Any,
+) -> None:
+    """Add a GraLoRA adapter to one layer: PEFT adds a plain LoRA, whose factors then become a grid's.
+
+    Args:
+        stock: PEFT's own `LoraModel._create_and_replace`; the other arguments are its.
+
+    Raises:
+        ValueError: before anything is changed, if a targeted layer does not fit the config.
+    """
+    config = plan(tuner, adapter_name, config)
+    base = base_layer(target)
+    if kwargs.get("parameter_name"):
+        base = TargetParameter(base, kwargs["parameter_name"])
+    else:  # with a state_dict, PEFT adapts layers that the config does not name
+        check_layer(config, current_key, target, tuner.model)
+    if isinstance(tuner, lora.LoraModel):
+        promote(tuner, GraloraModel)
+    tied = getattr(config, "target_modules_to_tie", None) or ()
+    if target_name in tied:
+        config.target_modules_to_tie = None  # PEFT would share the embedding's factors as those of a plain LoRA
+    try:
+        stock(tuner, config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs)
+    finally:
+        if tied:
+            config.target_modules_to_tie = tied
+
+    layer = getattr(parent, target_name)
+    if isinstance(base, TargetParameter):
+        layer = param_wrapper(target, base.name) or param_wrapper(layer, base.name)  # had an adapter, or is new
+    else:
+        check_kind(current_key, layer, tuner.model)  # that PEFT chose the class that it was expected to
+    k, hybrid_r = config.of_layer("gralora_k", current_key), config.hybrid_r
+    gain = blocks.kaiming_gain(k, config.init_lora_weights)
+    kind = kind_of(base)
+    for part, mixin in [(layer, kind.mixin), *((getattr(layer.base_layer, n), m) for n, m in kind.inner.items())]:
+        promote(part, *filter(None, [mixin]), GraloraLayer)
+        part.read_factors(adapter_name, k, hybrid_r, gain)
+        if adapter_name in part.lora_B:
+            part.lora_B[adapter_name].gralora_scaling = config.gralora_scaling
+    if config.use_dora:
+        factors = layer.lora_A[adapter_name], layer.lora_B[adapter_name], layer.scaling[adapter_name]
+        stock_dora = layer.lora_magnitude_vector[adapter_name]
+        layer.lora_magnitude_vector[adapter_name] = GranularDora.from_linear(stock_dora, base, *factors)
+    if target_name in tied:
+        layer.tie_factors(adapter_name, tuner.model.get_input_embeddings())
+
+
+def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> LoraConfig:
+    """Before the first layer is changed: check every targeted layer, and settle `gralora_k="auto"`.
+
+    Returns:
+        The config that the tuner has from now on: `config`, or a copy in which every layer's k is a number. The
+        user's own keeps "auto", so that it can be used for other models.
+    """
+    config.check()  # fields may have been set since it was made
+    if getattr(tuner, "_gralora_plan", None) == (adapter_name, id(config)):
+        return tuner.peft_config[adapter_name]
+    if (getattr(tuner.model, "_tp_size", None) or 1) > 1:
+        raise ValueError("GraLoRA does not support tensor-parallel base models (tp_plan); load the model without.")
+    if any(getattr(other, "arrow_config", None) is not None for other in tuner.peft_config.values()):
+        raise ValueError(ARROW)
+    layers = dict(targeted_layers(tuner, config))
+    for name, layer in layers.items():
+        check_kind(name, layer, tuner.model)
+    settled = settle_ks(config, {name: features(layer) for name, layer in layers.items()})
+    for name, layer in layers.items():
+        check_layer(settled, name, layer, tuner.model)
+    keep_weights_unpacked(tuner.model)
+    tuner.peft_config[adapter_name] = settled
+    tuner._gralora_plan = (adapter_name, id(config))
+    return settled
+
+
+def check_layer(config: LoraConfig, name: str, layer: nn.Module | TargetParameter, model: nn.Module) -> None:
+    """Raise ValueError, naming layer and field, if a layer cannot have such an adapter."""
+    check_kind(name, layer, model)
+    check_fields(name, layer, config)
+    check_variant(config, name, layer)
+    config.check_layer(name, *features(layer), what=kind_of(base_layer(layer)).name)
+
+
+def check_variant(config: LoraConfig, name: str, layer: nn.Module | TargetParameter) -> None:
+    """Raise ValueError, naming the layer, if it is not of a kind on which DoRA and aLoRA are tested with GraLoRA."""
+    if config.use_dora and not hasattr(lora.LoraLayer, "_unmerged_base_weight"):  # which came with the right merging
+        raise ValueError(
+            "use_dora=True with use_gralora=True needs PEFT 0.21 or later: older ones merge DoRA wrongly into Conv1D "
+            "layers, and beside other adapters."
+        )
+    base = base_layer(layer)
+    plain = isinstance(base, nn.Linear | Conv1D) and type(base.weight) is nn.Parameter
+    for field in SUPPORTED_VARIANTS:
+        if getattr(config, field) and not plain:
+            raise ValueError(
+                f"{field}={getattr(config, field)!r} with use_gralora=True needs an nn.Linear or transformers' Conv1D "
+                f"with an ordinary weight, and target module {name!r} is a {type(base).__name__} with a weight of "
+                f"type {type(getattr(base, 'weight', None)).__name__}; leave {field} at its default, or take the "
+                "module out of target_modules."
+            )
+
+
+def settle_ks(config: LoraConfig, layers: dict[str, tuple[int, int]]) -> LoraConfig:
+    """The config with a number for every layer's k: with "auto" the best for its rank and features.
+
+    Args:
+        config: the user's.
+        layers: name of each targeted layer -> its input and output features.
+
+    Raises:
+        ValueError: if there are none to choose "auto" for: PEFT takes the names of the layers from a state_dict.
+    """
+    if config.gralora_k == "auto" and not layers:
+        raise ValueError(
+            f"gralora_k='auto' depends on layers' features, and target_modules={config.target_modules!r} matches no "
+            "layer of the model; give gralora_k as a number."
+        )
+    ks = {name: config.of_layer("gralora_k", name) for name in layers}
+    chosen = [name for name, k in ks.items() if k == "auto"]
+    for name in chosen:
+        r = config.of_layer("r", name)
+        ks[name] = auto_k(r, r - config.hybrid_r, *layers[name])
+    plain = [name for name in chosen if ks[name] == 1]
+    if plain:
+        warnings.warn(
+            f"gralora_k='auto' found no k > 1 that divides r - hybrid_r and the features of {len(plain)} of the "
+            f"{len(layers)} targeted layers, e.g. {plain[0]!r} with in_features, out_features={layers[plain[0]]}: "
+            "with k=1 they are plain LoRA.",
+            stacklevel=2,
+        )
+    unused = {key for key in config.gralora_k_pattern if not any(get_pattern_key([key], n) == key for n in layers)}
+    if unused:
+        warnings.warn(f"gralora_k_pattern keys that match no targeted layer: {sorted(unused)}.", stacklevel=2)
+    return config.settled(ks)
+
+
+def targeted_layers(tuner: BaseTuner, config: LoraConfig) -> Iterator[tuple[str, nn.Module | TargetParameter]]:
+    """Name and place of what PEFT will adapt, in its order; the inside of layers that have an adapter is skipped."""
+    adapted: tuple[str, ...] = ()
+    modules = []
+    for name, module in tuner.model.named_modules():
+        if not name or name.startswith(adapted):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            adapted += (f"{name}.",)
+            if not isinstance(module, lora.ParamWrapper):
+                modules.append(base_layer(module))
+        match = tuner._check_target_module_exists(config, name)
+        if match and not isinstance(match, _ExcludedModule):
+            modules.append(base_layer(module))
+            yield name, module
+    for name, parameter in targeted_parameters(tuner.model, config.target_parameters):
+        if any(parameter.module is module for module in modules):
+            raise ValueError(
+                f"target parameter {name!r} is of a {type(parameter.module).__name__} that is adapted as a module; "
+                "take one of them out of target_parameters or target_modules ([] for none)."
+            )
+        yield name, parameter
+
+
+def features(layer: nn.Module | TargetParameter) -> tuple[int, int]:
+    """Input and output features of a supported layer, which may carry adapters already."""
+    base = base_layer(layer)
+    return base.features() if isinstance(base, TargetParameter) else _get_in_out_features(base)

@@ -1,0 +1,137 @@
+"""The mixin over PEFT's LoraModel: operations on whole adapters that assume plain LoRA."""
+
+from typing import Any
+
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from .config import SUPPORTED_VARIANTS
+from .layers import GraloraLayer
+from .ops.factors import pad_lora
+from .promote import Promoted
+
+
+class GraloraModel(Promoted):
+    """Mixin over PEFT's LoraModel, once it holds a GraLoRA adapter: operations on factors that assume plain LoRA."""
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        **kwargs: Any,
+    ) -> None:
+        """As PEFT's, with GraLoRA adapters taken as the plain LoRA of rank k * r_g + hybrid_r that they equal.
+
+        The new adapter is a plain LoRA: "cat" is exact, the "svd" kinds combine the exact delta weights.
+
+        Raises:
+            ValueError: for combinations of factors element by element: their densities and signs would count the
+                zeros of a grid, and factors of different grids do not correspond.
+        """
+        granular = [name for name in adapters if getattr(self.peft_config.get(name), "use_gralora", False)]
+        if not granular:
+            return super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, **kwargs)
+        if combination_type != "cat" and not combination_type.endswith("svd"):
+            raise ValueError(
+                f"combination_type={combination_type!r} combines factors element by element, which is not defined for "
+                f"the GraLoRA adapter(s) {granular}; use 'cat' (exact), 'svd', or a kind that ends in '_svd'."
+            )
+        for field in SUPPORTED_VARIANTS:
+            variants = [name for name in granular if getattr(self.peft_config[name], field)]
+            if variants:
+                raise ValueError(f"adapter(s) {variants} have {field}, which their combination would lose.")
+        biased = [name for name in granular if self.peft_config[name].lora_bias]
+        if biased:
+            raise ValueError(f"adapter(s) {biased} have lora_bias=True; the combination would lose their biases.")
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, GraloraLayer) and layer.not_combinable and any(map(layer.is_gralora, granular)):
+                raise ValueError(f"adapters of {name!r} cannot be combined: {layer.not_combinable}.")
+        kwargs["svd_full_matrices"] = False  # the same leading vectors, and ranks above a layer's features work
+        plain = {name: f"{name}_as_plain_lora" for name in granular}
+        try:
+            for name, plain_name in plain.items():
+                self._add_as_plain_lora(name, plain_name)
+            # PEFT copies the first one's config, and that of a plain rsLoRA adapter, or one with patterns, rescales
+            order = sorted(range(len(adapters)), key=lambda i: adapters[i] not in plain)
+            adapters, weights = [plain.get(adapters[i], adapters[i]) for i in order], [weights[i] for i in order]
+            super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, **kwargs)
+        finally:
+            for plain_name in plain.values():
+                if plain_name in self.peft_config:
+                    self.delete_adapter(plain_name)
+        for layer in self.model.modules():
+            if isinstance(layer, lora.LoraLayer) and adapter_name in layer.scaling:
+                # where PEFT's SVD gave a lower rank: it cannot give more than a layer has features
+                A, B = plain_weights(layer, adapter_name)
+                A.data, B.data = pad_lora(A.data, B.data, self.peft_config[adapter_name].r)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's.
+
+        Raises:
+            ValueError: if a function that knows only plain LoRA has written into the adapter's factors.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for where, layer in self.model.named_modules():
+            for name in names if isinstance(layer, GraloraLayer) else []:
+                if layer.is_gralora(name) and name in layer.lora_A and layer.lora_A[name].weight.ndim == 2:
+                    raise ValueError(
+                        f"adapter {name!r} is GraLoRA, and its lora_A in {where!r} was overwritten by one of shape "
+                        f"{tuple(layer.lora_A[name].weight.shape)}, a plain LoRA's (reduce_intruder_dimension does "
+                        "this). Delete it, and work on a plain copy of the adapter that it was made of: "
+                        "add_weighted_adapter([ADAPTER], [1.0], NEW, combination_type='cat')."
+                    )
+        super().set_adapter(adapter_name, inference_mode)
+
+    def _check_merge_allowed(self) -> None:
+        """As PEFT's; its own check of layer_replication looks for the field among the adapters' names.
+
+        An output layer may share its weight with the embedding: what happens then is as with plain LoRA.
+        """
+        super()._check_merge_allowed()
+        first: dict[tuple[int, type], tuple[str, nn.Module]] = {}
+        for where, layer in self.model.named_modules():
+            base = layer.get_base_layer() if isinstance(layer, lora.LoraLayer) else None
+            weight = getattr(base, "weight", None)
+            if weight is not None:
+                other, other_base = first.setdefault((id(weight), type(base)), (where, base))
+                if other_base is not base:
+                    raise ValueError(
+                        f"the adapters of {other!r} and {where!r} cannot be merged: these layers share one weight "
+                        "(layer_replication makes such layers), and each has an update of its own."
+                    )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._gralora_plan = None  # an adapter added under this name next is planned anew
+        super().delete_adapter(adapter_name)
+
+    def _add_as_plain_lora(self, adapter_name: str, plain_name: str) -> None:
+        """Add a plain LoRA adapter with the delta weights of a GraLoRA adapter, of one rank for all layers."""
+        layers = [m for m in self.model.modules() if isinstance(m, GraloraLayer) and m.is_gralora(adapter_name)]
+        ranks = [layer.plain_lora(adapter_name)[0].shape[0] for layer in layers]
+        self.peft_config[plain_name] = self.peft_config[adapter_name].as_plain_lora(max(ranks))
+        self.inject_adapter(self.model, plain_name)
+        for layer in layers:
+            A, B = plain_weights(layer, plain_name)
+            lora_A, lora_B = layer.plain_lora(adapter_name, max(ranks))
+            gain = layer.lora_B[adapter_name].gain if adapter_name in layer.lora_B else 1.0
+            A.data, B.data = lora_A.detach(), lora_B.detach() * layer.scaling[adapter_name] * gain
+
+    def subtract_mutated_init(
+        self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None
+    ) -> Any:
+        if getattr(self.peft_config[adapter_name], "use_gralora", False):
+            raise ValueError(
+                "path_initial_model_for_weight_conversion is for PiSSA, CorDA, OLoRA and LoRA-GA adapters; GraLoRA "
+                "does not change the base weights, so save it without."
+            )
+        return super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
+
+
+def plain_weights(layer: Any, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B of a plain LoRA adapter."""
+    if adapter_name in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+    return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
