@@ -12,6 +12,9 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +25,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from gralora import LoraConfig
-from gralora.tool import cli, embedded
+from gralora.tool import cli, embedded, stdlib
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,6 +34,14 @@ BLOCK = re.compile(r"(?:^<!-- not run: (?P<why>.+?) -->\n+)?^```(?P<language>\S*
 INLINE = re.compile(r"`gralora (?P<command>[a-z]+) (?P<rest>[^`\n]+)`")
 RUN_COMMANDS = {"inspect", "convert", "export", "merge"}  # on ADAPTER and MODEL; seconds
 RUN_PAGES = {"start.md"}  # every command of it
+LIBRARY = (
+    "calendar.py",
+    "difflib.py",
+    "inspect.py",
+    "statistics.py",
+    "doctest.py",
+    "mailbox.py",
+)  # the last two are held out
 DATA = [{"instruction": f"Add {i} and 1.", "output": f"{i + 1}"} for i in range(96)]
 
 
@@ -122,12 +133,24 @@ def things(tmp_path_factory: pytest.TempPathFactory, embedded_stand_in: Path) ->
     return folder
 
 
+@pytest.fixture(scope="module")
+def little_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A part of Python's standard library, for `gralora finetune` without data: reading all of it takes long."""
+    whole, part = Path(sysconfig.get_path("stdlib")), tmp_path_factory.mktemp("stdlib")
+    for name in LIBRARY:
+        shutil.copy(whole / name, part)
+    return part
+
+
 @pytest.fixture
-def desk(things: Path, embedded_stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def desk(
+    things: Path, embedded_stand_in: Path, little_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """The current directory, with a copy of `things`."""
     shutil.copytree(things, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GRALORA_CACHE", str(embedded_stand_in))
+    monkeypatch.setattr(stdlib.sysconfig, "get_path", lambda name: str(little_library))
     monkeypatch.setattr("sys.stdin", io.StringIO())  # nobody types
     return tmp_path
 
@@ -192,6 +215,26 @@ def test_short_commands_run(page: Path, desk: Path) -> None:
         if program == "gralora" and (arguments[0] in RUN_COMMANDS or page.name in RUN_PAGES):
             shutil.rmtree("OUT", ignore_errors=True)
             assert cli.main(arguments) == 0, f"{page.name}:{line}: gralora {' '.join(arguments)}"
+
+
+def test_site_is_built_strictly(tmp_path: Path) -> None:
+    """Every page is in the navigation, and no link or anchor leads nowhere."""
+    pytest.importorskip("material", reason="needs the extra `docs`")
+    pytest.importorskip("mkdocstrings", reason="needs the extra `docs`")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "api" / "index.html").is_file()
+
+
+def test_figures_are_small_and_their_text_is_text() -> None:
+    drawn = re.findall(r"^FIGURES = \{(.*)\}", (ROOT / "docs" / "figures.py").read_text(encoding="utf-8"), re.M)[0]
+    names = re.findall(r'"(\w+)":', drawn)
+    assert len(names) >= 4
+    for path in (ROOT / "docs").glob("*.svg"):
+        assert path.stat().st_size < 100_000, path.name
+    for name in names:
+        assert "<text" in (ROOT / "docs" / f"{name}.svg").read_text(encoding="utf-8"), name
 
 
 def cli_module(command: str) -> Any:
