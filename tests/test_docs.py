@@ -24,6 +24,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import gralora
 from gralora import LoraConfig
 from gralora.tool import cli, embedded, stdlib
 
@@ -225,6 +226,12 @@ def test_site_is_built_strictly(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "api" / "index.html").is_file()
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = {found.rpartition(".")[2] for found in re.findall(r"^::: (\S+)$", page, re.M)}
+    assert set(gralora.__all__) <= named
 
 
 def test_figures_are_small_and_their_text_is_text() -> None:
