@@ -8,7 +8,7 @@ STAMP := $(VENV)/.dev
 	lint typecheck format clean
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 # the quick tests, and how much of src/gralora they reach; fails below the floor in pyproject.toml
 coverage: $(STAMP)

@@ -58,9 +58,10 @@ def rebuild(args, leaves):
 
 @grids
 @dropouts
-def test_gradcheck(grid, p):
+@pytest.mark.parametrize("tokens", [(2, 5), ()], ids=["batch", "vector"])
+def test_gradcheck(grid, p, tokens):
     """Numerical and analytical gradients agree, the first and the second."""
-    args = operands(grid, p)
+    args = operands(grid, p, tokens)
 
     def function(*leaves):
         return gralora_linear(*rebuild(args, leaves))

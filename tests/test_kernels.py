@@ -139,7 +139,7 @@ def test_dropout_on_gpu(shape):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[5], SHAPES[6]], ids=lambda s: "T{}-{}x{}-k{}-r{}-h{}".format(*s))
 def test_added_on_gpu(shape, dtype):
-    """The adapter in bfloat16, added to a result of bfloat16 or float32: as near to float64 as the definition."""
+    """The adapter in bfloat16, added to a result of bfloat16 or float32: as near to float64 as the definition is."""
     x, _, _, *factors = make(shape, torch.bfloat16, "cuda")
     y = torch.randn(shape[0], shape[2], device="cuda", dtype=dtype)
     dy = torch.randn_like(y)

@@ -38,7 +38,7 @@ def assert_flat(step: Callable[[int], None], warm_up: int, times: int, growth: i
     objects, memory = alive(), rss()
     for i in range(warm_up, warm_up + times):
         step(i)
-    assert alive() == objects
+    assert all(now <= before for now, before in zip(alive(), objects, strict=True))  # other tests' may go meanwhile
     grown = rss() - memory
     print(f"{times} times: {grown / 1e6:.1f} MB more than after the first {warm_up}, {objects} tensors and modules")
     assert grown <= growth, f"{grown / 1e6:.1f} MB"

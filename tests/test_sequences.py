@@ -41,6 +41,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import gralora
+from gralora.ops import dropout
+from gralora.ops.dropout import draw_seed
 
 SEQUENCES, NIGHTLY, STEPS = 100, 2000, 10
 LAYERS = ["linear", "conv"]
@@ -390,8 +392,12 @@ def test_one_layer(
     weight, bias = (t.detach().double() for t in layer.get_base_layer().parameters())
     torch.manual_seed(0)
     dropped = exact_x
-    if training and p:  # the mask is drawn in the dtype that the adapter computes in
-        drawn = nn.functional.dropout(torch.ones_like(x, dtype=factors_of(layer).A.dtype), p)
+    if training and p:
+        ones = torch.ones_like(x, dtype=factors_of(layer).A.dtype)  # in which the adapter computes
+        if ones.dtype == dtype:  # base and adapter in one operation, with its own dropout
+            drawn = dropout(ones.reshape(-1, case.in_features), p, draw_seed(ones)).view_as(ones)
+        else:
+            drawn = nn.functional.dropout(ones, p)
         dropped = exact_x * (drawn != 0) / (1 - p)
     weight = weight if kind == "conv1d" else weight.T
     expected = exact_x @ weight + bias + layer.scaling["default"] * naive_update(dropped, factors)

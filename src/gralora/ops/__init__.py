@@ -130,7 +130,7 @@ class GraloraUpdateFunction(torch.autograd.Function):
 
 def _kept(x, p, seed):
     """What dropout multiplies x with, 0 or 1 / (1 - p)."""
-    return dropout(torch.ones_like(x).flatten(0, -2), p, seed).view_as(x)
+    return dropout(torch.ones_like(x).reshape(-1, x.shape[-1]), p, seed).view_as(x)
 
 
 def _differentiable(y, inputs, needed, dy):

@@ -272,6 +272,8 @@ class FinetuneArguments:
             # without padding there is no mask to count by
             include_num_input_tokens_seen="all" if self.packing else "non_padding",
             remove_unused_columns=False,
+            # of a stream, one process would read batches for all, and answers of different lengths do not fit in one
+            accelerator_config={"dispatch_batches": False},
             bf16=self.bf16,
             fp16=self.fp16,
             use_cpu=not gpu,

@@ -22,7 +22,6 @@ from transformers import (
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     set_seed,
 )
 from transformers.hf_argparser import string_to_bool
@@ -32,6 +31,7 @@ from . import configfile, output
 from .arguments import FinetuneArguments
 from .corpus import Corpus, load_corpus
 from .data import IGNORED, LEARNT, marked
+from .distributed import AdapterTrainer, holds_share
 from .models import check_length, load_model, load_tokenizer
 from .packing import PackingCollator, check_packing
 from .progress import Progress, peak_memory_gib
@@ -114,7 +114,8 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
     started = time.monotonic()
     training, lora_config = args.training_arguments(), args.lora_config()
     output_dir = Path(args.output_dir)
-    finish_replacing(output_dir)
+    with training.main_process_first():
+        finish_replacing(output_dir)
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     check_output(args.output_dir, checkpoint, args.overwrite)
     tokenizer = load_tokenizer(args.base_model)
@@ -129,7 +130,7 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
     if args.packing:
         check_packing(model, args.base_model)
     padding = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
-    trainer = Trainer(
+    trainer = AdapterTrainer(
         model=model,
         args=training,
         train_dataset=corpus.train,
@@ -140,7 +141,8 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
     progress = Progress.replace(trainer)
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
-    prompt = prompt_of(corpus.held_out[0]) if corpus.held_out else []
+    # before training, a model that will be shared out is on the CPU, and in the first process only
+    prompt = prompt_of(corpus.held_out[0]) if corpus.held_out and not holds_share(trainer) else []
     sample_before = complete(model, tokenizer, prompt)
     if checkpoint is None and trainer.is_world_process_zero():
         delete_checkpoints(args.output_dir)
@@ -180,13 +182,14 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
         "versions": {package.__name__: package.__version__ for package in (torch, transformers, peft)}
         | {"python": platform.python_version()},
     }
+    if args.verify:  # in all processes, since each may hold a share of the model
+        texts = [row["input_ids"] for row in (corpus.held_out or [corpus.first])[:PROBES]]
+        record_logits(args, model, texts, output_dir / LOGITS, write=trainer.is_world_process_zero())
     if trainer.is_world_process_zero():
         write_json(output_dir / METRICS, metrics)
         plot_losses(losses, output_dir / LOSS_PLOT)
         report(metrics, output_dir)
         if args.verify:
-            probes = (corpus.held_out or [corpus.first])[:PROBES]
-            record_logits(args, model, [row["input_ids"] for row in probes], output_dir / LOGITS)
             verify_in_new_process(output_dir)
             metrics = json.loads((output_dir / METRICS).read_text(encoding="utf-8"))
     return metrics

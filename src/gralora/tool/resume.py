@@ -13,6 +13,8 @@ from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .distributed import any_process
+
 LATEST = ("latest", "true")
 STATE = "trainer_state.json"  # what the Trainer writes last
 WEIGHTS = "adapter_model.safetensors"
@@ -34,7 +36,9 @@ def fault(checkpoint: Path) -> str | None:
         return f"{STATE} is missing or cut off"
     if not (checkpoint / "adapter_config.json").is_file():
         return "adapter_config.json is missing"
-    if not any(any(checkpoint.glob(pattern)) for pattern in ("optimizer.pt", "optimizer_*", "global_step*")):
+    if not any(
+        any(checkpoint.glob(pattern)) for pattern in ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
+    ):
         return "the optimizer's state is missing"  # the Trainer would begin a new one and not say so
     for file in sorted(checkpoint.iterdir()):
         if file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):
@@ -139,6 +143,8 @@ class SaveOnInterrupt(TrainerCallback):
             raise NothingLeft  # the Trainer would train one step more
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # of several processes, each hears of it in a step of its own
+        self.requested = any_process(self.requested, args.device)
         if self.requested:
             control.should_save = control.should_training_stop = True
         if control.should_save and state.is_world_process_zero:

@@ -34,12 +34,20 @@ def last_logits(model: PreTrainedModel | PeftModel, texts: list[list[int]]) -> T
     return torch.stack(rows).float().cpu()
 
 
-def record_logits(args: FinetuneArguments, model: PeftModel, texts: list[list[int]], path: Path) -> None:
-    """Write what `verify` compares with: the logits of the model as it is, what it was given, and how to load it."""
+def record_logits(
+    args: FinetuneArguments, model: PeftModel, texts: list[list[int]], path: Path, write: bool = True
+) -> None:
+    """Write what `verify` compares with: the logits of the model as it is, what it was given, and how to load it.
+
+    Of several processes that share the model, all must call it, and one with `write`.
+    """
+    logits = last_logits(model, texts)
+    if not write:
+        return
     tensors = {f"text_{i}": torch.tensor(ids) for i, ids in enumerate(texts)}
     metadata = {"dtype": str(args.dtype).removeprefix("torch."), "device": model.device.type}
     metadata["quantization"] = args.quantization
-    save_file(tensors | {"logits": last_logits(model, texts)}, path, metadata)
+    save_file(tensors | {"logits": logits}, path, metadata)
 
 
 def verify(adapter: str | Path) -> dict[str, float]:

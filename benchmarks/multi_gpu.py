@@ -1,0 +1,159 @@
+"""Training steps on several GPUs, DDP and FSDP2, with the configs in configs/accelerate.
+
+    python benchmarks/multi_gpu.py [--nproc 1 2 4] [--engines ddp fsdp2] [--out results.json]
+
+Llama-3-8B's shape with random weights, bf16, r = 64, k = 4, all seven linears, sequences of 2048 tokens: the frozen
+base, PEFT LoRA, PEFT GRALORA and gralora, interleaved step by step as in speed.py. A table for each engine and number
+of GPUs: time of a step on the slowest GPU, tokens per second over all GPUs, most memory of a GPU that the method alone
+would use, and scaling efficiency: tokens per second, over those of one GPU times the number of GPUs. One GPU runs DDP
+only: there is nothing to shard. `--tiny` is a model of a few thousand weights on CPU processes, to test this script.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from speed import BF16, FP32, LINEARS, METHODS, _llama, adapt, configs, environment, interleave, report
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs" / "accelerate"
+ENGINES = ["ddp", "fsdp2"]
+LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)
+LLAMA_8B |= dict(num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192)
+TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+TINY |= dict(num_key_value_heads=2, vocab_size=64)
+
+
+def take_cpu_for_gpus() -> None:
+    """Let accelerate take processes on the CPU for GPUs, with gloo between them: else it shards on GPUs only."""
+    import torch.distributed
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    torch.distributed.init_process_group("gloo")
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """In one of the processes: a row for each method, which the first writes to `args.worker`."""
+    if args.tiny and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        take_cpu_for_gpus()
+    import torch
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=args.tiny)
+    device = accelerator.device.type
+    shape, dtype = (TINY, FP32) if args.tiny else (LLAMA_8B, BF16)
+    base = _llama(shape, device, dtype)
+    base_mib = sum(p.numel() * p.element_size() for p in base.parameters()) / 2**20
+    tokens = torch.randint(0, shape["vocab_size"], (args.batch, args.sequence), device=device)
+
+    def allocated_mib() -> float:
+        return torch.cuda.memory_allocated() / 2**20 if device == "cuda" else 0.0
+
+    steps, memory = {}, {}
+    for name, config in configs(*((4, 2) if args.tiny else (64, 4)), LINEARS).items():
+        before = allocated_mib()
+        steps[name] = training_step(adapt(base, config, fp32_adapters=False), tokens, accelerator, args.checkpointing)
+        steps[name]()
+        # without FSDP all methods share the base model's weights, and each alone would have them
+        memory[name] = allocated_mib() - before + (0 if accelerator.is_fsdp2 else base_mib)
+    del base
+    if device == "cuda":
+        for name, step in steps.items():
+            before = allocated_mib()
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            memory[name] += torch.cuda.max_memory_allocated() / 2**20 - before
+    rows = interleave(steps, device, args.rounds, repeats=1, warmup=1)
+    for name, row in rows.items():
+        worst = torch.tensor([*row.values(), memory[name]], device=device)  # of a step, a GPU waits for the slowest
+        if accelerator.num_processes > 1:
+            torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
+        row |= dict(zip([*row, "peak_mib"], worst.tolist(), strict=True))
+        row["tokens_per_s"] = tokens.numel() * accelerator.num_processes / row["time_ms"] * 1e3
+    if accelerator.is_main_process:
+        args.worker.write_text(json.dumps({"rows": rows, "facts": environment()}))
+    steps.clear()  # DDP's models, before what they communicate through
+    accelerator.free_memory()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def training_step(model, tokens, accelerator, checkpointing: bool):
+    """Forward, backward and AdamW on the adapter, on this process's tokens; as speed.py's, through accelerate."""
+    import torch
+
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # accelerate's FSDP2 asks for an optimizer; one over a weight that never has a gradient does nothing
+    optimizer = torch.optim.AdamW(trainable or [next(model.parameters())], lr=1e-5)
+    # the frozen base too has gradients as far as the embeddings, as it would have with adapters in the first layer
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    if trainable or accelerator.is_fsdp2:  # DDP refuses a model without gradients to exchange
+        model, optimizer = accelerator.prepare(model, optimizer)
+
+    def step() -> None:
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def launch(engine: str, processes: int, args: argparse.Namespace) -> dict:
+    """`measure` on so many processes, started by accelerate; the figures of all."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "rows.json")
+        command = ["--config_file", str(CONFIGS / f"{engine}.yaml"), "--num_processes", str(processes)]
+        command += ["--main_process_port", "0", __file__, "--worker", str(out), "--rounds", str(args.rounds)]
+        command += ["--batch", str(args.batch), "--sequence", str(args.sequence), "--methods", *args.methods]
+        command += [flag for flag in ("--tiny", "--checkpointing") if getattr(args, flag[2:])]
+        launch_command(launch_command_parser().parse_args(command))
+        return json.loads(out.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nproc", type=int, nargs="+", default=[1, 2], help="numbers of GPUs")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="which methods to compare")
+    parser.add_argument("--batch", type=int, default=2, help="sequences per GPU")
+    parser.add_argument("--sequence", type=int, default=2048, help="tokens per sequence")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds over all methods")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on CPU processes")
+    parser.add_argument("--out", type=Path, help="write all rows as JSON")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    METHODS[:] = args.methods
+    if args.worker:
+        measure(args)
+        return
+    rows, alone = [], {}
+    for processes in sorted(args.nproc):
+        for engine in [engine for engine in args.engines if processes > 1 or engine == "ddp"]:
+            found = launch(engine, processes, args)
+            timed, facts = found["rows"], found["facts"] | {"engine": engine, "gpus": processes}
+            if processes == 1:
+                alone = timed
+            for name in timed.keys() & alone.keys():
+                linear = processes * alone[name]["tokens_per_s"]
+                timed[name]["efficiency_percent"] = 100 * timed[name]["tokens_per_s"] / linear
+            setting = f"{engine}, {processes} x {args.batch} x {args.sequence} tokens"
+            setting += ", gradient checkpointing" if args.checkpointing else ""
+            found_rows = report("multi_gpu", setting, timed, "frozen", **facts)
+            rows += found_rows
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
