@@ -47,14 +47,14 @@ test-versions: test-oldest test-newest
 test-oldest: constraints-oldest.txt
 	test -d .venv-oldest || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[dev]'
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python -m pytest -n auto --dist loadfile
 
 test-newest:
 	test -d .venv-newest || $(PYTHON) -m venv .venv-newest
 	grep torch== constraints.txt > .venv-newest/constraints.txt
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
 		-c .venv-newest/constraints.txt -e '.[dev]'
-	.venv-newest/bin/python -m pytest
+	.venv-newest/bin/python -m pytest -n auto --dist loadfile
 
 lint: $(STAMP) typecheck
 	$(VENV)/bin/ruff check .

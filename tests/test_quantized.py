@@ -1,7 +1,11 @@
 """GraLoRA on quantised base models: the numbers of the dequantised weights, and merges no worse than need be."""
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -527,6 +531,59 @@ def test_layer_classes_without_merge(peft_class, package, class_name, plain_firs
     torch.testing.assert_close(layer.get_delta_weight("default"), 3.0 * naive_delta(factors_of(layer)))
     with assert_unchanged(model, x), pytest.raises(NotImplementedError):
         model.merge_adapter()
+
+
+FAKE_PACKAGES = {  # module -> class of the base layer
+    "aqlm": "QuantizedLinear",
+    "eetq": "EetqLinear",
+    "neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules": "PatchedLinear",
+}
+FAKE = """
+import torch
+
+class {name}(torch.nn.Module):
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = torch.nn.Parameter(torch.randn(out_features, in_features), requires_grad=False)
+        self.codes = self.codebooks = self.weight
+
+    def forward(self, x):
+        return x @ self.weight.T
+"""
+WITH_FAKE_PACKAGE = """
+import sys, torch, gralora
+sys.path.insert(0, {tests!r})
+from importlib import import_module
+from helpers import OneLayer, factors_of, naive_update, only_layer, randomize
+from peft import get_peft_model
+
+base = getattr(import_module({module!r}), {name!r})(16, 24)
+config = gralora.LoraConfig(use_gralora=True, r=10, hybrid_r=2, gralora_k=4, lora_alpha=30, target_modules=["layer"])
+model = randomize(get_peft_model(OneLayer(base), config))
+layer, x = only_layer(model), torch.randn(5, 16)
+expected = base(x) + 3.0 * naive_update(x, factors_of(layer))
+torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+grads = torch.autograd.grad(expected.square().sum(), factors_of(layer).tensors())
+for a, b in zip(torch.autograd.grad(model(x).square().sum(), factors_of(layer).tensors()), grads, strict=True):
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+try:
+    model.merge_adapter()
+except (NotImplementedError, AttributeError) as error:
+    print([cls.__name__ for cls in type(layer).__mro__], error)
+"""
+
+
+@pytest.mark.parametrize("module, name", FAKE_PACKAGES.items(), ids=["aqlm", "eetq", "inc"])
+def test_layer_classes_that_need_their_library(module, name, tmp_path):
+    """PEFT's own choice of class, with a package of the library's name: a grid trains, and merging is refused."""
+    file = tmp_path.joinpath(*module.split(".")).with_suffix(".py")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(FAKE.format(name=name))
+    code = WITH_FAKE_PACKAGE.format(tests=str(Path(__file__).parent), module=module, name=name)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert run.returncode == 0 and "LoraLinear'" in run.stdout, run.stdout + run.stderr[-1500:]
 
 
 # Whole models

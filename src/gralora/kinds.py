@@ -158,6 +158,10 @@ KINDS = (
     # tested without the library: PEFT's classes over a stand-in for the base layer
     Kind("GPTQ", "gptqmodel.BaseQuantLinear", "", "peft.GPTQLoraLinear"),
     Kind("AWQ", "gptqmodel.BaseQuantLinear", "", "peft.AwqLoraLinear"),
+    Kind("AQLM", "aqlm.QuantizedLinear", "", "peft.AqlmLoraLinear"),
+    Kind("EETQ", "eetq.EetqLinear", "", "peft.EetqLoraLinear"),
+    Kind("EETQ", "transformers.EetqLinear", "", "peft.EetqLoraLinear"),
+    Kind("Intel Neural Compressor", "neural_compressor.PatchedLinear", "", "peft.IncLoraLinear"),
 )
 
 
