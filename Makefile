@@ -12,7 +12,7 @@ test: $(STAMP)
 
 # the quick tests, and how much of src/gralora they reach; fails below the floor in pyproject.toml
 coverage: $(STAMP)
-	$(VENV)/bin/python -m pytest --cov=gralora --cov-report=term-missing:skip-covered
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --cov=gralora --cov-report=term-missing:skip-covered
 
 # the documentation site, into build/site
 docs: $(VENV)/.docs
