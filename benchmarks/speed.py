@@ -1,6 +1,7 @@
 """Speed and memory of GraLoRA side by side with the frozen base, PEFT's LoRA and PEFT's own GRALORA.
 
-    python benchmarks/speed.py linear model small decode merge cpu [--compile] [--out results.json]
+    python benchmarks/speed.py linear model small decode merge cpu [--compile] [--out results.json] [--plot plot.svg]
+    python benchmarks/speed.py --rows benchmarks/results/linear-h100.json --plot plot.svg
 
 Sections run in the order given; every section interleaves its methods round by round and prints, per method, the
 median time over the rounds with its spread, and ratios first. The frozen base (gradients to the input only) is the
@@ -280,6 +281,32 @@ def merge(args: argparse.Namespace) -> list[dict]:
     return report("merge", f"get_delta_weight, 4096->14336, r=64, k=4, {device}", timed, "PEFT GRALORA")
 
 
+def plot(rows: list[dict], path: Path) -> None:
+    """Bars of every method's ratio to the frozen base, one group a setting."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    ratios: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if "ratio_to_frozen" in row and row["method"] != "frozen":
+            ratios.setdefault(f"{row['section']}: {row['setting']}", {})[row["method"]] = row["ratio_to_frozen"]
+    methods = [name for name in METHODS if any(name in row for row in ratios.values())]
+    figure = Figure(figsize=(9, 1 + 0.45 * len(ratios)), layout="constrained")
+    axes = figure.subplots()
+    for i, name in enumerate(methods):
+        places = [place + (i - (len(methods) - 1) / 2) * 0.27 for place in range(len(ratios))]
+        axes.barh(places, [row.get(name, 0) for row in ratios.values()], 0.25, label=name)
+    axes.set_yticks(range(len(ratios)), list(ratios), fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlim(left=0.9)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("time, frozen base = 1")
+    axes.legend(loc="lower right", fontsize=8)
+    axes.margins(y=0.01)
+    with rc_context({"svg.fonttype": "none"}):
+        figure.savefig(path)
+
+
 SECTIONS = {f.__name__: f for f in (linear, model, small, decode, merge, cpu)}
 
 
@@ -291,7 +318,7 @@ def environment() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="+", choices=SECTIONS, metavar="section", help=", ".join(SECTIONS))
+    parser.add_argument("sections", nargs="*", metavar="section", help=", ".join(SECTIONS))
     parser.add_argument("--compile", action="store_true", help="training steps under torch.compile instead of eager")
     parser.add_argument("--checkpointing", action="store_true", help="training steps also with gradient checkpointing")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="which methods to compare")
@@ -299,13 +326,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="rounds over all methods")
     parser.add_argument("--repeats", type=int, default=2, help="training steps in a row in one round")
     parser.add_argument("--out", type=Path, help="write all rows as JSON")
+    parser.add_argument("--plot", type=Path, help="draw the ratios to the frozen base")
+    parser.add_argument("--rows", type=Path, nargs="+", default=[], help="earlier --out files, to be drawn too")
     args = parser.parse_args()
+    if unknown := set(args.sections) - SECTIONS.keys():
+        parser.error(f"no such section: {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
     METHODS[:] = args.methods
+    earlier = [row for file in args.rows for row in json.loads(file.read_text())]
     facts = environment()
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     rows = [row | facts for section in args.sections for row in SECTIONS[section](args)]
     if args.out:
         args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    if args.plot:
+        plot(earlier + rows, args.plot)
 
 
 if __name__ == "__main__":
