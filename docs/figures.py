@@ -6,7 +6,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
 from matplotlib.patches import Rectangle
+
+from gralora import ops
 
 COLOURS = ["#4c78a8", "#f58518", "#54a24b", "#b279a2"]
 INK, PALE = "#333333", "#f2f2f2"
@@ -53,6 +56,118 @@ def grid(k: int = 4) -> plt.Figure:
     return fig
 
 
+def exchange(k: int = 4) -> plt.Figure:
+    """The exchange as a transposition of a table of sub-ranks, and as a permutation matrix."""
+    fig, axes = plt.subplots(1, 3, figsize=(10, 3.4))
+    titles = (
+        "after A: row i is h of input chunk i",
+        "exchanged: row j is g of output block j",
+        "the same as a permutation of k x k parts",
+    )
+    for ax, title in zip(axes, titles, strict=True):
+        ax.set_title(title, fontsize=9, color=INK)
+        ax.set_aspect("equal")
+        ax.axis("off")
+    for row in range(k):
+        for column in range(k):
+            y = k - 1 - row
+            box(axes[0], column, y, 1, 1, COLOURS[row], f"$h_{row + 1}[{column + 1}]$")
+            box(axes[1], column, y, 1, 1, COLOURS[column], f"$h_{column + 1}[{row + 1}]$")
+    for ax in axes[:2]:
+        ax.set(xlim=(-0.1, k + 0.1), ylim=(-0.1, k + 0.1))
+    size = k * k
+    axes[2].add_patch(Rectangle((0, 0), size, size, facecolor=PALE))
+    for i in range(k):
+        for j in range(k):  # part j of h_i, column i k + j, goes to place i of g_j, row j k + i
+            axes[2].add_patch(Rectangle((i * k + j, size - 1 - (j * k + i)), 1, 1, facecolor=COLOURS[i]))
+    for line in range(k + 1):
+        axes[2].plot([line * k, line * k], [0, size], color="white", linewidth=1)
+        axes[2].plot([0, size], [line * k, line * k], color="white", linewidth=1)
+    axes[2].text(size / 2, -0.6, "parts of h, chunk by chunk", ha="center", va="top", fontsize=8, color=INK)
+    axes[2].text(-0.6, size / 2, "parts of g", ha="right", va="center", rotation=90, fontsize=8, color=INK)
+    axes[2].set(xlim=(-2, size + 0.5), ylim=(-2, size + 0.5))
+    fig.subplots_adjust(left=0.02, right=0.98, top=0.92, bottom=0.02, wspace=0.08)
+    return fig
+
+
+def rank(size: int = 192, r: int = 16) -> plt.Figure:
+    """Singular values of random updates of one parameter count, computed: the rank of dW is k * r."""
+    fig, ax = plt.subplots(figsize=(7, 3.4))
+    generator = torch.Generator().manual_seed(0)
+    for k, colour in zip((1, 2, 4, 8), COLOURS, strict=True):
+        A = torch.randn(k, size // k, r, generator=generator, dtype=torch.float64) / (size / k) ** 0.5
+        B = torch.randn(k, r, size // k, generator=generator, dtype=torch.float64) / r**0.5
+        values = torch.linalg.svdvals(ops.delta_weight(A, B, 1.0))
+        number = int((values > values[0] * 1e-10).sum())
+        ax.plot(range(1, number + 1), values[:number], color=colour, label=f"{_name(k)}: rank {number}")
+        ax.plot([number, number], [0, values[number - 1]], color=colour, linestyle=":", linewidth=1)
+    ax.set(xlabel="index of the singular value", ylabel="singular value of dW", ylim=(0, None), xlim=(0, size))
+    ax.set_title(f"{size} x {size}, r = {r}, {2 * r * size} parameters each, random factors", fontsize=9, color=INK)
+    ax.legend(frameon=False, fontsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.tight_layout(pad=0.4)
+    return fig
+
+
+def _name(k: int) -> str:
+    return "LoRA" if k == 1 else f"GraLoRA, k = {k}"
+
+
+STAGES = [  # of a forward pass: what, where, what it does
+    (
+        "config",
+        "config.py",
+        "LoraConfig(use_gralora=True):\nfields and checks; from here on\nPEFT does its usual work",
+    ),
+    (
+        "layer",
+        "inject.py, layers.py, blocks.py",
+        "PEFT's LoRA layer, promoted;\nlora_A, lora_B hold the grid's\nfactors; fused path or PEFT's?",
+    ),
+    (
+        "op",
+        "ops/__init__.py, fused.py",
+        "gralora_linear, add_update:\ny = x W' + g B,\ng = exchange(x A); gradients alike",
+    ),
+    (
+        "kernel",
+        "ops/kernels.py, hopper.py",
+        "Triton on a GPU, Hopper's own\nproduct where it is one; else\ntorch's batched products",
+    ),
+]
+
+
+def forward() -> plt.Figure:
+    """One forward pass through the four floors of the package."""
+    fig, ax = plt.subplots(figsize=(10, 2.4))
+    for place, (name, where, what) in enumerate(STAGES):
+        x = place * 2.6
+        ax.add_patch(Rectangle((x, 0), 2.25, 1.9, facecolor=PALE, edgecolor="none"))
+        box(ax, x, 1.5, 2.25, 0.4, COLOURS[place], name, fontsize=10)
+        ax.text(x + 1.125, 1.27, where, ha="center", va="center", fontsize=8, color=COLOURS[place])
+        ax.text(x + 1.125, 0.58, what, ha="center", va="center", fontsize=8, color=INK, linespacing=1.4)
+        if place:
+            ax.annotate("", (x - 0.03, 0.95), (x - 0.32, 0.95), arrowprops={"arrowstyle": "->", "color": INK})
+    ax.text(
+        1 * 2.6 + 1.125,
+        -0.12,
+        "no (several adapters, DoRA, hooks, mixed dtypes): PEFT's forward computes\n"
+        "base_layer(x) + lora_B(lora_A(dropout(x))) * scaling, with the same factors",
+        ha="center",
+        va="top",
+        fontsize=8,
+        color=INK,
+    )
+    ax.set(xlim=(-0.05, 10.1), ylim=(-0.6, 1.95))
+    ax.axis("off")
+    fig.tight_layout(pad=0.2)
+    return fig
+
+
+FIGURES = {"grid": grid, "exchange": exchange, "rank": rank, "forward": forward}
+
 if __name__ == "__main__":
     plt.rcParams["svg.hashsalt"] = "gralora"  # the same file at every run
-    grid().savefig(Path(__file__).with_name("grid.svg"), metadata={"Date": None})
+    plt.rcParams["svg.fonttype"] = "none"  # text stays text
+    for name, draw in FIGURES.items():
+        draw().savefig(Path(__file__).with_name(f"{name}.svg"), metadata={"Date": None})

@@ -1,11 +1,15 @@
 """Fixtures that several test files share."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from gralora.tool import embedded
 
 torch.set_num_threads(1)  # the models here are so small that more threads only wait for each other
 
@@ -32,3 +36,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def embedded_stand_in(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder, for GRALORA_CACHE, in which the embedded model is the tiny one, with room for 1024 tokens."""
+    cache = tmp_path_factory.mktemp("cache")
+    shutil.copytree(tiny_model, cache / embedded.MODEL)
+    path = cache / embedded.MODEL / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 1024}))  # rotary: no weights
+    return cache

@@ -1,13 +1,22 @@
-"""Importing gralora: no warnings of its own, and a clear message about versions that it does not support."""
+"""What is shipped, and importing it: no file missing, no warning of its own, clear words about other versions."""
 
 import importlib.metadata
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import venv
 import warnings
+import zipfile
+from pathlib import Path
 
 import pytest
 
 from gralora import versions
+
+ROOT = Path(__file__).parents[1]
 
 QUIET_IMPORT = """
 import os, sys, tempfile, warnings
@@ -56,6 +65,53 @@ def test_installed_versions_are_supported() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         versions.check_versions()
+
+
+def package_files() -> set[str]:
+    """Of src/gralora, as a wheel names them."""
+    found = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "gralora").rglob("*") if path.is_file()}
+    return {name for name in found if "__pycache__" not in name}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, and the wheel that was built from it."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "src" / "gralora", source / "src" / "gralora", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "build", "--no-isolation", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return source / "dist"
+
+
+def test_wheel_and_sdist_have_every_file(built: Path) -> None:
+    (wheel,), (sdist,) = built.glob("*.whl"), built.glob("*.tar.gz")
+    shipped = set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in shipped if ".dist-info/" not in name} == package_files()
+    assert any(name.endswith("licenses/LICENSE") for name in shipped)
+    with tarfile.open(sdist) as archive:
+        packed = {name.split("/src/", 1)[1] for name in archive.getnames() if "/src/gralora/" in name}
+    assert package_files() <= packed
+
+
+@pytest.mark.slow
+def test_wheel_works_in_a_new_environment(built: Path, tmp_path: Path) -> None:
+    """Installed alone; its dependencies are then lent to it from here."""
+    (wheel,) = built.glob("*.whl")
+    venv.create(tmp_path, with_pip=True)
+    python = tmp_path / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
+    (site,) = tmp_path.glob("lib/python*/site-packages")
+    assert all((site / name).is_file() for name in package_files())
+    lent = os.environ | {"PYTHONPATH": sysconfig.get_paths()["purelib"]}
+    code = "import gralora; print(gralora.__file__); [getattr(gralora, name) for name in gralora.__all__]"
+    done = subprocess.run([python, "-c", code], env=lent, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == site / "gralora" / "__init__.py"
+    done = subprocess.run([tmp_path / "bin" / "gralora", "--help"], env=lent, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: gralora" in done.stdout, done.stderr
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, name: str, version: str) -> None:

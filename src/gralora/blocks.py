@@ -21,7 +21,9 @@ class Weights(NamedTuple):
     weight: Tensor
     hybrid_weight: Tensor | None = None
 
-    gain = 1.0
+    @property
+    def gain(self) -> float:
+        return 1.0
 
 
 class GranularDown(nn.Module):
@@ -31,6 +33,9 @@ class GranularDown(nn.Module):
         weight: A, `[k, I/k, r_g]`.
         hybrid_weight: A_s, `[hybrid_r, I]`, or None for a pure GraLoRA.
     """
+
+    weight: nn.Parameter
+    hybrid_weight: nn.Parameter | None
 
     def __init__(self, weight: Tensor, hybrid_weight: Tensor | None = None) -> None:
         super().__init__()
@@ -78,6 +83,10 @@ class GranularUp(nn.Module):
         bias: `[O]` with PEFT's `lora_bias=True`, else None.
         gralora_scaling: as in the config; what it multiplies the output by, on top of PEFT's scaling, is `gain`.
     """
+
+    weight: nn.Parameter
+    hybrid_weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(self, weight: Tensor, hybrid_weight: Tensor | None = None, bias: Tensor | None = None) -> None:
         super().__init__()

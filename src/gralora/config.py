@@ -50,8 +50,8 @@ def shortest_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]
     pattern = {}
     for name, value in values.items():
         if value != default:
-            end = next((end for end in _ends(name) if sharing[end] == {value}), None)
-            pattern["^" + re.escape(name) if end is None else re.escape(end)] = value
+            shared_by_none = [re.escape(end) for end in _ends(name) if sharing[end] == {value}]
+            pattern[shared_by_none[0] if shared_by_none else "^" + re.escape(name)] = value
     return pattern
 
 
@@ -141,7 +141,7 @@ class LoraConfig(peft.LoraConfig):
 
     def ranks(self) -> dict[str, int]:
         """The total ranks that layers can get, by the name of what sets them: `r` and the rank_pattern entries."""
-        return {"r": self.r} | {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
+        return {"r": self.r} | {f"rank_pattern[{key!r}]": rank for key, rank in (self.rank_pattern or {}).items()}
 
     def of_layer(self, field: str, layer: str) -> Any:
         """The `r`, `lora_alpha` or `gralora_k` of one layer: what its pattern says, else the field."""

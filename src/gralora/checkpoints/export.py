@@ -164,7 +164,7 @@ def parity(plain: PlainLora, read_back: Callable[[str], tuple[Tensor, Tensor]]) 
     generator = torch.Generator().manual_seed(0)
     for layer in plain.layers:
         x = torch.randn(PROBES, plain.adapter.features(layer)[0], generator=generator, dtype=torch.float64)
-        factors = (None if t is None else t.double() for t in plain.adapter.factors(layer)[:4])
+        factors = plain.adapter.factors(layer).moved(Tensor.double)
         expected = plain.adapter.scaling(layer) * reference.update(x, *factors)
         A, B = read_back(layer)
         difference = times(times(x, A), B) - expected
@@ -199,14 +199,14 @@ def logits_parity(adapter: Path, exported: Path, base: Path) -> dict[str, float]
     # False, since the default asks people whether to run the code of a base that has some
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     tokens = torch.randint(model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
-    model = load_adapter(model, adapter, adapter_name="gralora")
-    model.add_adapter("exported", peft.PeftConfig.from_pretrained(exported))
-    model.load_adapter(exported, "exported")
+    both = load_adapter(model, adapter, adapter_name="gralora")
+    both.add_adapter("exported", peft.PeftConfig.from_pretrained(str(exported)))
+    both.load_adapter(str(exported), "exported")
     logits = []
     for name in ("gralora", "exported"):
-        model.set_adapter(name)
+        both.set_adapter(name)
         with torch.no_grad():
-            logits.append(model.eval()(tokens).logits)
+            logits.append(both.eval()(tokens).logits)
     return {"max_difference": (logits[0] - logits[1]).abs().max().item(), "max_logit": logits[0].abs().max().item()}
 
 
@@ -257,7 +257,7 @@ def to_lora(
     plain = plain_lora(source_adapter, to.max_rank, max_rank, lossy, to.dtype or dtype)
     with new_folder(out) as folder:
         read_back = to.write(plain, folder, base_config, extra)
-        report = {
+        report: dict[str, Any] = {
             "target": target,
             "source": {"adapter": str(adapter), "format": source_adapter.format},
             "rank": plain.rank,

@@ -40,6 +40,11 @@ class Factors(NamedTuple):
     bias: Tensor | None = None
     magnitude: Tensor | None = None
 
+    def moved(self, move: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """A, B, A_s and B_s, each after `move`, which gives another dtype or device."""
+        hybrid_A, hybrid_B = (None if t is None else move(t) for t in (self.hybrid_A, self.hybrid_B))
+        return move(self.A), move(self.B), hybrid_A, hybrid_B
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -189,7 +194,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str |
     adapter = Adapter(_config(ours), lazy.renamed(sources), name, tuple(notices))
     check_matching_time(ours, adapter.layers)
     if not adapter.config.target_modules or adapter.config.target_modules == "all-linear":
-        adapter.config.target_modules = set(adapter.layers)  # what the words stood for is no longer known
+        adapter.config.target_modules = set(adapter.layers)  # type: ignore[assignment]  # PEFT keeps a set; what the words stood for is no longer known
     check(adapter)
     return adapter
 
@@ -214,10 +219,10 @@ def write(adapter: Adapter, target: str) -> tuple[dict[str, Any], LazyTensors]:
     Raises:
         ValueError: if the format cannot express something in it; the message names the field and what would work.
     """
-    if target not in FORMATS or FORMATS[target].write_config is None:
-        names = [name for name, known in FORMATS.items() if known.write_config is not None]
+    known = FORMATS.get(target)
+    if known is None or known.write_config is None:
+        names = [name for name, one in FORMATS.items() if one.write_config is not None]
         raise ValueError(f"format {target!r} cannot be written; use one of {', '.join(names)}.")
-    known = FORMATS[target]
     return known.write_config(adapter), adapter.tensors.renamed({known.to_theirs(t): t for t in adapter.tensors})
 
 
@@ -303,7 +308,14 @@ def _check_shapes(layer: str, f: Factors, adapter: Adapter) -> None:
 
 
 # Configs. The fields that every PEFT config has, and those that two tuners call the same:
-SHARED = ("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
+SHARED: tuple[str, ...] = (
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+)
 SHARED += ("target_modules", "fan_in_fan_out", "modules_to_save", "layers_to_transform", "layers_pattern")
 SHARED += ("gralora_k", "hybrid_r")
 
@@ -417,7 +429,7 @@ def _gralora_to_peft(adapter: Adapter) -> dict[str, Any]:
             f"{name}={getattr(config, name)!r} cannot be expressed in PEFT's GRALORA format; "
             "`gralora export --for peft` (a plain LoRA) or `gralora merge` may take it."
         )
-    values = {}
+    values: dict[str, set[Any]] = {}
     for name, value in (
         ("rank_pattern", adapter.rank),
         ("alpha_pattern", lambda layer: adapter.alpha(layer) * adapter.gain(layer)),

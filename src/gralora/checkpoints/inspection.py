@@ -149,7 +149,7 @@ def draw_block_norms(
     figure = Figure(figsize=(3.6 * columns, 3 * rows), layout="constrained")
     panels = iter(figure.subplots(rows, columns, squeeze=False).flat)
     top = max(n.max() for n in norms.values())
-    image = None
+    image: Any = None
     for name, panel in zip(names, panels, strict=False):
         image = panel.imshow(norms[name], vmin=0, vmax=top, cmap="viridis")
         panel.set_title(name.removeprefix("model."), fontsize=7)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import peft
 from peft import PeftModel
@@ -85,7 +86,7 @@ def check_layers(adapter: Adapter, base: nn.Module) -> None:
 
     check_matching_time(adapter.config.to_dict(), modules)
     # before PEFT makes room for them: the config sets how much
-    tuner = SimpleNamespace(model=base, _check_target_module_exists=check_target_module_exists)
+    tuner: Any = SimpleNamespace(model=base, _check_target_module_exists=check_target_module_exists)
     selected = [name for name, _ in inject.targeted_layers(tuner, adapter.config)]
     without = [name for name in selected if name not in adapter.layers]
     if without:

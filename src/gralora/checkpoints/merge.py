@@ -314,7 +314,9 @@ class Merges:
             return dW.T if self.transposed[name] else dW
         if name in self.biases:
             layer = self.biases[name]
-            bias = self.adapter.factors(layer).bias.to(self.device, torch.float32)
+            bias = self.adapter.factors(layer).bias
+            assert bias is not None  # `biases` names those that have one
+            bias = bias.to(self.device, torch.float32)
             return base.to(bias) + self.adapter.peft_scaling(layer) * bias
         return base
 
@@ -326,8 +328,7 @@ class Merges:
             weight.mul_((magnitude.to(norms) / norms)[:, None])
 
     def _update(self, layer: str) -> Tensor:
-        f = (None if t is None else t.to(self.device) for t in self.adapter.factors(layer)[:4])
-        A, B, hybrid_A, hybrid_B = f
+        A, B, hybrid_A, hybrid_B = self.adapter.factors(layer).moved(lambda t: t.to(self.device))
         return blocks.delta_weight(GranularDown(A, hybrid_A), GranularUp(B, hybrid_B), self.adapter.scaling(layer))
 
     def verify(self, written: BaseModel, count: int) -> int:
@@ -345,8 +346,7 @@ class Merges:
         sample = names[:: max(1, len(names) // count)] if len(names) > count else names
         for name in sample:
             layer = self.weights[name]
-            f = (None if t is None else t.double() for t in self.adapter.factors(layer)[:4])
-            A, B = hybrid_to_lora(*f)
+            A, B = hybrid_to_lora(*self.adapter.factors(layer).moved(Tensor.double))
             dW = self.adapter.scaling(layer) * (B @ A)
             exact = self._base(name, self.model).double()
             exact = (exact.T if self.transposed[name] else exact) + dW

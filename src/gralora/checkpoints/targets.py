@@ -6,6 +6,7 @@ A target's `write` puts its files into a folder and returns how to read a layer'
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +36,27 @@ GGUF = "adapter.gguf"
 def write_peft(plain: PlainLora, folder: Path, base_config: dict[str, Any] | None, extra: dict[str, Any]) -> ReadBack:
     """PEFT's LoRA: adapter_config.json and adapter_model.safetensors; also vLLM's and SGLang's."""
     adapter = plain.adapter
-    specs, loads = {}, {}
+    specs: dict[str, Tensor] = {}
+    loads: dict[str, Callable[[], Tensor]] = {}
     for layer in plain.layers:
         in_features, out_features = adapter.features(layer)
         shapes = ((A, (plain.rank, in_features)), (B, (out_features, plain.rank)))
         for i, (suffix, shape) in enumerate(shapes):
             name = PREFIX + layer + suffix
-            specs[name], loads[name] = spec(shape, plain.dtype), lambda layer=layer, i=i: plain.factors(layer)[i]
+            specs[name], loads[name] = (
+                spec(shape, plain.dtype),
+                partial(lambda layer, i: plain.factors(layer)[i], layer, i),
+            )
         if adapter.specs(layer).bias is not None:
             name = PREFIX + layer + BIAS
             specs[name] = spec((out_features,), plain.dtype)
-            loads[name] = lambda layer=layer: folded_bias(plain, layer)
+            loads[name] = partial(folded_bias, plain, layer)
         if adapter.specs(layer).magnitude is not None:
             name = PREFIX + layer + MAGNITUDE
             specs[name] = spec((out_features,), plain.dtype)
-            loads[name] = lambda layer=layer: adapter.factors(layer).magnitude.to(plain.dtype)
+            loads[name] = partial(magnitude, plain, layer)
     for name in adapter.others:
-        specs[name], loads[name] = adapter.tensors.specs[name], lambda name=name: adapter.tensors[name]
+        specs[name], loads[name] = adapter.tensors.specs[name], partial(adapter.tensors.__getitem__, name)
     write_safetensors(folder / WEIGHTS, LazyTensors(specs, lambda name: loads[name]()))
     write_json(folder / CONFIG, plain_config(plain, extra))
     written = read_safetensors(folder / WEIGHTS)
@@ -59,24 +64,36 @@ def write_peft(plain: PlainLora, folder: Path, base_config: dict[str, Any] | Non
 
 
 def folded_bias(plain: PlainLora, layer: str) -> Tensor:
-    return (plain.adapter.factors(layer).bias.double() * plain.adapter.peft_scaling(layer)).to(plain.dtype)
+    bias = plain.adapter.factors(layer).bias
+    assert bias is not None  # asked for where the file has one
+    return (bias.double() * plain.adapter.peft_scaling(layer)).to(plain.dtype)
+
+
+def magnitude(plain: PlainLora, layer: str) -> Tensor:
+    m = plain.adapter.factors(layer).magnitude
+    assert m is not None
+    return m.to(plain.dtype)
 
 
 def write_mlx(plain: PlainLora, folder: Path, base_config: dict[str, Any] | None, extra: dict[str, Any]) -> ReadBack:
     """MLX's adapters.safetensors, lora_a `[I, R]` and lora_b `[R, O]`, and its adapter_config.json."""
-    keys = {}
+    keys: dict[str, None] = {}
     for layer in plain.layers:
         match = re.fullmatch(r"model\.layers\.\d+\.(.+)", layer)
         if match is None:
             raise ValueError(f"mlx adapts what is in model.layers only, and the adapter has {layer!r}.")
         keys[match[1]] = None
-    specs, loads = {}, {}
+    specs: dict[str, Tensor] = {}
+    loads: dict[str, Callable[[], Tensor]] = {}
     for layer in plain.layers:
         in_features, out_features = plain.adapter.features(layer)
         shapes = ((".lora_a", (in_features, plain.rank)), (".lora_b", (plain.rank, out_features)))
         for i, (suffix, shape) in enumerate(shapes):
             name = layer + suffix
-            specs[name], loads[name] = spec(shape, plain.dtype), lambda layer=layer, i=i: plain.factors(layer)[i].T
+            specs[name], loads[name] = (
+                spec(shape, plain.dtype),
+                partial(lambda layer, i: plain.factors(layer)[i].T, layer, i),
+            )
     write_safetensors(folder / "adapters.safetensors", LazyTensors(specs, lambda name: loads[name]()))
     config = {
         "fine_tune_type": "lora",
@@ -100,10 +117,12 @@ def write_gguf(plain: PlainLora, folder: Path, base_config: dict[str, Any] | Non
     table = gguf.get_tensor_name_map(
         next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), blocks
     )
-    names = {layer: table.get_name(f"{layer}.weight", try_suffixes=(".weight",)) for layer in plain.layers}
-    for layer, name in names.items():
+    names: dict[str, str] = {}
+    for layer in plain.layers:
+        name = table.get_name(f"{layer}.weight", try_suffixes=(".weight",))
         if name is None:
             raise ValueError(f"llama.cpp has no name for layer {layer!r} in its architecture {architecture!r}.")
+        names[layer] = name
 
     def rows(layer: str, reorder: Callable[[Tensor, int], Tensor], B: Tensor) -> Tensor:
         kind = layer.rpartition(".")[2]
@@ -149,7 +168,7 @@ def gguf_base(config: dict[str, Any] | None) -> tuple[str, bool, dict[str, int]]
             f"{', '.join(GGUF_ARCHITECTURES)}. Export with --for peft and use llama.cpp's own convert_lora_to_gguf.py."
         )
     architecture, permuted = GGUF_ARCHITECTURES[model_type]
-    heads = config.get("num_attention_heads")
+    heads: Any = config.get("num_attention_heads")
     if permuted and not isinstance(heads, int):
         raise ValueError(f"num_attention_heads={heads!r} in the base model's config must be a number.")
     return architecture, permuted, {"q_proj": heads, "k_proj": config.get("num_key_value_heads") or heads}

@@ -74,7 +74,7 @@ def check_fields(fields: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} in the config has {pattern[:200]!r}, no regular expression: {error}") from None
 
 
-def check_number(name: str, value: Any, kinds: tuple[type, ...] = (int, float)) -> None:
+def check_number(name: str, value: Any, kinds: tuple[type[int] | type[float], ...] = (int, float)) -> None:
     """Raise ValueError if `value` is not a number of one of these types that is finite in float32."""
     if not isinstance(value, kinds) or isinstance(value, bool) or not abs(value) <= LARGEST:
         raise ValueError(f"{name}={reprlib.repr(value)} in the config must be a finite number.")

@@ -29,7 +29,7 @@ from gralora import LoraConfig
 
 NAME = "gralora"
 # Axolotl's fused kernels read lora_A and lora_B as plain matrices; it quantises the base for `lora` and `qlora` only
-REFUSED = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+REFUSED: tuple[str, ...] = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 REFUSED += ("load_in_4bit", "load_in_8bit", "gptq")
 
 

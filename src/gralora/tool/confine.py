@@ -18,6 +18,7 @@ import signal
 import struct
 import sys
 import traceback
+from typing import Any
 
 # system calls: number on x86_64, on aarch64 (None: not there); from asm/unistd_64.h and asm-generic/unistd.h
 ALLOWED = {
@@ -105,7 +106,7 @@ def checked(what: str, result: int) -> int:
     return result
 
 
-def prctl(what: str, option: int, *arguments: object) -> None:
+def prctl(what: str, option: int, *arguments: Any) -> None:
     values = [argument if isinstance(argument, ctypes.Array) else ctypes.c_ulong(argument) for argument in arguments]
     checked(what, libc.prctl(option, *values, *[ctypes.c_ulong(0)] * (4 - len(values))))
 
@@ -141,8 +142,8 @@ def system_call_filter(machine: str) -> bytes:
     # instruction: code, how many to skip if true, how many if false, operand
     program = [(load, 0, 0, arch), (equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, number)]
     for numbers in ALLOWED.values():
-        if numbers[column] is not None:
-            program += [(equal, 0, 1, numbers[column]), (give, 0, 0, allow)]
+        if (call := numbers[column]) is not None:
+            program += [(equal, 0, 1, call), (give, 0, 0, allow)]
     program += [(equal, 1, 0, OPENAT[column]), (give, 0, 0, refuse)]
     program += [(load, 0, 0, third_argument), (any_bit, 0, 1, WRITING), (give, 0, 0, refuse), (give, 0, 0, allow)]
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)

@@ -1,6 +1,6 @@
 """What a run trains on and measures its loss on: examples from their sources, held out, tokenised, packed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -73,7 +73,7 @@ def find(args: FinetuneArguments) -> tuple[Found | None, Found | None]:
     else:
         train = Source(args.data_path, args.train_split, config=args.dataset_config, streaming=args.streaming)
     if (args.eval_data_path is None and args.eval_split is None) or not args.holds_out:
-        return train and Found(train), None
+        return Found(train) if train else None, None
     if args.eval_data_path is None:
         held_out = Source(args.data_path, args.eval_split, config=args.dataset_config, streaming=args.streaming)
     else:
@@ -84,7 +84,7 @@ def find(args: FinetuneArguments) -> tuple[Found | None, Found | None]:
             f"held out is also trained on: {', '.join(map(str, sorted(both))) or train}; give other train_split, "
             "eval_split or eval_data_path, or none of them and val_set_size."
         )
-    return train and Found(train), Found(held_out)
+    return Found(train) if train else None, Found(held_out)
 
 
 def in_memory(
@@ -151,7 +151,7 @@ def first_different(examples: Iterator[Example | Chat], count: int) -> list[Exam
 
 
 def tokenised(
-    args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase, examples: Iterator[Example | Chat], corpus: Corpus
+    args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example | Chat], corpus: Corpus
 ) -> Iterator[Row]:
     """Rows of tokens, one after the other; examples that give none are counted in `corpus.left_out`."""
     corpus.left_out = 0

@@ -156,7 +156,9 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Estimate]:
     """Estimates by metric; a loss also as perplexity."""
     metrics = {name: estimate([record["scores"][name] for record in records]) for name in records[0]["scores"]}
     if loss := metrics.get("loss"):
-        metrics["perplexity"] = Estimate(*(None if value is None else math.exp(value) for value in loss))
+        metrics["perplexity"] = Estimate(
+            math.exp(loss.mean), *(None if end is None else math.exp(end) for end in loss[1:])
+        )
     return metrics
 
 

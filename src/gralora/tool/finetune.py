@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -68,13 +69,17 @@ def make_parser() -> HfArgumentParser:
             nargs="?",
             const="true",
             default=argparse.SUPPRESS,
-            type=lambda text, bits=bits: bits if string_to_bool(text) else "none",
+            type=functools.partial(bits_or_none, bits),
             help=f"The same as --quantization {bits}.",
         )
     parser.add_argument("--config", help="A YAML file with flags by their names; flags given here win over it.")
     parser.add_argument("--print_config", action="store_true", help="Print all settings as such a file, and stop.")
     output.add_output_flags(parser)
     return parser
+
+
+def bits_or_none(bits: str, text: str) -> str:
+    return bits if string_to_bool(text) else "none"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -23,7 +23,7 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def load_pretrained(auto: type, base_model: str, **options: Any) -> Any:
+def load_pretrained(auto: Any, base_model: str, **options: Any) -> Any:
     """What an Auto class of transformers makes of the base model."""
     folder = str(embedded_model()) if base_model == EMBEDDED else base_model
     try:

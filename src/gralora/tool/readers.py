@@ -90,7 +90,7 @@ def json_rows(path: Path) -> Rows:
     decode, between, position = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), source.find("[") + 1
     line, counted = 1, 0
     for row in rows:
-        position = between.match(source, position).end()
+        position = between.match(source, position).end()  # type: ignore[union-attr]  # matches "" too
         line, counted = line + source.count("\n", counted, position), position
         yield f"line {line}", row
         _, position = decode(source, position)
@@ -98,7 +98,7 @@ def json_rows(path: Path) -> Rows:
 
 def text_rows(path: Path) -> Rows:
     """A text per paragraph; blank lines separate them."""
-    start, paragraph = 0, []
+    start, paragraph = 0, list[str]()
     for number, line in text_lines(path):
         if line.strip():
             start = start if paragraph else number

@@ -18,7 +18,7 @@ from .distributed import any_process
 LATEST = ("latest", "true")
 STATE = "trainer_state.json"  # what the Trainer writes last
 WEIGHTS = "adapter_model.safetensors"
-ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
+ADAPTER_FIELDS: tuple[str, ...] = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
 ADAPTER_FIELDS += ("use_gralora", "gralora_k", "gralora_k_pattern", "hybrid_r", "gralora_scaling")
 
 

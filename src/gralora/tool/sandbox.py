@@ -105,6 +105,7 @@ def run_program(program: str, timeout: float = 3.0, memory: int = MEMORY) -> Res
             env=environment,
             start_new_session=True,
         )
+        assert process.stdin and process.stdout
         try:
             with process.stdin as stdin:
                 stdin.write(json.dumps(order).encode())
@@ -119,10 +120,11 @@ def run_program(program: str, timeout: float = 3.0, memory: int = MEMORY) -> Res
             process.stdout.close()
 
 
-def watch(process: subprocess.Popen, token: bytes, timeout: float) -> Result:
+def watch(process: subprocess.Popen[bytes], token: bytes, timeout: float) -> Result:
     """Read what a process prints until it ends, or has used up its time or output; see `confine.main`."""
     output, confined = b"", False
     deadline = time.monotonic() + START_SECONDS
+    assert process.stdout
     while True:
         chunk = read_before(process.stdout.fileno(), deadline)
         output += chunk or b""

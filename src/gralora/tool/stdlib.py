@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
-from .data import Example
+from .data import Chat, Example
 
 HELD_OUT_SHARE = 8  # about one module in so many is held out
 # tests, programs and generated tables: little in them is a function that its docstring describes
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data", "encodings"}
 
 
-def stdlib_examples(root: Path | None = None) -> tuple[list[Example], list[Example]]:
+def stdlib_examples(root: Path | None = None) -> tuple[list[Example | Chat], list[Example | Chat]]:
     """Docstring-to-body pairs from Python's own library, for training and held out.
 
     The split is by top-level module, by a hash of its name: the same on every machine and in every Python version.
@@ -36,7 +36,9 @@ def stdlib_examples(root: Path | None = None) -> tuple[list[Example], list[Examp
         ValueError: if the folder has no Python source, as in installations that ship bytecode only.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
-    train, held_out, seen = [], [], set()
+    train: list[Example | Chat] = []
+    held_out: list[Example | Chat] = []
+    seen: set[str] = set()
     for path in stdlib_files(root):
         side = held_out if is_held_out(path.relative_to(root).parts[0]) else train
         for example, code in function_examples(path):
@@ -85,7 +87,7 @@ def function_examples(path: Path) -> Iterator[tuple[Example, str]]:
         text = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])).split("\n")
         if not text[0].startswith(("def ", "async def ")):
             continue  # a string with less indentation than the code: dedent found nothing to take off
-        cut = docstring.end_lineno - node.lineno + 1
+        cut = (docstring.end_lineno or node.lineno) - node.lineno + 1
         prompt, completion = "\n".join(text[:cut]) + "\n", "\n".join(text[cut:]).strip("\n")
         yield Example(prompt, completion), "\n".join(ast.unparse(statement) for statement in node.body[1:])
 

@@ -113,7 +113,7 @@ def verify_main(argv: list[str]) -> None:
     """The command `gralora verify`."""
     parser = argparse.ArgumentParser(
         prog="gralora verify",
-        description=verify.__doc__.split("\n")[0],
+        description=(verify.__doc__ or "").split("\n")[0],
         epilog="example:\n  gralora verify outputs/finetune",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -62,7 +62,7 @@ def most_likely(
     records = []
     for item in items:
         likelihoods = {option: -next(losses)[0] for option in item["options"]}
-        records.append({"choice": max(likelihoods, key=likelihoods.get), "loglikelihoods": likelihoods})
+        records.append({"choice": max(likelihoods, key=likelihoods.__getitem__), "loglikelihoods": likelihoods})
     return records
 
 
