@@ -825,6 +825,25 @@ def test_layers_under_a_parameter_wrapper_are_refused():
         model.add_adapter("other", gralora_config(target_modules=["layer"]))
 
 
+class Rectified(nn.Linear):
+    """A base layer that is more than its weight, and keeps its output for the backward."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def test_base_layer_with_a_forward_of_its_own():
+    """The adapter is added to what the base layer returns; its gradients are those of the two alone."""
+    torch.manual_seed(0)
+    model = adapted(OneLayer(Rectified(16, 24)).double(), gralora_config(2, target_modules=["layer"]))
+    layer, x = only_layer(model), random_input(5, 16).requires_grad_()
+    expected = layer.base_layer(x) + layer.scaling["default"] * naive_update(x, factors_of(layer))
+    inputs = [x, *factors_of(layer).tensors()]
+    assert_close64(model(x), expected)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (model(x), expected)), strict=True):
+        assert_close64(a, b)
+
+
 LINEAR_ONLY = {"use_dora": True, "alora_invocation_tokens": [1]}
 
 

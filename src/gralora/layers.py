@@ -100,8 +100,9 @@ class GraloraLayer(Promoted):
         if torch.compiler.is_compiling():
             return None
         y = base(x)
-        if y._is_view() or not y.is_contiguous() or _has_hooks(base):
-            y = y.clone()  # what is changed below must be nobody else's
+        quantised = type(base._parameters.get("weight")) is not nn.Parameter
+        if not quantised or y._is_view() or not y.is_contiguous() or _has_hooks(base):
+            y = y.clone()  # what is changed below must be nobody else's, nor kept for the backward
         return add_update(y, x.to(dtype), *adapter)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
