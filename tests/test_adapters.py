@@ -357,3 +357,22 @@ def test_inputs_are_not_changed(tmp_path: Path) -> None:
 def test_layers_are_inspected_in_their_order() -> None:
     names = ["layers.10.q_proj", "layers.2.q_proj", "layers.2.k_proj"]
     assert sorted(names, key=inspection._natural) == ["layers.2.k_proj", "layers.2.q_proj", "layers.10.q_proj"]
+
+
+def test_commands_for_scripts(tmp_path, capsys):
+    """--json: one object on stdout; --quiet: nothing; what is written is the same."""
+    save_gralora(tmp_path / "in")
+    base = save_base(tmp_path / "base", tiny_llama())
+    commands = {
+        "convert": (["--to", "peft"], "layers"),
+        "export": (["--for", "peft"], "rank"),
+        "merge": (["--base", str(base)], "layers"),
+    }
+    for name, (flags, key) in commands.items():
+        for flag in ("--json", "--quiet"):
+            arguments = [name, str(tmp_path / "in"), str(tmp_path / f"{name}{flag}"), *flags, flag]
+            assert cli.main(arguments) == 0
+            out = capsys.readouterr().out
+            assert json.loads(out)[key] > 0 if flag == "--json" else out == ""
+        written = [sorted(f.name for f in (tmp_path / f"{name}{flag}").iterdir()) for flag in ("--json", "--quiet")]
+        assert written[0] == written[1]

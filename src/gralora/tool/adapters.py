@@ -9,6 +9,7 @@ import torch
 
 from ..checkpoints import formats
 from ..checkpoints.convert import convert_adapter
+from . import output
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 READABLE = tuple(formats.FORMATS)
@@ -38,6 +39,8 @@ def _parser(name: str, description: str, **positional: str) -> argparse.Argument
         choices=READABLE,
         help="format of ADAPTER, where its config leaves open which program wrote it",
     )
+    if name != "inspect":  # which is all output
+        output.add_output_flags(parser)
     return parser
 
 
@@ -52,10 +55,15 @@ def convert_command(argv: list[str]) -> None:
     )
     parser.add_argument("--to", choices=WRITABLE, default="gralora", help="format of OUT (default: gralora)")
     args = parser.parse_args(argv)
-    read = convert_adapter(args.adapter, args.out, args.to, args.source)
-    for notice in read.notices:
-        print(notice)
-    print(f"{read.format} -> {args.to}: {len(read.layers)} layers, written to {args.out}")
+
+    def convert() -> dict[str, Any]:
+        read = convert_adapter(args.adapter, args.out, args.to, args.source)
+        for notice in read.notices:
+            print(notice)
+        print(f"{read.format} -> {args.to}: {len(read.layers)} layers, written to {args.out}")
+        return {"from": read.format, "to": args.to, "layers": len(read.layers), "notices": list(read.notices)}
+
+    output.run(convert, args.quiet, args.json)
 
 
 def export_command(argv: list[str]) -> None:
@@ -85,18 +93,23 @@ def export_command(argv: list[str]) -> None:
             "num_attention_heads": args.heads,
             "num_key_value_heads": args.kv_heads,
         }
-    report = export.to_lora(
-        args.adapter,
-        args.out,
-        args.target,
-        base=args.base,
-        base_config=base_config,
-        source=args.source,
-        max_rank=args.max_rank,
-        lossy=args.lossy,
-        dtype=DTYPES.get(args.dtype),
-    )
-    print(export.summary(report))
+
+    def write() -> dict[str, Any]:
+        report = export.to_lora(
+            args.adapter,
+            args.out,
+            args.target,
+            base=args.base,
+            base_config=base_config,
+            source=args.source,
+            max_rank=args.max_rank,
+            lossy=args.lossy,
+            dtype=DTYPES.get(args.dtype),
+        )
+        print(export.summary(report))
+        return report
+
+    output.run(write, args.quiet, args.json)
 
 
 def merge_command(argv: list[str]) -> None:
@@ -113,25 +126,30 @@ def merge_command(argv: list[str]) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of the merged weights (default: each keeps its own)")
     parser.add_argument("--device", default="cpu", help="where updates are computed (default: cpu)")
     args = parser.parse_args(argv)
-    result = merge_adapter(
-        args.adapter,
-        args.out,
-        args.base,
-        dtype=DTYPES.get(args.dtype),
-        device=args.device,
-        source=args.source,
-        progress=True,
-    )
-    for notice in result["notices"]:
-        print(notice)
-    if result["resumed"]:
-        print(f"resumed: {len(result['resumed'])} files were there already")
-    replaced = f", replaced {len(result['replaced'])} tensors" if result["replaced"] else ""
-    if result["rounding"]:
-        worst, error = max(result["rounding"].items(), key=lambda item: item[1]["of_update"])
-        lost = f"{error['of_update']:.2g} of its update, {error['of_weight']:.2g} of the weight"
-        print(f"lost by rounding, at most: {lost}, in {worst}")
-    print(f"merged {result['layers']} layers{replaced}, checked {result['verified']}; written to {args.out}")
+
+    def merge() -> dict[str, Any]:
+        result = merge_adapter(
+            args.adapter,
+            args.out,
+            args.base,
+            dtype=DTYPES.get(args.dtype),
+            device=args.device,
+            source=args.source,
+            progress=not args.quiet,
+        )
+        for notice in result["notices"]:
+            print(notice)
+        if result["resumed"]:
+            print(f"resumed: {len(result['resumed'])} files were there already")
+        replaced = f", replaced {len(result['replaced'])} tensors" if result["replaced"] else ""
+        if result["rounding"]:
+            worst, error = max(result["rounding"].items(), key=lambda item: item[1]["of_update"])
+            lost = f"{error['of_update']:.2g} of its update, {error['of_weight']:.2g} of the weight"
+            print(f"lost by rounding, at most: {lost}, in {worst}")
+        print(f"merged {result['layers']} layers{replaced}, checked {result['verified']}; written to {args.out}")
+        return result
+
+    output.run(merge, args.quiet, args.json)
 
 
 def inspect_command(argv: list[str]) -> None:
