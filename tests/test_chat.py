@@ -188,8 +188,9 @@ def test_ctrl_c_in_a_script_ends_it(chatty, monkeypatch):
 def test_ctrl_c_stops_the_answer_and_not_the_program(chatty, tmp_path):
     """In a terminal: a long answer is stopped, what was printed of it is kept, and the next line is answered."""
     script = f"""
-import sys, time
+import signal, sys, time
 from gralora.tool import chat
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 put = chat.Answer.put
 def slow(self, value):
     time.sleep(0.05)
@@ -221,9 +222,10 @@ print("left")
             process.send_signal(signal.SIGINT)
             wait_for(b" [stopped]")
             wait_for(b"off> ")
-            # at the prompt; one that comes before readline waits is noticed at the next key only, so press again
-            while not (seen or select.select([terminal], [], [], 1)[0]):
+            for _ in range(60):  # one that comes before readline waits is noticed at the next key only: press again
                 process.send_signal(signal.SIGINT)
+                if seen or select.select([terminal], [], [], 1)[0]:
+                    break
             wait_for(b"/quit or Ctrl-D leaves")
             wait_for(b"off> ")
             os.write(terminal, b"/adapter\n")
