@@ -65,11 +65,14 @@ def factor_kernels(x: Tensor, dtype: torch.dtype | None = None) -> ModuleType | 
     return None
 
 
-def linear_kernel(x: Tensor, weight: Tensor, g: Tensor, B: Tensor) -> ModuleType | None:
-    """The kernel that computes base and adapter in one, or None where it does not apply or does not win."""
+def linear_kernel(x: Tensor, weight: Tensor, g: Tensor, B: Tensor, z: Tensor | None = None) -> ModuleType | None:
+    """The kernel that computes base and adapter in one, or None where it does not apply or does not win.
+
+    With z `[T, O]`: for a call that computes the factors' gradients too.
+    """
     if x.is_cuda and x.numel() >= MIN_SIZE and choice in ("auto", "triton"):
         module = hopper(x.device.index)
-        if module is not None and module.wins(x, weight, g, B):
+        if module is not None and module.wins(x, weight, g, B) and (z is None or module.readable(z)):
             return module
     return None
 

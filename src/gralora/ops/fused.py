@@ -171,25 +171,31 @@ def backward(
     dx = dA = dB = d_hybrid_A = d_hybrid_B = None
     if needs_x or needs_A:
         dh = down(dy, B.mT, hybrid_r, scaling)
-    if needs_x and seed is None and weight is not None:
-        dx = linear_up(dy, weight.t(), None, dh, A.mT).view(shape)
+    plain = needs_x and seed is None and weight is not None
+    matmul = dispatch.linear_kernel(dy, weight.t(), dh, A.mT, x) if plain and needs_A and needs_B else None
+    if matmul is not None:
+        dA, dB = torch.empty(A.shape, dtype=dtypes[0], device=x.device), torch.empty(B.shape, dtype=dtypes[1], device=x.device)
+        dx = matmul.linear_up(dy, weight.t(), None, dh, A.mT.to(x.dtype), (x, g, dA, dB.mT))
+    elif plain:
+        dx = linear_up(dy, weight.t(), None, dh, A.mT)
     elif needs_x:
         dx = x.new_empty(x.shape)
         chunks(dx, k).baddbmm_(dh, A.mT.to(x.dtype), beta=0)
         dx = dx if seed is None else dropout(dx, p, seed)
-        dx = (dx if weight is None else dx.addmm_(dy, weight)).view(shape)
+        dx = dx if weight is None else dx.addmm_(dy, weight)
     if needs_A:
-        seen = x if seed is None else dropout(x, p, seed)
-        dA = factor_grad(seen, dh, dtypes[0])
+        if dA is None:
+            dA = factor_grad(x if seed is None else dropout(x, p, seed), dh, dtypes[0])
         if hybrid_r:
             dA, d_hybrid_A = dA.split([r, hybrid_r], dim=2)
             d_hybrid_A = d_hybrid_A.permute(2, 0, 1).flatten(1)
     if needs_B:
-        dB = factor_grad(dy, g, dtypes[1], transposed=True)
+        if dB is None:
+            dB = factor_grad(dy, g, dtypes[1], transposed=True)
         if hybrid_r:
             dB, d_hybrid_B = dB.split([r, hybrid_r], dim=1)
             d_hybrid_B = d_hybrid_B.mT.flatten(0, 1)
-    return [dx, dA, dB, d_hybrid_A, d_hybrid_B]
+    return [None if dx is None else dx.view(shape), dA, dB, d_hybrid_A, d_hybrid_B]
 
 
 def _rows(x: Tensor) -> Tensor:
