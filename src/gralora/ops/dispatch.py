@@ -65,14 +65,11 @@ def factor_kernels(x: Tensor, dtype: torch.dtype | None = None) -> ModuleType | 
     return None
 
 
-def linear_kernel(x: Tensor, weight: Tensor, g: Tensor, B: Tensor, z: Tensor | None = None) -> ModuleType | None:
-    """The kernel that computes base and adapter in one, or None where it does not apply or does not win.
-
-    With z `[T, O]`: for a call that computes the factors' gradients too.
-    """
+def linear_kernel(x: Tensor, weight: Tensor, B: Tensor) -> ModuleType | None:
+    """The kernel that computes base and adapter in one, or None where it does not apply or does not win."""
     if x.is_cuda and x.numel() >= MIN_SIZE and choice in ("auto", "triton"):
         module = hopper(x.device.index)
-        if module is not None and module.wins(x, weight, g, B) and (z is None or module.readable(z)):
+        if module is not None and module.wins(x, weight, B):
             return module
     return None
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from . import dispatch
 from .dropout import dropout
 
+Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
 _BMM_WIDENS = torch.__version__ >= (2, 8)  # bmm(out_dtype=): a float32 result without a pass to convert it
 
 
@@ -65,17 +67,50 @@ def down(x: Tensor, A: Tensor, hybrid_r: int, scaling: float) -> Tensor:
     return torch.cat([g, (scaling * (x @ A[..., r:].flatten(0, 1))).expand(k, -1, -1)], dim=2)
 
 
-def linear_up(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tensor) -> Tensor:
-    """x W^T + bias + up(g, B): x `[T, I]`, weight `[O, I]`, g `[k, T, R]`, B `[k, R, O/k]` -> `[T, O]`, dtype of x."""
-    matmul = dispatch.linear_kernel(x, weight, g, B)
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    hybrid_r: int,
+    scaling: float,
+    g: Tensor | None = None,
+    gradients: Gradients | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y = x W^T + bias + up(g, B) `[T, O]`, and g = down(x, A) unless it is given.
+
+    Args:
+        x: `[T, I]`.
+        weight, bias: `[O, I]`, and `[O]` or None.
+        A, B, hybrid_r, scaling: see `pack` and `down`.
+        g: `[k, T, R]`.
+        gradients: `(z, h, z_grad, x_grad)`, to be computed in the same launch if possible: `factor_grad` of z `[T, O]`
+            and g to z_grad, of x and h to x_grad; None for a result that is not wanted.
+    """
+    matmul = dispatch.linear_kernel(x, weight, B)
+    if g is None:
+        makes_g = matmul is not None and not hybrid_r and matmul.makes_g(A)
+        g = x.new_empty(A.shape[0], x.shape[0], A.shape[2]) if makes_g else down(x, A, hybrid_r, scaling)
+    else:
+        makes_g = False
     if matmul is not None:
-        return matmul.linear_up(x, weight, bias, g, B.to(x.dtype))
-    if bias is None and x.is_cuda and x.numel() >= dispatch.MIN_SIZE:
+        along = gradients is not None and all(t is not None for t in gradients) and matmul.readable(gradients[0])
+        A, B = _cast(A, B, x.dtype) if makes_g else (None, B.to(x.dtype))
+        y = matmul.linear(x, weight, bias, g, B, A, scaling, gradients if along else None)
+        gradients = None if along else gradients
+    elif bias is None and x.is_cuda and x.numel() >= dispatch.MIN_SIZE:
         # the product with W reads the adapter's output while it multiplies: cheaper than a pass of its own
         y = x.new_empty(x.shape[0], weight.shape[0])
         chunks(y, B.shape[0]).baddbmm_(g, B.to(x.dtype), beta=0)
-        return y.addmm_(x, weight.t())
-    return add_up(torch.nn.functional.linear(x, weight, bias), g, B)
+        y.addmm_(x, weight.t())
+    else:
+        y = add_up(torch.nn.functional.linear(x, weight, bias), g, B)
+    if gradients is not None:
+        z, h, z_grad, x_grad = gradients
+        factor_grad(z, g, z_grad)
+        factor_grad(x, h, x_grad)
+    return y, g
 
 
 def add_up(y: Tensor, g: Tensor, B: Tensor) -> Tensor:
@@ -90,19 +125,29 @@ def add_up(y: Tensor, g: Tensor, B: Tensor) -> Tensor:
     return y
 
 
-def factor_grad(x: Tensor, h: Tensor, dtype: torch.dtype, transposed: bool = False) -> Tensor:
-    """x_i^T h_i, block by block: x `[T, n]`, h `[k, T, R]` -> `[k, n/k, R]`, transposed `[k, R, n/k]`, of `dtype`."""
-    k, T, rank = h.shape
-    kernels = dispatch.factor_kernels(x) if T <= dispatch.FEW_TOKENS else None
+def factor_grad(x: Tensor, h: Tensor, out: Tensor | None) -> None:
+    """x_i^T h_i, block by block, to `out`, if that is no None.
+
+    Args:
+        x: `[T, n]`.
+        h: `[k, T, R]`, contiguous, dtype of x.
+        out: `[k, n/k, R]`, any float dtype, contiguous or the transpose of a contiguous `[k, R, n/k]`.
+    """
+    if out is None:
+        return
+    kernels = dispatch.factor_kernels(x) if h.shape[1] <= dispatch.FEW_TOKENS else None
     if kernels is not None:
-        n = x.shape[1] // k
-        grad = torch.empty((k, rank, n) if transposed else (k, n, rank), dtype=dtype, device=x.device)
-        kernels.factor_grad(x, h, grad.mT if transposed else grad)
-        return grad
-    a, b = (h.mT, chunks(x, k)) if transposed else (chunks(x, k).mT, h)
-    if x.is_cuda and dtype == torch.float32 != x.dtype and _BMM_WIDENS:
-        return torch.bmm(a, b, out_dtype=dtype)
-    return torch.bmm(a, b).to(dtype)
+        kernels.factor_grad(x, h, out)
+        return
+    a, b = chunks(x, h.shape[0]).mT, h
+    if not out.is_contiguous():
+        a, b, out = b.mT, a.mT, out.mT
+    if out.dtype == x.dtype:
+        torch.bmm(a, b, out=out)
+    elif x.is_cuda and out.dtype == torch.float32 and _BMM_WIDENS:
+        torch.bmm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.bmm(a, b))
 
 
 def forward(
@@ -120,8 +165,8 @@ def forward(
     """y `[..., O]`, and the exchanged sub-ranks g `[k, T, R]` for the backward. Factors are cast to the dtype of x."""
     A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
     rows = _rows(x)
-    g = down(rows if seed is None else dropout(rows, p, seed), A, hybrid_r, scaling)
-    y = linear_up(rows, weight, bias, g, B)
+    g = None if seed is None else down(dropout(rows, p, seed), A, hybrid_r, scaling)
+    y, g = linear(rows, weight, bias, A, B, hybrid_r, scaling, g)
     # as matmul does: to autograd y is no view, so that callers may change it in place
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])), g
 
@@ -164,38 +209,42 @@ def backward(
     `needs` says which of those of x, of (hybrid_)A and of (hybrid_)B; the others are None.
     """
     needs_x, needs_A, needs_B = needs
-    dtypes = A.dtype, B.dtype
+    dtype_A, dtype_B = A.dtype, B.dtype
     A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
     k, r, shape = A.shape[0], A.shape[2] - hybrid_r, x.shape
     dy, x = _rows(dy), _rows(x)
-    dx = dA = dB = d_hybrid_A = d_hybrid_B = None
-    if needs_x or needs_A:
-        dh = down(dy, B.mT, hybrid_r, scaling)
-    plain = needs_x and seed is None and weight is not None
-    matmul = dispatch.linear_kernel(dy, weight.t(), dh, A.mT, x) if plain and needs_A and needs_B else None
-    if matmul is not None:
-        dA, dB = torch.empty(A.shape, dtype=dtypes[0], device=x.device), torch.empty(B.shape, dtype=dtypes[1], device=x.device)
-        dx = matmul.linear_up(dy, weight.t(), None, dh, A.mT.to(x.dtype), (x, g, dA, dB.mT))
-    elif plain:
-        dx = linear_up(dy, weight.t(), None, dh, A.mT)
-    elif needs_x:
-        dx = x.new_empty(x.shape)
-        chunks(dx, k).baddbmm_(dh, A.mT.to(x.dtype), beta=0)
-        dx = dx if seed is None else dropout(dx, p, seed)
-        dx = dx if weight is None else dx.addmm_(dy, weight)
-    if needs_A:
-        if dA is None:
-            dA = factor_grad(x if seed is None else dropout(x, p, seed), dh, dtypes[0])
-        if hybrid_r:
-            dA, d_hybrid_A = dA.split([r, hybrid_r], dim=2)
-            d_hybrid_A = d_hybrid_A.permute(2, 0, 1).flatten(1)
-    if needs_B:
-        if dB is None:
-            dB = factor_grad(dy, g, dtypes[1], transposed=True)
-        if hybrid_r:
-            dB, d_hybrid_B = dB.split([r, hybrid_r], dim=1)
-            d_hybrid_B = d_hybrid_B.mT.flatten(0, 1)
+    dA = torch.empty(A.shape, dtype=dtype_A, device=x.device) if needs_A else None
+    dB = torch.empty(B.shape, dtype=dtype_B, device=x.device) if needs_B else None
+    dx = d_hybrid_A = d_hybrid_B = None
+    if needs_x and seed is None and weight is not None:
+        gradients = x, g, dA, None if dB is None else dB.mT
+        dx, _ = linear(dy, weight.t(), None, B.mT, A.mT, hybrid_r, scaling, gradients=gradients)
+    else:
+        dh = down(dy, B.mT, hybrid_r, scaling) if needs_x or needs_A else None
+        if needs_x:
+            dx = x.new_empty(x.shape)
+            chunks(dx, k).baddbmm_(dh, A.mT.to(x.dtype), beta=0)
+            dx = dx if seed is None else dropout(dx, p, seed)
+            dx = dx if weight is None else dx.addmm_(dy, weight)
+        if needs_A:
+            factor_grad(x if seed is None else dropout(x, p, seed), dh, dA)
+        factor_grad(dy, g, None if dB is None else dB.mT)
+    if hybrid_r and needs_A:
+        dA, d_hybrid_A = dA.split([r, hybrid_r], dim=2)
+        d_hybrid_A = d_hybrid_A.permute(2, 0, 1).flatten(1)
+    if hybrid_r and needs_B:
+        dB, d_hybrid_B = dB.split([r, hybrid_r], dim=1)
+        d_hybrid_B = d_hybrid_B.mT.flatten(0, 1)
     return [None if dx is None else dx.view(shape), dA, dB, d_hybrid_A, d_hybrid_B]
+
+
+def _cast(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both in one launch, with their strides."""
+    if A.dtype == B.dtype == dtype:
+        return A, B
+    cast = torch.empty_like(A, dtype=dtype), torch.empty_like(B, dtype=dtype)
+    torch._foreach_copy_(cast, (A, B))
+    return cast
 
 
 def _rows(x: Tensor) -> Tensor:
