@@ -79,27 +79,6 @@ def makes_g(A: Tensor) -> bool:
     return not A.shape[1] % BLOCK_K and _readable_factor(A)
 
 
-@functools.lru_cache(1024)
-def _share(product: int, steps: int, gradients: int, gradient_steps: int, programs: int) -> tuple[int, int]:
-    """The first program that computes tiles of the gradients, and how many do.
-
-    Those that have one tile of the product less, or, from there on, all: whichever is done earlier.
-
-    Args:
-        product, steps: tiles of the product, and what one takes.
-        gradients, gradient_steps: tiles of the gradients, and what one takes.
-        programs: all that run.
-    """
-    rest = product % programs
-    light = programs - rest
-    some = max(bool(rest) * steps, -(-gradients // light) * gradient_steps)
-    every = max(
-        -(-gradients // programs) * gradient_steps,
-        bool(rest) * (steps + -(-max(gradients - light, 0) // programs) * gradient_steps),
-    )
-    return rest, light if some <= every else programs
-
-
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -133,19 +112,18 @@ def linear(
     a_transposed = A is not None and A.stride(2) != 1
     b_block = (BLOCK_N, BLOCK_K) if b_transposed else (BLOCK_K, BLOCK_N)
     block_r = 64 if r <= 64 else 128
-    tiles = _tiles(T, N)
-    programs = min(tiles, _processors(x.device.index))
+    tiles_r, tiles_t = -(-r // block_r), -(-T // BLOCK_T)
     x_desc, g_desc, y_desc = (
         _descriptor(x, (BLOCK_T, BLOCK_K)),
         _descriptor(g, (1, BLOCK_T, BLOCK_K)),
         _descriptor(y, (BLOCK_T, BLOCK_N)),
     )
-    a_desc, counters, a_layout = g_desc, y, None
+    a_desc, a_layout, per_row = g_desc, None, 0
     if A is not None:
         a_block = (block_r, BLOCK_K) if a_transposed else (BLOCK_K, block_r)
         a_desc, a_layout = _descriptor(A.mT if a_transposed else A, (1, *a_block)), _layout(a_block, x.dtype)
-        counters = torch.zeros(-(-T // BLOCK_T) + 1, dtype=torch.int32, device=x.device)
-    tensors, outs, strides, share, h_layout, z_layout = (x_desc, g_desc) * 2, (y, y), (0,) * 4, (0, 1), None, None
+        per_row = k * tiles_r
+    tensors, outs, strides, counts, h_layout, z_layout = (x_desc, g_desc) * 2, (y, y), (0,) * 4, (0, 0), None, None
     if gradients is not None:
         z, h, *outs = gradients
         z_block = GRADIENT_BLOCKS[block_r]
@@ -157,10 +135,8 @@ def linear(
             _descriptor(g, (1, *h_block)),
         )
         strides = (*outs[0].stride()[1:], *outs[1].stride()[1:])
+        counts = [k * -(-(n // k) // z_block[1]) * tiles_r for n in (K, N)]
         h_layout, z_layout = _layout(h_block, x.dtype), _layout(z_block, x.dtype)
-        in_tiles = sum(k * -(-(n // k) // z_block[1]) * -(-r // block_r) for n in (N, K))
-        in_steps = -(-T // 64) * block_r * z_block[1] // (64 * 256)  # a product's step has 128 x 256 x 64
-        share = _share(tiles, -(-K // 64) * 2, in_tiles, in_steps, programs)
     key = (
         x.dtype,
         w_transposed,
@@ -172,7 +148,7 @@ def linear(
     )
     _linear(
         key,
-        (programs, 1, 1),
+        (_processors(x.device.index), 1, 1),
         x,
         x_desc,
         _descriptor(*((weight, (BLOCK_N, BLOCK_K)) if w_transposed else (weight.t(), (BLOCK_K, BLOCK_N)))),
@@ -183,16 +159,17 @@ def linear(
         *tensors,
         y if bias is None else bias,
         g,
-        counters,
+        torch.zeros(tiles_t + 2, dtype=torch.int32, device=x.device),  # tiles taken, tiles of g made, and in each row
         *outs,
         *strides,
-        *share,
         float(scaling),
         T,
         N,
         K,
         k,
         r,
+        per_row,
+        *counts,
         a_layout,
         _layout(b_block, x.dtype),
         h_layout,

@@ -4,9 +4,9 @@
     sub-rank     g = scaling * down(x, A)       [BLOCK_T, BLOCK_R] of one input block, stored where the exchange puts it
     gradient     out_i = z_i^T h_i              [BLOCK_R, BLOCK_C] of one block: all tokens
 
-One warp loads, two warpgroups multiply; both walk through the same tiles in the same order. Every slot has a large and
-a small half, `w_slots` and `x_slots`. Programs tell one another through counters in global memory which rows of g are
-there; whoever waits for sub-ranks has made its own before, so no order of programs can block.
+Persistent programs take one tile after the other from a list, by a counter in global memory. In a program one warp
+loads, and two warpgroups multiply. Other counters say which rows of g are there. In the list, tiles of g come before
+those that read them, so whoever waits for one waits for a program that runs, however few of them the GPU has room for.
 """
 
 from triton.experimental import gluon
@@ -19,10 +19,39 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+PRODUCT, SUB_RANK, X_GRADIENT, Z_GRADIENT = (gl.constexpr(kind) for kind in range(4))
+TURNS = gl.constexpr(8)  # entries of the queue from the loading warp: more than a program can have begun tiles
+
 
 @gluon.jit
-def _product_offsets(tile, T, N, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr):
-    """First row and column of a tile of y; GROUP row tiles are done together, they share columns of W in L2."""
+def _tile(
+    place, T, N, per_row, x_gradients, z_gradients, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr
+):
+    """Kind and number of the tile at a place of the list.
+
+    Gradients from x are long, they come first. Then for each group of GROUP row tiles, which share columns of W in L2,
+    its sub-ranks, `per_row` tiles a row tile, and its products. Gradients from z need all sub-ranks; they come before
+    the last group's products.
+    """
+    tiles_t, tiles_n = gl.cdiv(T, BLOCK_T), gl.cdiv(N, BLOCK_N)
+    at = place - x_gradients
+    group = gl.minimum(gl.maximum(at, 0) // (GROUP * (per_row + tiles_n)), (tiles_t - 1) // GROUP)
+    at -= group * GROUP * (per_row + tiles_n)
+    sub_ranks = gl.minimum(tiles_t - group * GROUP, GROUP) * per_row
+    gradients = gl.where(group == (tiles_t - 1) // GROUP, z_gradients, 0)
+    kind, tile = PRODUCT + 0, group * GROUP * tiles_n + at - sub_ranks - gradients
+    if at < sub_ranks + gradients:
+        kind, tile = Z_GRADIENT + 0, at - sub_ranks
+    if at < sub_ranks:
+        kind, tile = SUB_RANK + 0, group * GROUP * per_row + at
+    if place < x_gradients:
+        kind, tile = X_GRADIENT + 0, place
+    return kind, tile
+
+
+@gluon.jit
+def _product_at(tile, T, N, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr):
+    """First row and column of a tile of y: down the rows of a group, then the next columns."""
     tiles_t = gl.cdiv(T, BLOCK_T)
     per_group = GROUP * gl.cdiv(N, BLOCK_N)
     first = tile // per_group * GROUP
@@ -31,35 +60,14 @@ def _product_offsets(tile, T, N, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, G
 
 
 @gluon.jit
-def _sub_rank_tiles(tile, done, T, N, per_row, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr):
-    """Sub-rank tiles that this program makes before a tile of the product, as a range whose stride is all programs.
-
-    All programs together make those of the groups of rows that this round of product tiles reaches.
-    """
-    tiles_t, tiles_n = gl.cdiv(T, BLOCK_T), gl.cdiv(N, BLOCK_N)
-    programs, program = gl.num_programs(0), gl.program_id(0)
-    last = gl.minimum(tile - program + programs, tiles_t * tiles_n) - 1
-    until = gl.minimum((last // (GROUP * tiles_n) + 1) * GROUP, tiles_t) * per_row
-    return done + (program + programs - done % programs) % programs, until
+def _sub_rank_at(tile, k, r, BLOCK_R: gl.constexpr):
+    """Row tile, block and first rank of a tile of g."""
+    tiles_r = gl.cdiv(r, BLOCK_R)
+    return tile // (k * tiles_r), tile // tiles_r % k, tile % tiles_r * BLOCK_R
 
 
 @gluon.jit
-def _gradient_tiles(k, r, chunk_in, chunk_out, share, BLOCK_C: gl.constexpr, BLOCK_R: gl.constexpr):
-    """This program's tiles of the gradients from x and from z, as ranges.
-
-    They are one sequence, dealt in turn to the programs that have a share: `programs` many, from `first` on.
-    """
-    first, programs = share
-    tiles_x = k * gl.cdiv(chunk_in, BLOCK_C) * gl.cdiv(r, BLOCK_R)
-    tiles_z = k * gl.cdiv(chunk_out, BLOCK_C) * gl.cdiv(r, BLOCK_R)
-    place = (gl.program_id(0) + gl.num_programs(0) - first) % gl.num_programs(0)
-    dealt = gl.cdiv(gl.maximum(tiles_x - place, 0), programs)
-    without = gl.where(place < programs, 0, tiles_x + tiles_z)  # beyond the end of both ranges
-    return (place + without, tiles_x, programs), (place + dealt * programs - tiles_x + without, tiles_z, programs)
-
-
-@gluon.jit
-def _gradient_offsets(tile, r, chunk, BLOCK_C: gl.constexpr, BLOCK_R: gl.constexpr):
+def _gradient_at(tile, r, chunk, BLOCK_C: gl.constexpr, BLOCK_R: gl.constexpr):
     """Block, first column in it and first rank of a tile of a gradient."""
     tiles_r = gl.cdiv(r, BLOCK_R)
     in_block = gl.cdiv(chunk, BLOCK_C) * tiles_r
@@ -67,11 +75,17 @@ def _gradient_offsets(tile, r, chunk, BLOCK_C: gl.constexpr, BLOCK_R: gl.constex
 
 
 @gluon.jit
-def _announce(counter):
-    """Add one to a counter, once all warps' stores to global memory are done, for TMA of any program to see."""
+def _fence():
+    """Order accesses to global memory by threads and by TMA."""
     gl.inline_asm_elementwise(
         "fence.proxy.async.global; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def _announce(counter):
+    """Add one to a counter, once all warps' stores to global memory are done, for TMA of any program to see."""
+    _fence()
     gl.thread_barrier()
     gl.atomic_add(counter, 1, sem="release", scope="gpu")
 
@@ -89,9 +103,24 @@ def _wait_for(counter, count):
     seen = _counted(counter)
     while seen < count:
         seen = _counted(counter)
-    gl.inline_asm_elementwise(
-        "fence.proxy.async.global; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+    _fence()
+
+
+@gluon.jit
+def _send(place, queue, turn):
+    """Tell the warpgroups which place of the list is next."""
+    places, sent = queue
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    places.index(turn % TURNS).store(gl.full([1], place, gl.int32, layout))
+    mbarrier.arrive(sent.index(turn % TURNS))
+
+
+@gluon.jit
+def _receive(queue, turn):
+    places, sent = queue
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    mbarrier.wait(sent.index(turn % TURNS), turn // TURNS & 1)
+    return gl.max(places.index(turn % TURNS).load(layout), 0)
 
 
 @gluon.jit
@@ -145,6 +174,7 @@ def _load_tiles(
     b_desc,
     gradients,
     counters,
+    queue,
     ring,
     sizes,
     W_TRANSPOSED: gl.constexpr,
@@ -156,56 +186,57 @@ def _load_tiles(
     BLOCK_R: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """The loading warp."""
-    T, N, K, k, r = sizes
+    """The loading warp: take tiles from the list and load what they multiply."""
+    T, N, K, k, r, per_row, x_gradients, z_gradients = sizes
     BLOCK_T: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
-    tiles_t, tiles_n, ranks = gl.cdiv(T, BLOCK_T), gl.cdiv(N, BLOCK_N), gl.cdiv(r, BLOCK_R)
-    chunk_in, chunk_out = K // k, N // k
-    step, done = 0, 0
-    for tile in range(gl.program_id(0), tiles_t * tiles_n, gl.num_programs(0)):
+    chunk_in, chunk_out, tiles_t = K // k, N // k, gl.cdiv(T, BLOCK_T)
+    places = x_gradients + tiles_t * (per_row + gl.cdiv(N, BLOCK_N)) + z_gradients
+    step, turn = 0, 0
+    place = gl.atomic_add(counters, 1, sem="relaxed", scope="gpu")
+    while place < places:
+        _send(place, queue, turn)
+        turn += 1
+        kind, tile = _tile(place, T, N, per_row, x_gradients, z_gradients, BLOCK_T, BLOCK_N, GROUP)
+        if kind == PRODUCT:
+            t, n = _product_at(tile, T, N, BLOCK_T, BLOCK_N, GROUP)
+            for c in range(0, K, BLOCK_K):
+                step = _load(x_desc, [t, c], w_desc, [n, c] if W_TRANSPOSED else [c, n], ring, step)
+            if MAKES_G:
+                _wait_for(counters + 2 + t // BLOCK_T, per_row)
+            for j in range(n // chunk_out, (gl.minimum(n + BLOCK_N, N) - 1) // chunk_out + 1):
+                for c in range(0, r, BLOCK_K):
+                    o = n - j * chunk_out
+                    step = _load(g_desc, [j, t, c], b_desc, [j, o, c] if B_TRANSPOSED else [j, c, o], ring, step)
         if MAKES_G:
-            first, until = _sub_rank_tiles(tile, done, T, N, k * ranks, BLOCK_T, BLOCK_N, GROUP)
-            for d in range(first, until, gl.num_programs(0)):
-                i, n = d // ranks % k, d % ranks * BLOCK_R
+            if kind == SUB_RANK:
+                row, i, n = _sub_rank_at(tile, k, r, BLOCK_R)
                 for c in range(0, chunk_in, BLOCK_K):
                     a_at = [i, n, c] if A_TRANSPOSED else [i, c, n]
-                    x_at = [d // ranks // k * BLOCK_T, i * chunk_in + c]
-                    step = _load(x_desc, x_at, a_desc, a_at, ring, step)
-            done = until
-        t, n = _product_offsets(tile, T, N, BLOCK_T, BLOCK_N, GROUP)
-        for c in range(0, K, BLOCK_K):
-            step = _load(x_desc, [t, c], w_desc, [n, c] if W_TRANSPOSED else [c, n], ring, step)
-        if MAKES_G:
-            _wait_for(counters + t // BLOCK_T, k * ranks)
-        for j in range(n // chunk_out, (gl.minimum(n + BLOCK_N, N) - 1) // chunk_out + 1):
-            for c in range(0, r, BLOCK_K):
-                o = n - j * chunk_out
-                step = _load(g_desc, [j, t, c], b_desc, [j, o, c] if B_TRANSPOSED else [j, c, o], ring, step)
-    if MAKES_GRADIENTS:
-        z_desc, h_desc, x_wide_desc, g_wide_desc, _, _, _, _, share = gradients
-        BLOCK_S: gl.constexpr = z_desc.block_type.shape[0]
-        BLOCK_C: gl.constexpr = z_desc.block_type.shape[1]
-        BLOCK_H: gl.constexpr = h_desc.block_type.shape[2]
-        for_x, for_z = _gradient_tiles(k, r, chunk_in, chunk_out, share, BLOCK_C, BLOCK_H)
-        for tile in range(for_x[0], for_x[1], for_x[2]):
-            i, c, n = _gradient_offsets(tile, r, chunk_in, BLOCK_C, BLOCK_H)
-            for t in range(0, T, BLOCK_S):
-                step = _load(h_desc, [i, t, n], x_wide_desc, [t, i * chunk_in + c], ring, step)
-        if MAKES_G:
-            if for_z[0] < for_z[1]:
-                _wait_for(counters + tiles_t, tiles_t * k * ranks)
-        for tile in range(for_z[0], for_z[1], for_z[2]):
-            i, c, n = _gradient_offsets(tile, r, chunk_out, BLOCK_C, BLOCK_H)
-            for t in range(0, T, BLOCK_S):
-                step = _load(g_wide_desc, [i, t, n], z_desc, [t, i * chunk_out + c], ring, step)
+                    step = _load(x_desc, [row * BLOCK_T, i * chunk_in + c], a_desc, a_at, ring, step)
+        if MAKES_GRADIENTS:
+            z_desc, h_desc, x_wide_desc, g_wide_desc, _, _, _, _ = gradients
+            BLOCK_S: gl.constexpr = z_desc.block_type.shape[0]
+            BLOCK_C: gl.constexpr = z_desc.block_type.shape[1]
+            if kind == X_GRADIENT:
+                i, c, n = _gradient_at(tile, r, chunk_in, BLOCK_C, BLOCK_R)
+                for t in range(0, T, BLOCK_S):
+                    step = _load(h_desc, [i, t, n], x_wide_desc, [t, i * chunk_in + c], ring, step)
+            if kind == Z_GRADIENT:
+                if MAKES_G:
+                    _wait_for(counters + 1, tiles_t * per_row)
+                i, c, n = _gradient_at(tile, r, chunk_out, BLOCK_C, BLOCK_R)
+                for t in range(0, T, BLOCK_S):
+                    step = _load(g_wide_desc, [i, t, n], z_desc, [t, i * chunk_out + c], ring, step)
+        place = gl.atomic_add(counters, 1, sem="relaxed", scope="gpu")
+    _send(place, queue, turn)
 
 
 @gluon.jit
-def _multiply_gradients(
+def _multiply_gradient(
     out_ptr,
     strides,
-    tiles,
+    tile,
     chunk,
     ring,
     step,
@@ -214,29 +245,30 @@ def _multiply_gradients(
     H_LAYOUT: gl.constexpr,
     Z_LAYOUT: gl.constexpr,
     BLOCK_S: gl.constexpr,
-    BLOCK_R: gl.constexpr,
     BLOCK_C: gl.constexpr,
+    BLOCK_R: gl.constexpr,
     WARPS: gl.constexpr,
 ):
+    """One tile of a gradient, transposed in the accumulator."""
     small_slots, large_slots, ready, empty = ring
     stride_c, stride_r = strides
+    dtype: gl.constexpr = small_slots.dtype
     SLOTS: gl.constexpr = small_slots.type.shape[0]
     WARPS_R: gl.constexpr = BLOCK_R // 16
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [WARPS_R, WARPS // WARPS_R], [16, BLOCK_C * WARPS_R // WARPS, 16]
     )
-    for tile in range(tiles[0], tiles[1], tiles[2]):
-        i, c, n = _gradient_offsets(tile, r, chunk, BLOCK_C, BLOCK_R)
-        acc = gl.zeros((BLOCK_R, BLOCK_C), dtype=gl.float32, layout=layout)
-        for t in range(0, T, BLOCK_S):
-            h = small_slots.index(step % SLOTS)._reinterpret(small_slots.dtype, [BLOCK_S, BLOCK_R], H_LAYOUT)
-            z = large_slots.index(step % SLOTS)._reinterpret(small_slots.dtype, [BLOCK_S, BLOCK_C], Z_LAYOUT)
-            acc, step = _multiply(h.permute((1, 0)), z, acc, ring, step, t == 0)
-        acc = _finish(acc, ring, step)
-        ranks = n + gl.arange(0, BLOCK_R, gl.SliceLayout(1, layout))[:, None]
-        columns = c + gl.arange(0, BLOCK_C, gl.SliceLayout(0, layout))[None, :]
-        pointers = out_ptr + i * chunk * r + columns * stride_c + ranks * stride_r
-        gl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=(ranks < r) & (columns < chunk))
+    i, c, n = _gradient_at(tile, r, chunk, BLOCK_C, BLOCK_R)
+    acc = gl.zeros((BLOCK_R, BLOCK_C), dtype=gl.float32, layout=layout)
+    for t in range(0, T, BLOCK_S):
+        h = small_slots.index(step % SLOTS)._reinterpret(dtype, [BLOCK_S, BLOCK_R], H_LAYOUT)
+        z = large_slots.index(step % SLOTS)._reinterpret(dtype, [BLOCK_S, BLOCK_C], Z_LAYOUT)
+        acc, step = _multiply(h.permute((1, 0)), z, acc, ring, step, t == 0)
+    acc = _finish(acc, ring, step)
+    ranks = n + gl.arange(0, BLOCK_R, gl.SliceLayout(1, layout))[:, None]
+    columns = c + gl.arange(0, BLOCK_C, gl.SliceLayout(0, layout))[None, :]
+    pointers = out_ptr + i * chunk * r + columns * stride_c + ranks * stride_r
+    gl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=(ranks < r) & (columns < chunk))
     return step
 
 
@@ -249,6 +281,7 @@ def _multiply_tiles(
     scaling,
     gradients,
     counters,
+    queue,
     ring,
     sizes,
     A_LAYOUT: gl.constexpr,
@@ -266,22 +299,48 @@ def _multiply_tiles(
     GROUP: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """The warpgroups that multiply."""
+    """The warpgroups: multiply what is loaded, and store."""
     small_slots, large_slots, ready, empty = ring
-    T, N, K, k, r = sizes
+    T, N, K, k, r, per_row, x_gradients, z_gradients = sizes
     dtype: gl.constexpr = y_desc.dtype
     SLOTS: gl.constexpr = small_slots.type.shape[0]
     BLOCK_T: gl.constexpr = y_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = y_desc.block_type.shape[1]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
-    tiles_t, tiles_n, ranks = gl.cdiv(T, BLOCK_T), gl.cdiv(N, BLOCK_N), gl.cdiv(r, BLOCK_R)
+    y_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
+    g_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_R, 16])
     chunk_in, chunk_out = K // k, N // k
-    step, done = 0, 0
-    for tile in range(gl.program_id(0), tiles_t * tiles_n, gl.num_programs(0)):
+    places = x_gradients + gl.cdiv(T, BLOCK_T) * (per_row + gl.cdiv(N, BLOCK_N)) + z_gradients
+    step, turn = 0, 0
+    place = _receive(queue, turn)
+    while place < places:
+        kind, tile = _tile(place, T, N, per_row, x_gradients, z_gradients, BLOCK_T, BLOCK_N, GROUP)
+        if kind == PRODUCT:
+            t, n = _product_at(tile, T, N, BLOCK_T, BLOCK_N, GROUP)
+            acc = gl.zeros((BLOCK_T, BLOCK_N), dtype=gl.float32, layout=y_layout)
+            for c in range(0, K, BLOCK_K):
+                w = large_slots.index(step % SLOTS)
+                if W_TRANSPOSED:
+                    w = w.permute((1, 0))
+                acc, step = _multiply(small_slots.index(step % SLOTS), w, acc, ring, step, c == 0)
+            for _ in range(n // chunk_out, (gl.minimum(n + BLOCK_N, N) - 1) // chunk_out + 1):
+                for _ in range(0, r, BLOCK_K):
+                    b = large_slots.index(step % SLOTS)._reinterpret(
+                        dtype, [BLOCK_N, BLOCK_K] if B_TRANSPOSED else [BLOCK_K, BLOCK_N], B_LAYOUT
+                    )
+                    if B_TRANSPOSED:
+                        b = b.permute((1, 0))
+                    acc, step = _multiply(small_slots.index(step % SLOTS), b, acc, ring, step, False)
+            acc = _finish(acc, ring, step)
+            if HAS_BIAS:
+                columns = n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, y_layout))
+                acc += gl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
+            tma.store_wait(pendings=0)
+            y_tile.store(acc.to(dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(y_desc, [t, n], y_tile)
         if MAKES_G:
-            g_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_R, 16])
-            first, until = _sub_rank_tiles(tile, done, T, N, k * ranks, BLOCK_T, BLOCK_N, GROUP)
-            for d in range(first, until, gl.num_programs(0)):
+            if kind == SUB_RANK:
+                row, i, n = _sub_rank_at(tile, k, r, BLOCK_R)
                 h = gl.zeros((BLOCK_T, BLOCK_R), dtype=gl.float32, layout=g_layout)
                 for c in range(0, chunk_in, BLOCK_K):
                     a = large_slots.index(step % SLOTS)._reinterpret(
@@ -292,56 +351,60 @@ def _multiply_tiles(
                     h, step = _multiply(small_slots.index(step % SLOTS), a, h, ring, step, c == 0)
                 h = _finish(h, ring, step)
                 # column n of block i is place (i, n % q) of output block n // q
-                i, q = d // ranks % k, r // k
-                t = d // ranks // k * BLOCK_T + gl.arange(0, BLOCK_T, gl.SliceLayout(1, g_layout))[:, None]
-                n = d % ranks * BLOCK_R + gl.arange(0, BLOCK_R, gl.SliceLayout(0, g_layout))[None, :]
-                pointers = g_ptr + ((n // q).to(gl.int64) * T + t) * r + i * q + n % q
-                gl.store(pointers, (h * scaling).to(dtype), mask=(t < T) & (n < r))
-                _announce(counters + d // ranks // k)
-                _announce(counters + tiles_t)
-            done = until
-        t, n = _product_offsets(tile, T, N, BLOCK_T, BLOCK_N, GROUP)
-        acc = gl.zeros((BLOCK_T, BLOCK_N), dtype=gl.float32, layout=layout)
-        for c in range(0, K, BLOCK_K):
-            w = large_slots.index(step % SLOTS)
-            if W_TRANSPOSED:
-                w = w.permute((1, 0))
-            acc, step = _multiply(small_slots.index(step % SLOTS), w, acc, ring, step, c == 0)
-        for _ in range(n // chunk_out, (gl.minimum(n + BLOCK_N, N) - 1) // chunk_out + 1):
-            for _ in range(0, r, BLOCK_K):
-                b = large_slots.index(step % SLOTS)._reinterpret(
-                    dtype, [BLOCK_N, BLOCK_K] if B_TRANSPOSED else [BLOCK_K, BLOCK_N], B_LAYOUT
+                ts = row * BLOCK_T + gl.arange(0, BLOCK_T, gl.SliceLayout(1, g_layout))[:, None]
+                ns = n + gl.arange(0, BLOCK_R, gl.SliceLayout(0, g_layout))[None, :]
+                pointers = g_ptr + ((ns // (r // k)).to(gl.int64) * T + ts) * r + i * (r // k) + ns % (r // k)
+                gl.store(pointers, (h * scaling).to(dtype), mask=(ts < T) & (ns < r))
+                _announce(counters + 1)
+                _announce(counters + 2 + row)
+        if MAKES_GRADIENTS:
+            z_desc, h_desc, _, _, z_grad_ptr, x_grad_ptr, z_strides, x_strides = gradients
+            BLOCK_S: gl.constexpr = z_desc.block_type.shape[0]
+            BLOCK_C: gl.constexpr = z_desc.block_type.shape[1]
+            if kind == X_GRADIENT:
+                step = _multiply_gradient(
+                    x_grad_ptr,
+                    x_strides,
+                    tile,
+                    chunk_in,
+                    ring,
+                    step,
+                    T,
+                    r,
+                    H_LAYOUT,
+                    Z_LAYOUT,
+                    BLOCK_S,
+                    BLOCK_C,
+                    BLOCK_R,
+                    WARPS,
                 )
-                if B_TRANSPOSED:
-                    b = b.permute((1, 0))
-                acc, step = _multiply(small_slots.index(step % SLOTS), b, acc, ring, step, False)
-        acc = _finish(acc, ring, step)
-        if HAS_BIAS:
-            columns = n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
-            acc += gl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
-        tma.store_wait(pendings=0)
-        y_tile.store(acc.to(dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(y_desc, [t, n], y_tile)
-    if MAKES_GRADIENTS:
-        z_desc, h_desc, _, _, z_grad_ptr, x_grad_ptr, z_strides, x_strides, share = gradients
-        BLOCK_S: gl.constexpr = z_desc.block_type.shape[0]
-        BLOCK_C: gl.constexpr = z_desc.block_type.shape[1]
-        BLOCK_H: gl.constexpr = h_desc.block_type.shape[2]
-        for_x, for_z = _gradient_tiles(k, r, chunk_in, chunk_out, share, BLOCK_C, BLOCK_H)
-        step = _multiply_gradients(
-            x_grad_ptr, x_strides, for_x, chunk_in, ring, step, T, r, H_LAYOUT, Z_LAYOUT, BLOCK_S, BLOCK_H, BLOCK_C, WARPS
-        )
-        step = _multiply_gradients(
-            z_grad_ptr, z_strides, for_z, chunk_out, ring, step, T, r, H_LAYOUT, Z_LAYOUT, BLOCK_S, BLOCK_H, BLOCK_C, WARPS
-        )
+            if kind == Z_GRADIENT:
+                step = _multiply_gradient(
+                    z_grad_ptr,
+                    z_strides,
+                    tile,
+                    chunk_out,
+                    ring,
+                    step,
+                    T,
+                    r,
+                    H_LAYOUT,
+                    Z_LAYOUT,
+                    BLOCK_S,
+                    BLOCK_C,
+                    BLOCK_R,
+                    WARPS,
+                )
+        turn += 1
+        place = _receive(queue, turn)
     tma.store_wait(pendings=0)
 
 
-_SIZES = ["T", "N", "K", "k", "r", "first", "programs", "z_stride_c", "z_stride_r", "x_stride_c", "x_stride_r"]
+_SIZES = ["T", "N", "K", "k", "r", "per_row", "x_gradients", "z_gradients"]
+_STRIDES = ["z_stride_c", "z_stride_r", "x_stride_c", "x_stride_r"]
 
 
-@gluon.jit(do_not_specialize=_SIZES)
+@gluon.jit(do_not_specialize=[*_SIZES, *_STRIDES])
 def linear_kernel(
     x_desc,
     w_desc,
@@ -362,14 +425,15 @@ def linear_kernel(
     z_stride_r,
     x_stride_c,
     x_stride_r,
-    first,
-    programs,
     scaling,
     T,
     N,
     K,
     k,
     r,
+    per_row,
+    x_gradients,
+    z_gradients,
     A_LAYOUT: gl.constexpr,
     B_LAYOUT: gl.constexpr,
     H_LAYOUT: gl.constexpr,
@@ -391,15 +455,20 @@ def linear_kernel(
     small_slots = gl.allocate_shared_memory(x_desc.dtype, [SLOTS] + x_desc.block_type.shape, x_desc.layout)
     large_slots = gl.allocate_shared_memory(w_desc.dtype, [SLOTS] + w_desc.block_type.shape, w_desc.layout)
     y_tile = gl.allocate_shared_memory(y_desc.dtype, y_desc.block_type.shape, y_desc.layout)
+    places = gl.allocate_shared_memory(gl.int32, [TURNS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    sent = gl.allocate_shared_memory(gl.int64, [TURNS, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
         mbarrier.init(ready.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=1)
+    for turn in gl.static_range(TURNS):
+        mbarrier.init(sent.index(turn), count=1)
+    queue = (places, sent)
     ring = (small_slots, large_slots, ready, empty)
-    sizes = (T, N, K, k, r)
-    z_strides, x_strides, share = (z_stride_c, z_stride_r), (x_stride_c, x_stride_r), (first, programs)
-    gradients = (z_desc, h_desc, x_wide_desc, g_wide_desc, z_grad_ptr, x_grad_ptr, z_strides, x_strides, share)
+    sizes = (T, N, K, k, r, per_row, x_gradients, z_gradients)
+    z_strides, x_strides = (z_stride_c, z_stride_r), (x_stride_c, x_stride_r)
+    gradients = (z_desc, h_desc, x_wide_desc, g_wide_desc, z_grad_ptr, x_grad_ptr, z_strides, x_strides)
     gl.warp_specialize(
         [
             (
@@ -412,6 +481,7 @@ def linear_kernel(
                     scaling,
                     gradients,
                     counters,
+                    queue,
                     ring,
                     sizes,
                     A_LAYOUT,
@@ -440,6 +510,7 @@ def linear_kernel(
                     b_desc,
                     gradients,
                     counters,
+                    queue,
                     ring,
                     sizes,
                     W_TRANSPOSED,
