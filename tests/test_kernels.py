@@ -18,6 +18,7 @@ SHAPES = [
     (8192, 2304, 2304, 3, 24, 0),
     (5000, 1536, 6144, 2, 16, 0),
     (4096, 4096, 4096, 8, 128, 0),
+    (8192, 2048, 2048, 4, 192, 0),
     (4096, 4096, 4096, 4, 64, 16),
     (1000, 576, 1536, 4, 12, 0),
     (300, 570, 190, 5, 5, 0),
@@ -97,8 +98,8 @@ def test_hopper_kernel_is_used():
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("not a Hopper GPU")
     x, weight, _, A, B, *_ = make(SHAPES[0], torch.bfloat16, "cuda")
-    g = fused.down(x, A, 0, 1.0)
-    assert dispatch.factor_kernels(x) and dispatch.linear_kernel(x, weight, g, B)
+    matmul = dispatch.linear_kernel(x, weight, B)
+    assert dispatch.factor_kernels(x) and matmul and matmul.makes_g(A) and matmul.readable(x)
 
 
 @pytest.mark.gpu
