@@ -59,10 +59,15 @@ MIN_SIZE = 2**22  # elements of x from which the matrix product itself takes the
 
 
 def factor_kernels(x: Tensor, dtype: torch.dtype | None = None) -> ModuleType | None:
-    """The kernels that project x `[T, I]` down and up, in its dtype or another, or None where torch is to do that."""
-    if x.is_cuda and choice in ("auto", "triton") and (dtype or x.dtype) in HALF and x.stride(1) == 1:
+    """The kernels that project x `[..., I]` down and up, in its dtype or another, or None where torch does that."""
+    if x.is_cuda and choice in ("auto", "triton") and (dtype or x.dtype) in HALF and x.stride()[-1] == 1:
         return kernels()
     return None
+
+
+def gradient_kernels(x: Tensor, dy: Tensor, g: Tensor) -> ModuleType | None:
+    """The kernels that compute the factors' gradients, or None where torch is to do that; g `[k, T, R]`."""
+    return factor_kernels(x) if g.shape[1] <= FEW_TOKENS and dy.stride()[-1] == 1 else None
 
 
 def linear_kernel(x: Tensor, weight: Tensor, g: Tensor, B: Tensor) -> ModuleType | None:

@@ -46,18 +46,19 @@ def pack(A: Tensor, B: Tensor, hybrid_A: Tensor | None, hybrid_B: Tensor | None)
 
 
 def down(x: Tensor, A: Tensor, hybrid_r: int, scaling: float) -> Tensor:
-    """Exchanged sub-ranks, times `scaling`: x `[T, I]`, A `[k, I/k, R]` -> g `[k, T, R]`, dtype of x."""
-    k, T, r = A.shape[0], x.shape[0], A.shape[2] - hybrid_r
+    """Exchanged sub-ranks, times `scaling`: x `[..., I]`, A `[k, I/k, R]` -> g `[k, T, R]`, dtype of x."""
+    k, chunk, R = A.shape
+    T, r = x.numel() // (k * chunk), R - hybrid_r
     kernels = dispatch.factor_kernels(x)
     if kernels is not None:
-        g = x.new_empty(k, T, r + hybrid_r)
+        g = x.new_empty(k, T, R)
         if not hybrid_r:
             kernels.down(x, A, scaling, g)
             return g
         kernels.down(x, A[..., :r], scaling, g[..., :r])
-        g[..., r:] = scaling * (x @ A[..., r:].flatten(0, 1).to(x.dtype))
+        g[..., r:] = scaling * (_rows(x) @ A[..., r:].flatten(0, 1).to(x.dtype))
         return g
-    A = A.to(x.dtype)
+    x, A = _rows(x), A.to(x.dtype)
     grid = A[..., :r] if hybrid_r else A
     g = exchange(x.new_empty(k, T, r).baddbmm_(chunks(x, k), grid, beta=0, alpha=scaling))
     if not hybrid_r:
@@ -66,40 +67,42 @@ def down(x: Tensor, A: Tensor, hybrid_r: int, scaling: float) -> Tensor:
 
 
 def linear_up(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tensor) -> Tensor:
-    """x W^T + bias + up(g, B): x `[T, I]`, weight `[O, I]`, g `[k, T, R]`, B `[k, R, O/k]` -> `[T, O]`, dtype of x."""
-    matmul = dispatch.linear_kernel(x, weight, g, B)
-    if matmul is not None:
-        return matmul.linear_up(x, weight, bias, g, B.to(x.dtype))
-    if bias is None and x.is_cuda and x.numel() >= dispatch.MIN_SIZE:
-        # the product with W reads the adapter's output while it multiplies: cheaper than a pass of its own
-        y = x.new_empty(x.shape[0], weight.shape[0])
-        chunks(y, B.shape[0]).baddbmm_(g, B.to(x.dtype), beta=0)
-        return y.addmm_(x, weight.t())
+    """x W^T + bias + up(g, B), dtype of x: x `[..., I]`, weight `[O, I]`, g `[k, T, R]`, B `[k, R, O/k]`.
+
+    `[..., O]`; where a launch costs less than the passes it saves, `[T, O]`.
+    """
+    if x.is_cuda and x.numel() >= dispatch.MIN_SIZE:
+        rows = _rows(x)
+        matmul = dispatch.linear_kernel(rows, weight, g, B)
+        if matmul is not None:
+            return matmul.linear_up(rows, weight, bias, g, B.to(x.dtype))
+        if bias is None:
+            # the product with W reads the adapter's output while it multiplies: cheaper than a pass of its own
+            y = x.new_empty(rows.shape[0], weight.shape[0])
+            chunks(y, B.shape[0]).baddbmm_(g, B.to(x.dtype), beta=0)
+            return y.addmm_(rows, weight.t())
     return add_up(torch.nn.functional.linear(x, weight, bias), g, B)
 
 
 def add_up(y: Tensor, g: Tensor, B: Tensor) -> Tensor:
-    """y + up(g, B), in place: y `[T, O]` of any dtype, g `[k, T, R]`, B `[k, R, O/k]`; computed in the dtype of g."""
+    """y + up(g, B), in place: y `[..., O]`, contiguous, of any dtype, g `[k, T, R]`, B `[k, R, O/k]`.
+
+    Computed in the dtype of g.
+    """
     kernels = dispatch.factor_kernels(y, g.dtype) if y.numel() < dispatch.MIN_SIZE else None
     if kernels is not None:
         kernels.up(g, B, y)
     elif y.dtype == g.dtype:
-        chunks(y, B.shape[0]).baddbmm_(g, B.to(g.dtype))
+        chunks(_rows(y), B.shape[0]).baddbmm_(g, B.to(g.dtype))
     else:
-        chunks(y, B.shape[0]).add_(torch.bmm(g, B.to(g.dtype)))
+        chunks(_rows(y), B.shape[0]).add_(torch.bmm(g, B.to(g.dtype)))
     return y
 
 
 def factor_grad(x: Tensor, h: Tensor, dtype: torch.dtype, transposed: bool = False) -> Tensor:
     """x_i^T h_i, block by block: x `[T, n]`, h `[k, T, R]` -> `[k, n/k, R]`, transposed `[k, R, n/k]`, of `dtype`."""
-    k, T, rank = h.shape
-    kernels = dispatch.factor_kernels(x) if T <= dispatch.FEW_TOKENS else None
-    if kernels is not None:
-        n = x.shape[1] // k
-        grad = torch.empty((k, rank, n) if transposed else (k, n, rank), dtype=dtype, device=x.device)
-        kernels.factor_grad(x, h, grad.mT if transposed else grad)
-        return grad
-    a, b = (h.mT, chunks(x, k)) if transposed else (chunks(x, k).mT, h)
+    x = chunks(_rows(x), h.shape[0])
+    a, b = (h.mT, x) if transposed else (x.mT, h)
     if x.is_cuda and dtype == torch.float32 != x.dtype and _BMM_WIDENS:
         return torch.bmm(a, b, out_dtype=dtype)
     return torch.bmm(a, b).to(dtype)
@@ -119,11 +122,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y `[..., O]`, and the exchanged sub-ranks g `[k, T, R]` for the backward. Factors are cast to the dtype of x."""
     A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
-    rows = _rows(x)
-    g = down(rows if seed is None else dropout(rows, p, seed), A, hybrid_r, scaling)
+    rows = _contiguous_or_rows(x)
+    g = down(rows if seed is None else dropout(_rows(x), p, seed), A, hybrid_r, scaling)
     y = linear_up(rows, weight, bias, g, B)
     # as matmul does: to autograd y is no view, so that callers may change it in place
-    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])), g
+    return y if y.dim() == x.dim() else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])), g
 
 
 def add_update(
@@ -139,9 +142,8 @@ def add_update(
 ) -> Tensor:
     """Add the adapter's output to y `[..., O]`, contiguous, any dtype; returns g `[k, T, R]` for the backward."""
     A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
-    rows = _rows(x)
-    g = down(rows if seed is None else dropout(rows, p, seed), A, hybrid_r, scaling)
-    add_up(y.view(-1, y.shape[-1]), g, B)
+    g = down(_contiguous_or_rows(x) if seed is None else dropout(_rows(x), p, seed), A, hybrid_r, scaling)
+    add_up(y, g, B)
     return g
 
 
@@ -164,33 +166,43 @@ def backward(
     `needs` says which of those of x, of (hybrid_)A and of (hybrid_)B; the others are None.
     """
     needs_x, needs_A, needs_B = needs
-    dtypes = A.dtype, B.dtype
     A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
-    k, r, shape = A.shape[0], A.shape[2] - hybrid_r, x.shape
-    dy, x = _rows(dy), _rows(x)
-    dx = dA = dB = d_hybrid_A = d_hybrid_B = None
-    if needs_x or needs_A:
-        dh = down(dy, B.mT, hybrid_r, scaling)
-    if needs_x and seed is None and weight is not None:
-        dx = linear_up(dy, weight.t(), None, dh, A.mT).view(shape)
-    elif needs_x:
-        dx = x.new_empty(x.shape)
-        chunks(dx, k).baddbmm_(dh, A.mT.to(x.dtype), beta=0)
-        dx = dx if seed is None else dropout(dx, p, seed)
-        dx = (dx if weight is None else dx.addmm_(dy, weight)).view(shape)
-    if needs_A:
-        seen = x if seed is None else dropout(x, p, seed)
-        dA = factor_grad(seen, dh, dtypes[0])
-        if hybrid_r:
-            dA, d_hybrid_A = dA.split([r, hybrid_r], dim=2)
-            d_hybrid_A = d_hybrid_A.permute(2, 0, 1).flatten(1)
-    if needs_B:
-        dB = factor_grad(dy, g, dtypes[1], transposed=True)
-        if hybrid_r:
-            dB, d_hybrid_B = dB.split([r, hybrid_r], dim=1)
-            d_hybrid_B = d_hybrid_B.mT.flatten(0, 1)
+    r, shape = A.shape[2] - hybrid_r, x.shape
+    dy, x = _contiguous_or_rows(dy), _contiguous_or_rows(x)
+    kernels = dispatch.gradient_kernels(x, dy, g)
+    dx = added = dA = dB = d_hybrid_A = d_hybrid_B = None
+    dh = down(dy, B.mT, hybrid_r, scaling) if needs_x or needs_A else g
+    if needs_x:
+        if weight is None or seed is not None:
+            dx = x.new_empty(g.shape[1], shape[-1])
+            chunks(dx, A.shape[0]).baddbmm_(dh, A.mT.to(x.dtype), beta=0)
+            dx = dx if seed is None else dropout(dx, p, seed)
+            dx = dx if weight is None else dx.addmm_(_rows(dy), weight)
+        elif kernels is not None and dy.numel() < dispatch.MIN_SIZE:
+            dx = added = dy @ weight
+        else:
+            dx = linear_up(dy, weight.t(), None, dh, A.mT)
+        dx = dx if dx.dim() == len(shape) else dx.view(shape)
+    seen = x if seed is None or not needs_A else dropout(_rows(x), p, seed)
+    if kernels is not None:
+        dA, dB = A.new_empty(A.shape) if needs_A else None, B.new_empty(B.shape) if needs_B else None
+        kernels.gradients(seen, dy, g, dh, A, added, dA, dB)
+    else:
+        dA = factor_grad(seen, dh, A.dtype) if needs_A else None
+        dB = factor_grad(dy, g, B.dtype, transposed=True) if needs_B else None
+    if hybrid_r and dA is not None:
+        dA, d_hybrid_A = dA.split([r, hybrid_r], dim=2)
+        d_hybrid_A = d_hybrid_A.permute(2, 0, 1).flatten(1)
+    if hybrid_r and dB is not None:
+        dB, d_hybrid_B = dB.split([r, hybrid_r], dim=1)
+        d_hybrid_B = d_hybrid_B.mT.flatten(0, 1)
     return [dx, dA, dB, d_hybrid_A, d_hybrid_B]
 
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _contiguous_or_rows(x: Tensor) -> Tensor:
+    """x as products and kernels take it: a view of contiguous memory would cost as much as launching a kernel."""
+    return x if x.is_contiguous() else _rows(x)
