@@ -69,7 +69,7 @@ def down(x: Tensor, A: Tensor, hybrid_r: int, scaling: float) -> Tensor:
 def linear_up(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tensor) -> Tensor:
     """x W^T + bias + up(g, B), dtype of x: x `[..., I]`, weight `[O, I]`, g `[k, T, R]`, B `[k, R, O/k]`.
 
-    `[..., O]`; where a launch costs less than the passes it saves, `[T, O]`.
+    `[..., O]`, or `[T, O]`; never a view.
     """
     if x.is_cuda and x.numel() >= dispatch.MIN_SIZE:
         rows = _rows(x)
@@ -81,6 +81,7 @@ def linear_up(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tens
             y = x.new_empty(rows.shape[0], weight.shape[0])
             chunks(y, B.shape[0]).baddbmm_(g, B.to(x.dtype), beta=0)
             return y.addmm_(rows, weight.t())
+    x = x if bias is None else _rows(x)  # with a bias, what torch makes of more dimensions is a view
     return add_up(torch.nn.functional.linear(x, weight, bias), g, B)
 
 
@@ -126,7 +127,7 @@ def forward(
     g = down(rows if seed is None else dropout(_rows(x), p, seed), A, hybrid_r, scaling)
     y = linear_up(rows, weight, bias, g, B)
     # as matmul does: to autograd y is no view, so that callers may change it in place
-    return y if y.dim() == x.dim() else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])), g
+    return y if y.dim() == x.dim() else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1])), g
 
 
 def add_update(
