@@ -159,7 +159,7 @@ def test_added_on_gpu(shape, dtype):
 
 INTERPRETED = """
 import torch
-from gralora.ops import kernels, reference
+from gralora.ops import dispatch, dropout, gralora_linear, kernels, reference
 
 for tokens, n_in, k, r in [(33, 40, 2, 4), (130, 96, 4, 8), (5, 63, 3, 3), (64, 64, 1, 5)]:
     x, A = torch.randn(tokens, n_in), torch.randn(k, n_in // k, r)
@@ -182,25 +182,68 @@ for n_in, n_out, k, r in [(40, 60, 2, 4), (63, 99, 3, 3), (160, 96, 4, 8), (64, 
     A, B = torch.randn(k, n_in // k, r), torch.randn(k, r, n_out // k)
     exact = reference.delta_weight(A.double(), B.double(), 0.5)
     assert (kernels.delta_weight(A, B, 0.5) - exact).abs().max() < 1e-5 * exact.abs().max(), (n_in, n_out, k, r)
-for tokens, n_in, k, r in [(33, 40, 2, 4), (130, 288, 4, 8), (5, 63, 3, 3), (64, 64, 1, 70)]:
-    x, h = torch.randn(tokens, n_in), torch.randn(k, tokens, r)
-    exact = torch.einsum("tkc,ktr->kcr", x.double().unflatten(1, (k, -1)), h.double())
-    grad, transposed = torch.empty(k, n_in // k, r), torch.empty(k, r, n_in // k)
-    kernels.factor_grad(x, h, grad)
-    assert (grad - exact).abs().max() < 1e-5 * exact.abs().max(), (tokens, n_in, k, r)
-    kernels.factor_grad(x, h, transposed.mT)
-    assert torch.equal(grad, transposed.mT)
+for tokens, n_in, n_out, k, r in [(33, 40, 60, 2, 4), (130, 288, 96, 4, 8), (5, 63, 99, 3, 3), (64, 64, 70, 1, 70)]:
+    x, dy, wide = torch.randn(tokens, n_in), torch.randn(1, tokens, 1, n_out), torch.randn(tokens, 2 * n_in)
+    g, dh, A, dx = torch.randn(k, tokens, r), torch.randn(k, tokens, r), torch.randn(k, n_in // k, r), wide[:, :n_in]
+    exact = [
+        dx.double() + reference.up(dh.double().transpose(0, 1).flatten(1), A.double().mT),
+        torch.einsum("tkc,ktr->kcr", x.double().unflatten(1, (k, -1)), dh.double()),
+        torch.einsum("ktr,tkc->krc", g.double(), dy.double().view(tokens, k, -1)),
+    ]
+    for wanted in [(0, 1, 2), (0,), (1,), (2,), (0, 2), (1, 2)]:
+        grads = [wide.clone()[:, :n_in], torch.empty(k, n_in // k, r), torch.empty(k, r, n_out // k)]
+        kernels.gradients(x, dy, g, dh, A, *[grad if i in wanted else None for i, grad in enumerate(grads)])
+        for i in wanted:
+            assert (grads[i] - exact[i]).abs().max() < 1e-5 * exact[i].abs().max(), (tokens, n_in, n_out, k, r, i)
 x = torch.rand(40, 1100) + 1
 first, again, other = (kernels.dropout(x, 0.25, 1 / 0.75, torch.tensor(seed)) for seed in (5, 5, 6))
 assert torch.equal(first, again) and not torch.equal(first == 0, other == 0)
 assert torch.allclose(first[first != 0], x[first != 0] / 0.75) and abs((first == 0).double().mean() - 0.25) < 0.01
 assert ((first == 0).double().mean(0) < 0.7).all() and ((first == 0).double().mean(1) < 0.35).all()
+# whole layers, in the few launches that small ones take on a GPU
+dispatch.factor_kernels = lambda x, dtype=None: kernels if x.stride()[-1] == 1 else None
+launches = []
+for name in ("down", "up", "gradients", "dropout"):
+    setattr(kernels, name, lambda *args, f=getattr(kernels, name): (launches.append(f.__name__), f(*args))[1])
+
+
+def leaves(*tensors):
+    return [None if t is None else t.detach().requires_grad_() for t in tensors]
+
+
+def check(x, dy, k, r, h, p):
+    n_in, n_out, seed = x.shape[-1], dy.shape[-1], torch.tensor(3) if p else None
+    hybrid = (torch.randn(h, n_in), torch.randn(n_out, h)) if h else (None, None)
+    weight, bias = torch.randn(n_out, n_in), torch.randn(n_out)
+    trained = leaves(x, torch.randn(k, n_in // k, r), torch.randn(k, r, n_out // k), *hybrid)
+    exact = [None if t is None else t.detach().double().requires_grad_() for t in trained]
+    launches.clear()
+    y = gralora_linear(trained[0], weight, bias, *trained[1:], 0.5, p, seed)
+    kept = dropout(torch.ones(x[..., 0].numel(), n_in), p, seed).view(x.shape) if p else None
+    true = reference.linear(exact[0], weight.double(), bias.double(), *exact[1:], 0.5, kept)
+    ours = torch.autograd.grad(y, [t for t in trained if t is not None], dy)
+    truths = torch.autograd.grad(true, [t for t in exact if t is not None], dy.double())
+    for value, truth in zip([y, *ours], [true, *truths], strict=True):
+        assert value.shape == truth.shape
+        assert (value - truth).abs().max() < 1e-5 * truth.abs().max(), (x.shape, k, h, p)
+
+
+for tokens in [(), (7,), (2, 3), (2, 1, 3)]:
+    for k, r, h, p in [(2, 4, 0, 0.0), (3, 6, 2, 0.0), (2, 2, 0, 0.5)]:
+        check(torch.randn(*tokens, 6 * k), torch.randn(*tokens, 4 * k), k, r, h, p)
+        assert [name for name in launches if name != "dropout"] == ["down", "up", "down", "gradients"], launches
+check(torch.randn(7, 24)[:, :12], torch.randn(7, 16)[:, :8], 2, 4, 0, 0.0)  # rows of wider tensors
+assert launches == ["down", "up", "down", "gradients"], launches
+check(torch.randn(5, 1, 12).transpose(0, 1), torch.randn(1, 8).expand(1, 5, 8), 2, 4, 0, 0.0)
+check(torch.randn(1, 5, 12).transpose(0, 1), torch.randn(5, 3, 8)[:, :1], 2, 4, 0, 0.0)  # contiguous, of odd strides
+check(torch.randn(12, 7).T, torch.randn(8, 7).T, 2, 4, 0, 0.0)
+assert launches == ["up", "up"], launches  # what has no unit stride along a row is projected down by torch
 print("interpreted")
 """
 
 
 def test_kernels_interpreted():
-    """Triton's interpreter runs the portable kernels' code on the CPU: odd sizes, and factors of any strides."""
+    """Triton's interpreter runs the portable kernels' code on the CPU: odd sizes, any strides, and whole layers."""
     pytest.importorskip("triton")
     env = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True)

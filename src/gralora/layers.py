@@ -66,26 +66,33 @@ class GraloraLayer(Promoted):
 
         None where PEFT's forward is needed.
         """
-        if self._disable_adapters or self.merged_adapters or dispatch.choice == "reference" or not x.numel():
+        own = self.__dict__  # nn.Module's lookup of attributes would cost as much as the arithmetic of a small layer
+        if self._disable_adapters or own["merged_adapters"] or dispatch.choice == "reference" or not x.numel():
             return None
-        modules = self._modules  # nn.Module's own lookup would cost as much as the arithmetic of a small layer
-        downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules
+        modules = own["_modules"]
+        downs = modules["lora_A"]._modules
         active = [name for name in self.active_adapters if name in downs]
-        if len(active) != 1 or active[0] in self.lora_variant:
+        if len(active) != 1 or active[0] in own["lora_variant"]:
             return None
         name = active[0]
-        A, B, dropout = downs[name], ups[name], modules["lora_dropout"]._modules[name]
-        if type(A) is not GranularDown or type(B) is not GranularUp or B._parameters["bias"] is not None:
+        A, B, dropout = downs[name], modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
+        if type(A) is not GranularDown or type(B) is not GranularUp:
+            return None
+        factors_A, factors_B = A._parameters, B._parameters
+        if factors_B["bias"] is not None:
             return None
         if type(dropout) not in (nn.Identity, nn.Dropout) or _has_hooks(A) or _has_hooks(B) or _has_hooks(dropout):
             return None
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        A_weight, B_weight = A._parameters["weight"], B._parameters["weight"]
+        device = "cuda" if x.is_cuda else x.device.type  # making the string costs more than all the checks above
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        A_weight, B_weight = factors_A["weight"], factors_B["weight"]
         if x.dtype == torch.float64 if autocast else not A_weight.dtype == B_weight.dtype == dtype:
             return None
-        A_hybrid, B_hybrid = A._parameters["hybrid_weight"], B._parameters["hybrid_weight"]
-        scaling = self.scaling[name] if B.gralora_scaling == "lora" else self.scaling[name] * B.gain
+        A_hybrid, B_hybrid = factors_A["hybrid_weight"], factors_B["hybrid_weight"]
+        scaling = own["scaling"][name]
+        if B.gralora_scaling != "lora":
+            scaling = scaling * B.gain
         if isinstance(scaling, Tensor):  # prepare_model_for_compiled_hotswap: a number would be compiled in
             B_weight, B_hybrid = B_weight * scaling, None if B_hybrid is None else B_hybrid * scaling
             scaling = 1.0
@@ -95,8 +102,8 @@ class GraloraLayer(Promoted):
         base = modules["base_layer"]
         plain = _plain_weights(base)
         if plain is not None and (autocast or plain[0].dtype == dtype):
-            weight, bias = (t if t is None or t.dtype == dtype else t.to(dtype) for t in plain)
-            return gralora_linear(x.to(dtype), weight, bias, *adapter)
+            x, weight, bias = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (x, *plain))
+            return gralora_linear(x, weight, bias, *adapter)
         if torch.compiler.is_compiling():
             return None
         y = base(x)
@@ -148,7 +155,8 @@ class GraloraLayer(Promoted):
 
 def _plain_weights(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight `[O, I]` and bias of a frozen nn.Linear or Conv1D without hooks; None for any other base layer."""
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    parameters = base._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
     if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
     if _has_hooks(base):
@@ -159,10 +167,11 @@ def _plain_weights(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 
 
 def _has_hooks(module: nn.Module) -> bool:
+    own = module.__dict__
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )

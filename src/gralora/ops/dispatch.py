@@ -59,15 +59,25 @@ MIN_SIZE = 2**22  # elements of x from which the matrix product itself takes the
 
 
 def factor_kernels(x: Tensor, dtype: torch.dtype | None = None) -> ModuleType | None:
-    """The kernels that project x `[T, I]` down and up, in its dtype or another, or None where torch is to do that."""
-    if x.is_cuda and choice in ("auto", "triton") and (dtype or x.dtype) in HALF and x.stride(1) == 1:
+    """The kernels that project x `[..., I]` down and up, in its dtype or another, or None where torch does that."""
+    if x.is_cuda and choice in ("auto", "triton") and (dtype or x.dtype) in HALF and x.stride()[-1] == 1:
         return kernels()
     return None
 
 
+def gradient_kernels(x: Tensor, dy: Tensor, g: Tensor) -> ModuleType | None:
+    """The kernels that compute the factors' gradients, or None where torch is to do that; g `[k, T, R]`."""
+    return factor_kernels(x) if g.shape[1] <= FEW_TOKENS and dy.stride()[-1] == 1 else None
+
+
+def is_large(x: Tensor) -> bool:
+    """Whether the matrix product itself should take in the adapter's output: a launch costs less than a pass."""
+    return x.is_cuda and x.numel() >= MIN_SIZE
+
+
 def linear_kernel(x: Tensor, weight: Tensor, B: Tensor) -> ModuleType | None:
-    """The kernel that computes base and adapter in one, or None where it does not apply or does not win."""
-    if x.is_cuda and x.numel() >= MIN_SIZE and choice in ("auto", "triton"):
+    """The kernel that computes base and adapter in one, or None where it does not apply or does not win; x `[T, I]`."""
+    if choice in ("auto", "triton"):
         module = hopper(x.device.index)
         if module is not None and module.wins(x, weight, B):
             return module

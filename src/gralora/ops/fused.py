@@ -19,7 +19,7 @@ from torch import Tensor
 from . import dispatch
 from .dropout import dropout
 
-Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _BMM_WIDENS = torch.__version__ >= (2, 8)  # bmm(out_dtype=): a float32 result without a pass to convert it
 
@@ -48,18 +48,19 @@ def pack(A: Tensor, B: Tensor, hybrid_A: Tensor | None, hybrid_B: Tensor | None)
 
 
 def down(x: Tensor, A: Tensor, hybrid_r: int, scaling: float) -> Tensor:
-    """Exchanged sub-ranks, times `scaling`: x `[T, I]`, A `[k, I/k, R]` -> g `[k, T, R]`, dtype of x."""
-    k, T, r = A.shape[0], x.shape[0], A.shape[2] - hybrid_r
+    """Exchanged sub-ranks, times `scaling`: x `[..., I]`, A `[k, I/k, R]` -> g `[k, T, R]`, dtype of x."""
+    k, chunk, R = A.shape
+    T, r = x.numel() // (k * chunk), R - hybrid_r
     kernels = dispatch.factor_kernels(x)
     if kernels is not None:
-        g = x.new_empty(k, T, r + hybrid_r)
+        g = x.new_empty(k, T, R)
         if not hybrid_r:
             kernels.down(x, A, scaling, g)
             return g
         kernels.down(x, A[..., :r], scaling, g[..., :r])
-        g[..., r:] = scaling * (x @ A[..., r:].flatten(0, 1).to(x.dtype))
+        g[..., r:] = scaling * (_rows(x) @ A[..., r:].flatten(0, 1).to(x.dtype))
         return g
-    A = A.to(x.dtype)
+    x, A = _rows(x), A.to(x.dtype)
     grid = A[..., :r] if hybrid_r else A
     g = exchange(x.new_empty(k, T, r).baddbmm_(chunks(x, k), grid, beta=0, alpha=scaling))
     if not hybrid_r:
@@ -77,69 +78,66 @@ def linear(
     scaling: float,
     g: Tensor | None = None,
     gradients: Gradients | None = None,
-) -> tuple[Tensor, Tensor]:
-    """y = x W^T + bias + up(g, B) `[T, O]`, and g = down(x, A) unless it is given.
+) -> tuple[Tensor, Tensor, bool]:
+    """y = x W^T + bias + up(g, B), dtype of x, and g = down(x, A) unless it is given; in one launch where that wins.
 
     Args:
-        x: `[T, I]`.
+        x: `[..., I]`.
         weight, bias: `[O, I]`, and `[O]` or None.
         A, B, hybrid_r, scaling: see `pack` and `down`.
         g: `[k, T, R]`.
-        gradients: `(z, h, z_grad, x_grad)`, to be computed in the same launch if possible: `factor_grad` of z `[T, O]`
-            and g to z_grad, of x and h to x_grad; None for a result that is not wanted.
+        gradients: `(z, h, z_grad, x_grad)`: z `[T, O]`, h as g; z_i^T g_i `[k, O/k, R]` and x_i^T h_i `[k, I/k, R]`
+            are written where the launch can do that.
+
+    Returns:
+        y, `[..., O]` or `[T, O]`, never a view; g; and whether the gradients are written.
     """
-    matmul = dispatch.linear_kernel(x, weight, B)
-    if g is None:
-        makes_g = matmul is not None and not hybrid_r and matmul.makes_g(A)
-        g = x.new_empty(A.shape[0], x.shape[0], A.shape[2]) if makes_g else down(x, A, hybrid_r, scaling)
-    else:
-        makes_g = False
+    large = dispatch.is_large(x)
+    x = _rows(x) if large or bias is not None else x  # with a bias, what torch makes of more dimensions is a view
+    matmul = dispatch.linear_kernel(x, weight, B) if large else None
     if matmul is not None:
-        along = gradients is not None and all(t is not None for t in gradients) and matmul.readable(gradients[0])
-        A, B = _cast(A, B, x.dtype) if makes_g else (None, B.to(x.dtype))
-        y = matmul.linear(x, weight, bias, g, B, A, scaling, gradients if along else None)
-        gradients = None if along else gradients
-    elif bias is None and x.is_cuda and x.numel() >= dispatch.MIN_SIZE:
+        if g is None and not hybrid_r and matmul.makes_g(A):
+            g = x.new_empty(A.shape[0], x.shape[0], A.shape[2])
+            down_by, up_by = _cast(A, B, x.dtype)
+        else:
+            g = down(x, A, hybrid_r, scaling) if g is None else g
+            down_by, up_by = None, B.to(x.dtype)
+        gradients = gradients if gradients is not None and matmul.readable(gradients[0]) else None
+        return matmul.linear(x, weight, bias, g, up_by, down_by, scaling, gradients), g, gradients is not None
+    if g is None:
+        g = down(x, A, hybrid_r, scaling)
+    if large and bias is None:
         # the product with W reads the adapter's output while it multiplies: cheaper than a pass of its own
         y = x.new_empty(x.shape[0], weight.shape[0])
         chunks(y, B.shape[0]).baddbmm_(g, B.to(x.dtype), beta=0)
-        y.addmm_(x, weight.t())
-    else:
-        y = add_up(torch.nn.functional.linear(x, weight, bias), g, B)
-    if gradients is not None:
-        z, h, z_grad, x_grad = gradients
-        factor_grad(z, g, z_grad)
-        factor_grad(x, h, x_grad)
-    return y, g
+        return y.addmm_(x, weight.t()), g, False
+    return add_up(torch.nn.functional.linear(x, weight, bias), g, B), g, False
 
 
 def add_up(y: Tensor, g: Tensor, B: Tensor) -> Tensor:
-    """y + up(g, B), in place: y `[T, O]` of any dtype, g `[k, T, R]`, B `[k, R, O/k]`; computed in the dtype of g."""
+    """y + up(g, B), in place: y `[..., O]`, contiguous, of any dtype, g `[k, T, R]`, B `[k, R, O/k]`.
+
+    Computed in the dtype of g.
+    """
     kernels = dispatch.factor_kernels(y, g.dtype) if y.numel() < dispatch.MIN_SIZE else None
     if kernels is not None:
         kernels.up(g, B, y)
     elif y.dtype == g.dtype:
-        chunks(y, B.shape[0]).baddbmm_(g, B.to(g.dtype))
+        chunks(_rows(y), B.shape[0]).baddbmm_(g, B.to(g.dtype))
     else:
-        chunks(y, B.shape[0]).add_(torch.bmm(g, B.to(g.dtype)))
+        chunks(_rows(y), B.shape[0]).add_(torch.bmm(g, B.to(g.dtype)))
     return y
 
 
-def factor_grad(x: Tensor, h: Tensor, out: Tensor | None) -> None:
-    """x_i^T h_i, block by block, to `out`, if that is no None.
+def factor_grad(x: Tensor, h: Tensor, out: Tensor) -> None:
+    """x_i^T h_i, block by block, to `out`.
 
     Args:
-        x: `[T, n]`.
+        x: `[..., n]`.
         h: `[k, T, R]`, contiguous, dtype of x.
         out: `[k, n/k, R]`, any float dtype, contiguous or the transpose of a contiguous `[k, R, n/k]`.
     """
-    if out is None:
-        return
-    kernels = dispatch.factor_kernels(x) if h.shape[1] <= dispatch.FEW_TOKENS else None
-    if kernels is not None:
-        kernels.factor_grad(x, h, out)
-        return
-    a, b = chunks(x, h.shape[0]).mT, h
+    a, b = chunks(_rows(x), h.shape[0]).mT, h
     if not out.is_contiguous():
         a, b, out = b.mT, a.mT, out.mT
     if out.dtype == x.dtype:
@@ -164,11 +162,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y `[..., O]`, and the exchanged sub-ranks g `[k, T, R]` for the backward. Factors are cast to the dtype of x."""
     A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
-    rows = _rows(x)
-    g = None if seed is None else down(dropout(rows, p, seed), A, hybrid_r, scaling)
-    y, g = linear(rows, weight, bias, A, B, hybrid_r, scaling, g)
+    g = None if seed is None else down(dropout(_rows(x), p, seed), A, hybrid_r, scaling)
+    y, g, _ = linear(_contiguous_or_rows(x), weight, bias, A, B, hybrid_r, scaling, g)
     # as matmul does: to autograd y is no view, so that callers may change it in place
-    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])), g
+    return y if y.dim() == x.dim() else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1])), g
 
 
 def add_update(
@@ -184,9 +181,8 @@ def add_update(
 ) -> Tensor:
     """Add the adapter's output to y `[..., O]`, contiguous, any dtype; returns g `[k, T, R]` for the backward."""
     A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
-    rows = _rows(x)
-    g = down(rows if seed is None else dropout(rows, p, seed), A, hybrid_r, scaling)
-    add_up(y.view(-1, y.shape[-1]), g, B)
+    g = down(_contiguous_or_rows(x) if seed is None else dropout(_rows(x), p, seed), A, hybrid_r, scaling)
+    add_up(y, g, B)
     return g
 
 
@@ -209,33 +205,53 @@ def backward(
     `needs` says which of those of x, of (hybrid_)A and of (hybrid_)B; the others are None.
     """
     needs_x, needs_A, needs_B = needs
-    dtype_A, dtype_B = A.dtype, B.dtype
     A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
-    k, r, shape = A.shape[0], A.shape[2] - hybrid_r, x.shape
-    dy, x = _rows(dy), _rows(x)
-    dA = torch.empty(A.shape, dtype=dtype_A, device=x.device) if needs_A else None
-    dB = torch.empty(B.shape, dtype=dtype_B, device=x.device) if needs_B else None
-    dx = d_hybrid_A = d_hybrid_B = None
+    r, shape = A.shape[2] - hybrid_r, x.shape
+    dy, x = _contiguous_or_rows(dy), _contiguous_or_rows(x)
+    kernels = dispatch.gradient_kernels(x, dy, g)
+    dA, dB = A.new_empty(A.shape) if needs_A else None, B.new_empty(B.shape) if needs_B else None
+    dx = added = d_hybrid_A = d_hybrid_B = None
+    done = False
     if needs_x and seed is None and weight is not None:
-        gradients = x, g, dA, None if dB is None else dB.mT
-        dx, _ = linear(dy, weight.t(), None, B.mT, A.mT, hybrid_r, scaling, gradients=gradients)
+        if kernels is not None and not dispatch.is_large(dy):
+            dh = down(dy, B.mT, hybrid_r, scaling)
+            dx = added = dy @ weight
+        else:
+            gradients = None if dA is None or dB is None else (_rows(x), g, dA, dB.mT)
+            dx, dh, done = linear(dy, weight.t(), None, B.mT, A.mT, hybrid_r, scaling, gradients=gradients)
     else:
-        dh = down(dy, B.mT, hybrid_r, scaling) if needs_x or needs_A else None
+        dh = down(dy, B.mT, hybrid_r, scaling) if needs_x or needs_A else g
         if needs_x:
-            dx = x.new_empty(x.shape)
-            chunks(dx, k).baddbmm_(dh, A.mT.to(x.dtype), beta=0)
+            dx = x.new_empty(g.shape[1], shape[-1])
+            chunks(dx, A.shape[0]).baddbmm_(dh, A.mT.to(x.dtype), beta=0)
             dx = dx if seed is None else dropout(dx, p, seed)
-            dx = dx if weight is None else dx.addmm_(dy, weight)
-        if needs_A:
-            factor_grad(x if seed is None else dropout(x, p, seed), dh, dA)
-        factor_grad(dy, g, None if dB is None else dB.mT)
-    if hybrid_r and needs_A:
+            dx = dx if weight is None else dx.addmm_(_rows(dy), weight)
+    if not done:
+        seen = x if seed is None or not needs_A else dropout(_rows(x), p, seed)
+        if kernels is not None:
+            kernels.gradients(seen, dy, g, dh, A, added, dA, dB)
+        else:
+            if dA is not None:
+                factor_grad(seen, dh, dA)
+            if dB is not None:
+                factor_grad(dy, g, dB.mT)
+    dx = dx if dx is None or dx.dim() == len(shape) else dx.view(shape)
+    if hybrid_r and dA is not None:
         dA, d_hybrid_A = dA.split([r, hybrid_r], dim=2)
         d_hybrid_A = d_hybrid_A.permute(2, 0, 1).flatten(1)
-    if hybrid_r and needs_B:
+    if hybrid_r and dB is not None:
         dB, d_hybrid_B = dB.split([r, hybrid_r], dim=1)
         d_hybrid_B = d_hybrid_B.mT.flatten(0, 1)
-    return [None if dx is None else dx.view(shape), dA, dB, d_hybrid_A, d_hybrid_B]
+    return [dx, dA, dB, d_hybrid_A, d_hybrid_B]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _contiguous_or_rows(x: Tensor) -> Tensor:
+    """x as products and kernels take it: a view of contiguous memory would cost as much as launching a kernel."""
+    return x if x.is_contiguous() else _rows(x)
 
 
 def _cast(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -245,7 +261,3 @@ def _cast(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     cast = torch.empty_like(A, dtype=dtype), torch.empty_like(B, dtype=dtype)
     torch._foreach_copy_(cast, (A, B))
     return cast
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

@@ -46,6 +46,16 @@ def _down_kernel(
     tl.store(p_g, (b_h * scaling).to(g_ptr.dtype.element_ty), mask=(t[:, None] < T) & (n[None, :] < RANK))
 
 
+def _row_stride(x: Tensor) -> int:
+    """Elements from one row to the next of `[T, n]`, or of a contiguous `[..., n]`."""
+    return x.stride()[0] if x.dim() == 2 else x.shape[-1]
+
+
+def _dot_size(n: int) -> int:
+    """The power of two, at least tl.dot's 16, that holds n."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
 _down = Launcher(_down_kernel, num_warps=4, num_stages=4)
 
 
@@ -53,17 +63,88 @@ def down(x: Tensor, A: Tensor, scaling: float, g: Tensor) -> None:
     """Project down, exchange and scale in one pass over x, summing in float32.
 
     Args:
-        x: `[T, I]`, unit stride along I.
+        x: `[T, I]` with unit stride along I, or contiguous `[..., I]`.
         A: `[k, I/k, r]`, any float dtype, computed with in that of x; any strides.
         scaling: factor on the result, applied in float32.
         g: written: `[k, T, r]`, dtype of x; its first dimension has T times the stride of its second, its last 1.
     """
-    (T, _), (k, chunk, r) = x.shape, A.shape
+    (k, T, r), chunk = g.shape, A.shape[1]
     block_t = 64 if r > 64 else 128
-    block_r = _dot_size(r)
-    constants = (chunk, r, r // k, x.stride(0), *A.stride(), g.stride(1), block_t, 64, block_r)
-    aligned = tuple(t.data_ptr() % 16 == 0 for t in (x, A, g))
-    _down((x.dtype, A.dtype, constants, aligned), (-(-T // block_t), k, 1), x, x, A, g, float(scaling), T, *constants)
+    constants = (chunk, r, r // k, _row_stride(x), *A.stride(), g.stride()[1], block_t, 64, _dot_size(r))
+    _down.launch((-(-T // block_t), k, 1), (x, A, g), (float(scaling), T), constants)
+
+
+@triton.jit
+def _up_tile(
+    tile,
+    g_ptr,
+    B_ptr,
+    y_ptr,
+    T,
+    CHUNK: tl.constexpr,
+    RANK: tl.constexpr,
+    STRIDE_BK: tl.constexpr,
+    STRIDE_BR: tl.constexpr,
+    STRIDE_BO: tl.constexpr,
+    STRIDE_YT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One tile of tokens and outputs of block j: y += g_j B_j."""
+    tiles_t, tiles_o = tl.cdiv(T, BLOCK_T), tl.cdiv(CHUNK, BLOCK_O)
+    j = tile // (tiles_t * tiles_o)
+    t = tile % tiles_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    o = tile // tiles_t % tiles_o * BLOCK_O + tl.arange(0, BLOCK_O)
+    n = tl.arange(0, BLOCK_R)
+    in_t, in_o = t[:, None] < T, o[None, :] < CHUNK
+    p_y = y_ptr + t[:, None].to(tl.int64) * STRIDE_YT + j * CHUNK + o[None, :]
+    p_g = g_ptr + (j.to(tl.int64) * T + t[:, None]) * RANK + n[None, :]
+    p_B = B_ptr + j * STRIDE_BK + n[:, None] * STRIDE_BR + o[None, :] * STRIDE_BO
+    b_y = tl.load(p_y, mask=in_t & in_o, other=0.0).to(tl.float32)
+    for n0 in range(0, RANK, BLOCK_R):
+        b_g = tl.load(p_g, mask=in_t & (n0 + n[None, :] < RANK), other=0.0)
+        b_B = tl.load(p_B, mask=(n0 + n[:, None] < RANK) & in_o, other=0.0)
+        b_y = tl.dot(b_g, b_B.to(b_g.dtype), b_y)
+        p_g += BLOCK_R
+        p_B += BLOCK_R * STRIDE_BR
+    tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=in_t & in_o)
+
+
+@triton.jit
+def _factor_grad_tile(
+    tile,
+    x_ptr,
+    h_ptr,
+    out_ptr,
+    T,
+    CHUNK: tl.constexpr,
+    RANK: tl.constexpr,
+    STRIDE_XT: tl.constexpr,
+    STRIDE_OC: tl.constexpr,
+    STRIDE_OR: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """A tile of block i of x_i^T h_i, summed over all tokens; STEPS * BLOCK_T is at least T."""
+    tiles_c, tiles_r = tl.cdiv(CHUNK, BLOCK_C), tl.cdiv(RANK, BLOCK_R)
+    i = tile // (tiles_c * tiles_r)
+    c = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = tile // tiles_c % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    t = tl.arange(0, BLOCK_T)
+    p_x = x_ptr + t[None, :].to(tl.int64) * STRIDE_XT + i * CHUNK + c[:, None]
+    p_h = h_ptr + (i.to(tl.int64) * T + t[:, None]) * RANK + n[None, :]
+    b_out = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
+    for t0 in range(0, STEPS * BLOCK_T, BLOCK_T):
+        b_x = tl.load(p_x, mask=(c[:, None] < CHUNK) & (t0 + t[None, :] < T), other=0.0)
+        b_h = tl.load(p_h, mask=(t0 + t[:, None] < T) & (n[None, :] < RANK), other=0.0)
+        b_out = tl.dot(b_x, b_h, b_out)
+        p_x += BLOCK_T * STRIDE_XT
+        p_h += BLOCK_T * RANK
+    p_out = out_ptr + i * CHUNK * RANK + c[:, None] * STRIDE_OC + n[None, :] * STRIDE_OR
+    tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=(c[:, None] < CHUNK) & (n[None, :] < RANK))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -82,23 +163,22 @@ def _up_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One tile of tokens and outputs of block j: y += g_j B_j."""
-    j = tl.program_id(2)
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    n = tl.arange(0, BLOCK_R)
-    in_t, in_o = t[:, None] < T, o[None, :] < CHUNK
-    p_y = y_ptr + t[:, None].to(tl.int64) * STRIDE_YT + j * CHUNK + o[None, :]
-    p_g = g_ptr + (j.to(tl.int64) * T + t[:, None]) * RANK + n[None, :]
-    p_B = B_ptr + j * STRIDE_BK + n[:, None] * STRIDE_BR + o[None, :] * STRIDE_BO
-    b_y = tl.load(p_y, mask=in_t & in_o, other=0.0).to(tl.float32)
-    for n0 in range(0, RANK, BLOCK_R):
-        b_g = tl.load(p_g, mask=in_t & (n0 + n[None, :] < RANK), other=0.0)
-        b_B = tl.load(p_B, mask=(n0 + n[:, None] < RANK) & in_o, other=0.0)
-        b_y = tl.dot(b_g, b_B.to(b_g.dtype), b_y)
-        p_g += BLOCK_R
-        p_B += BLOCK_R * STRIDE_BR
-    tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=in_t & in_o)
+    _up_tile(
+        tl.program_id(0),
+        g_ptr,
+        B_ptr,
+        y_ptr,
+        T,
+        CHUNK,
+        RANK,
+        STRIDE_BK,
+        STRIDE_BR,
+        STRIDE_BO,
+        STRIDE_YT,
+        BLOCK_T,
+        BLOCK_O,
+        BLOCK_R,
+    )
 
 
 _up = Launcher(_up_kernel, num_warps=4)
@@ -110,72 +190,91 @@ def up(g: Tensor, B: Tensor, y: Tensor) -> None:
     Args:
         g: `[k, T, r]`, contiguous.
         B: `[k, r, O/k]`, any float dtype, computed with in that of g; any strides.
-        y: changed: `[T, O]`, any float dtype, unit stride along O.
+        y: changed: `[T, O]` with unit stride along O, or contiguous `[..., O]`; any float dtype.
     """
     (k, T, r), chunk = g.shape, B.shape[2]
-    constants = (chunk, r, *B.stride(), y.stride(0), 64, 64, min(64, _dot_size(r)))
-    aligned = tuple(t.data_ptr() % 16 == 0 for t in (g, B, y))
-    grid = (-(-T // 64), -(-chunk // 64), k)
-    _up((g.dtype, B.dtype, y.dtype, constants, aligned), grid, g, g, B, y, T, *constants)
-
-
-def _dot_size(n: int) -> int:
-    """The power of two, at least tl.dot's 16, that holds n."""
-    return max(16, 1 << (n - 1).bit_length())
+    constants = (chunk, r, *B.stride(), _row_stride(y), 64, 64, min(64, _dot_size(r)))
+    _up.launch((-(-T // 64) * -(-chunk // 64) * k, 1, 1), (g, B, y), (T,), constants)
 
 
 @triton.jit(do_not_specialize=["T"])
-def _factor_grad_kernel(
+def _gradients_kernel(
     x_ptr,
-    h_ptr,
-    out_ptr,
+    dy_ptr,
+    g_ptr,
+    dh_ptr,
+    A_ptr,
+    dx_ptr,
+    dA_ptr,
+    dB_ptr,
     T,
-    CHUNK: tl.constexpr,
+    CHUNK_I: tl.constexpr,
+    CHUNK_O: tl.constexpr,
     RANK: tl.constexpr,
     STRIDE_XT: tl.constexpr,
-    STRIDE_OC: tl.constexpr,
-    STRIDE_OR: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    STRIDE_YT: tl.constexpr,
+    STRIDE_AK: tl.constexpr,
+    STRIDE_AI: tl.constexpr,
+    STRIDE_AR: tl.constexpr,
+    STRIDE_DXT: tl.constexpr,
+    TILES_A: tl.constexpr,
+    TILES_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """A tile of block i of the result, over all tokens; STEPS * BLOCK_T is at least T."""
-    i = tl.program_id(1)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    n = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    t = tl.arange(0, BLOCK_T)
-    p_x = x_ptr + t[None, :].to(tl.int64) * STRIDE_XT + i * CHUNK + c[:, None]
-    p_h = h_ptr + (i.to(tl.int64) * T + t[:, None]) * RANK + n[None, :]
-    b_out = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
-    for t0 in range(0, STEPS * BLOCK_T, BLOCK_T):
-        b_x = tl.load(p_x, mask=(c[:, None] < CHUNK) & (t0 + t[None, :] < T), other=0.0)
-        b_h = tl.load(p_h, mask=(t0 + t[:, None] < T) & (n[None, :] < RANK), other=0.0)
-        b_out = tl.dot(b_x, b_h, b_out)
-        p_x += BLOCK_T * STRIDE_XT
-        p_h += BLOCK_T * RANK
-    p_out = out_ptr + i * CHUNK * RANK + c[:, None] * STRIDE_OC + n[None, :] * STRIDE_OR
-    tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=(c[:, None] < CHUNK) & (n[None, :] < RANK))
+    """First the tiles of dA, then those of dB, then those of dx: the longest first."""
+    tile = tl.program_id(0)
+    if tile < TILES_A:
+        _factor_grad_tile(tile, x_ptr, dh_ptr, dA_ptr, T, CHUNK_I, RANK, STRIDE_XT, RANK, 1, 64, 64, BLOCK_R, STEPS)
+    elif tile < TILES_A + TILES_B:
+        _factor_grad_tile(
+            tile - TILES_A, dy_ptr, g_ptr, dB_ptr, T, CHUNK_O, RANK, STRIDE_YT, 1, CHUNK_O, 64, 64, BLOCK_R, STEPS
+        )
+    else:
+        _up_tile(
+            tile - TILES_A - TILES_B,
+            dh_ptr,
+            A_ptr,
+            dx_ptr,
+            T,
+            CHUNK_I,
+            RANK,
+            STRIDE_AK,
+            STRIDE_AR,
+            STRIDE_AI,
+            STRIDE_DXT,
+            64,
+            64,
+            BLOCK_R,
+        )
 
 
-_factor_grad = Launcher(_factor_grad_kernel, num_warps=4, num_stages=4)
+_gradients = Launcher(_gradients_kernel, num_warps=4, num_stages=4)
 
 
-def factor_grad(x: Tensor, h: Tensor, out: Tensor) -> None:
-    """The gradient of a factor, out_i = x_i^T h_i, in float32, rounded once.
+def gradients(
+    x: Tensor, dy: Tensor, g: Tensor, dh: Tensor, A: Tensor, dx: Tensor | None, dA: Tensor | None, dB: Tensor | None
+) -> None:
+    """dx += up(dh, A^T), dA = x_i^T dh_i and dB = g_j^T dy_j in one launch, without those that are None.
 
     Args:
-        x: `[T, n]`, unit stride along n: the layer's input, or the gradient of its output.
-        h: `[k, T, r]`, contiguous, dtype of x.
-        out: written: `[k, n/k, r]`, any float dtype, contiguous or the transpose of a contiguous `[k, r, n/k]`.
+        x, dy: `[T, I]` and `[T, O]`, unit stride along I and O, or contiguous `[..., I]` and `[..., O]`; one dtype.
+        g, dh: `[k, T, r]`, contiguous, dtype of x.
+        A: `[k, I/k, r]`, any float dtype, computed with in that of x; any strides.
+        dx: changed: as x.
+        dA, dB: written: `[k, I/k, r]` and `[k, r, O/k]`, any float dtypes, contiguous.
     """
-    (k, T, r), chunk = h.shape, out.shape[1]
-    block_r = min(64, _dot_size(r))
-    steps = 1 << (-(-T // 64) - 1).bit_length()  # a power of two: few versions are compiled
-    constants = (chunk, r, x.stride(0), out.stride(1), out.stride(2), 64, 64, block_r, steps)
-    aligned = tuple(t.data_ptr() % 16 == 0 for t in (x, h, out))
-    grid = (-(-chunk // 64), k, -(-r // block_r))
-    _factor_grad((x.dtype, out.dtype, constants, aligned), grid, x, x, h, out, T, *constants)
+    (k, T, r), chunk_i, chunk_o = g.shape, A.shape[1], dy.shape[-1] // g.shape[0]
+    block_r, tiles_t, tiles_i, tiles_o = min(64, _dot_size(r)), -(-T // 64), -(-chunk_i // 64), -(-chunk_o // 64)
+    tiles_r = -(-r // block_r)
+    tiles_A = 0 if dA is None else k * tiles_i * tiles_r
+    tiles_B = 0 if dB is None else k * tiles_o * tiles_r
+    tiles_x = 0 if dx is None else k * tiles_i * tiles_t
+    steps = 1 << (tiles_t - 1).bit_length()  # a power of two: few versions are compiled
+    strides = _row_stride(x), _row_stride(dy), *A.stride(), chunk_i * k if dx is None else _row_stride(dx)
+    constants = (chunk_i, chunk_o, r, *strides, tiles_A, tiles_B, block_r, steps)
+    tensors = (x, dy, g, dh, A, x if dx is None else dx, x if dA is None else dA, x if dB is None else dB)
+    _gradients.launch((tiles_A + tiles_B + tiles_x, 1, 1), tensors, (T,), constants)
 
 
 @triton.jit(do_not_specialize=["WIDTH"])
@@ -202,10 +301,8 @@ def dropout(x: Tensor, p: float, scale: float, seed: Tensor) -> Tensor:
     Which ones depends on the seed, int64 `[]` on x's device, and on the place in `[T, I]`.
     """
     (T, width), y = x.shape, x.new_empty(x.shape)
-    constants = (x.stride(0), 128)
-    aligned = tuple(t.data_ptr() % 16 == 0 for t in (x, y, seed))
     grid = (T, -(-width // 512), 1)
-    _dropout((x.dtype, constants, aligned), grid, x, x, y, seed, float(p), float(scale), width, *constants)
+    _dropout.launch(grid, (x, y, seed), (float(p), float(scale), width), (x.stride(0), 128))
     return y
 
 
@@ -257,7 +354,6 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     (k, chunk_in, r), chunk_out = A.shape, B.shape[2]
     dW = A.new_empty(k * chunk_out, k * chunk_in)
     constants = (chunk_in, chunk_out, r, r // k, k * chunk_in, 64, 128, _dot_size(r // k))
-    aligned = tuple(t.data_ptr() % 16 == 0 for t in (A, B, dW))
     grid = (k * -(-chunk_in // 128), k * -(-chunk_out // 64), 1)
-    _delta_weight((constants, aligned), grid, A, A, B, dW, float(scaling), *constants)
+    _delta_weight.launch(grid, (A, B, dW), (float(scaling),), constants)
     return dW

@@ -37,6 +37,25 @@ class Launcher:
         if compiled is not None:  # None in the interpreter
             self.launches[key, device] = _launch_of(compiled)
 
+    def launch(self, grid: Grid, tensors: tuple[Tensor, ...], numbers: tuple[Any, ...], constants: Hashable) -> None:
+        """Launch a kernel that takes pointers, then numbers that are not specialised on, then constants.
+
+        On the device and current stream of the tensors. Addresses are passed as integers, which spares Triton's C
+        function asking every tensor and the driver for them.
+        """
+        device = tensors[0].get_device()  # -1 on a CPU, in Triton's interpreter
+        if device >= 0 and device != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                return self.launch(grid, tensors, numbers, constants)
+        addresses = [t.data_ptr() for t in tensors]
+        key = (device, constants, *[t.dtype for t in tensors], *[address % 16 for address in addresses])
+        launch = self.launches.get(key)
+        if launch is not None:
+            return launch(grid, device, (*addresses, *numbers, *constants))
+        compiled = self.kernel[grid](*tensors, *numbers, *constants, **self.options)
+        if compiled is not None:  # None in the interpreter
+            self.launches[key] = _launch_of(compiled)
+
 
 def _launch_of(compiled: Any) -> Launch:
     """How to launch a compiled kernel: by Triton's C function, at an eighth of the cost of the Python around it.
