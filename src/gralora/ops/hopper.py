@@ -23,9 +23,10 @@ from .hopper_kernel import linear_kernel
 from .launch import Launcher
 
 BLOCK_T, BLOCK_N, BLOCK_K = 128, 256, 64
+HALF_N = BLOCK_N // 2  # what W, B and y are moved in, so that a tile can also be halved
 SLOTS = 3
 GROUP = 8  # row tiles that share columns of W while they are in L2
-GRADIENT_BLOCKS = {64: (128, 128), 128: (64, 256)}  # ranks of a tile of a gradient -> tokens a step, columns
+GRADIENT_BLOCKS = {64: (128, 128), 128: (64, 128)}  # ranks of a tile of a gradient -> tokens a step, columns
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 _linear = Launcher(linear_kernel, num_warps=8, maxnreg=168)
@@ -110,57 +111,56 @@ def linear(
     y = x.new_empty(T, N)
     w_transposed, b_transposed = weight.stride(1) == 1, B.stride(2) != 1
     a_transposed = A is not None and A.stride(2) != 1
-    b_block = (BLOCK_N, BLOCK_K) if b_transposed else (BLOCK_K, BLOCK_N)
+    w_block = (HALF_N, BLOCK_K) if w_transposed else (BLOCK_K, HALF_N)
+    b_block = (HALF_N, BLOCK_K) if b_transposed else (BLOCK_K, HALF_N)
     block_r = 64 if r <= 64 else 128
-    tiles_r, tiles_t = -(-r // block_r), -(-T // BLOCK_T)
-    x_desc, g_desc, y_desc = (
-        _descriptor(x, (BLOCK_T, BLOCK_K)),
-        _descriptor(g, (1, BLOCK_T, BLOCK_K)),
-        _descriptor(y, (BLOCK_T, BLOCK_N)),
-    )
+    tiles_r, tiles_t, tiles_n = -(-r // block_r), -(-T // BLOCK_T), -(-N // BLOCK_N)
+    programs = _processors(x.device.index)
+    halved = min(programs, ((tiles_t - 1) % GROUP + 1) * tiles_n)
+    x_desc, g_desc = _descriptor(x, (BLOCK_T, BLOCK_K)), _descriptor(g, (1, BLOCK_T, BLOCK_K))
     a_desc, a_layout, per_row = g_desc, None, 0
     if A is not None:
         a_block = (block_r, BLOCK_K) if a_transposed else (BLOCK_K, block_r)
         a_desc, a_layout = _descriptor(A.mT if a_transposed else A, (1, *a_block)), _layout(a_block, x.dtype)
         per_row = k * tiles_r
-    tensors, outs, strides, counts, h_layout, z_layout = (x_desc, g_desc) * 2, (y, y), (0,) * 4, (0, 0), None, None
+    read, written, strides, in_tiles, h_layout, z_layout = (x_desc, g_desc) * 2, (y, y), (0,) * 4, (0, 0), None, None
     if gradients is not None:
-        z, h, *outs = gradients
+        z, h, *written = gradients
         z_block = GRADIENT_BLOCKS[block_r]
         h_block = z_block[0], block_r
-        tensors = (
+        read = (
             _descriptor(z, z_block),
             _descriptor(h, (1, *h_block)),
             _descriptor(x, z_block),
             _descriptor(g, (1, *h_block)),
         )
-        strides = (*outs[0].stride()[1:], *outs[1].stride()[1:])
-        counts = [k * -(-(n // k) // z_block[1]) * tiles_r for n in (K, N)]
+        strides = (*written[0].stride()[1:], *written[1].stride()[1:])
+        in_tiles = [k * -(-(n // k) // z_block[1]) * tiles_r for n in (K, N)]
         h_layout, z_layout = _layout(h_block, x.dtype), _layout(z_block, x.dtype)
     key = (
         x.dtype,
         w_transposed,
         b_transposed,
         None if bias is None else (bias.dtype, bias.data_ptr() % 16),
-        None if A is None else a_transposed,
+        None if A is None else (a_transposed, r // k),
         block_r,
-        None if gradients is None else tuple((t.dtype, t.data_ptr() % 16) for t in outs),
+        None if gradients is None else tuple((t.dtype, t.data_ptr() % 16) for t in written),
     )
     _linear(
         key,
-        (_processors(x.device.index), 1, 1),
+        (programs, 1, 1),
         x,
         x_desc,
-        _descriptor(*((weight, (BLOCK_N, BLOCK_K)) if w_transposed else (weight.t(), (BLOCK_K, BLOCK_N)))),
+        _descriptor(weight if w_transposed else weight.t(), w_block),
         a_desc,
         g_desc,
         _descriptor(B.mT if b_transposed else B, (1, *b_block)),
-        y_desc,
-        *tensors,
+        _descriptor(y, (BLOCK_T, HALF_N)),
+        *read,
         y if bias is None else bias,
         g,
         torch.zeros(tiles_t + 2, dtype=torch.int32, device=x.device),  # tiles taken, tiles of g made, and in each row
-        *outs,
+        *written,
         *strides,
         float(scaling),
         T,
@@ -169,7 +169,8 @@ def linear(
         k,
         r,
         per_row,
-        *counts,
+        halved,
+        *in_tiles,
         a_layout,
         _layout(b_block, x.dtype),
         h_layout,
@@ -180,6 +181,7 @@ def linear(
         bias is not None,
         A is not None,
         gradients is not None,
+        r // k if A is not None else 1,
         block_r,
         SLOTS,
         GROUP,
