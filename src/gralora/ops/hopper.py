@@ -23,7 +23,6 @@ from .hopper_kernel import linear_kernel
 from .launch import Launcher
 
 BLOCK_T, BLOCK_N, BLOCK_K = 128, 256, 64
-HALF_N = BLOCK_N // 2  # what W, B and y are moved in, so that a tile can also be halved
 SLOTS = 3
 GROUP = 8  # row tiles that share columns of W while they are in L2
 GRADIENT_BLOCKS = {64: (128, 128), 128: (64, 128)}  # ranks of a tile of a gradient -> tokens a step, columns
@@ -77,7 +76,7 @@ def wins(x: Tensor, weight: Tensor, B: Tensor) -> bool:
 
 def makes_g(A: Tensor) -> bool:
     """Whether the kernel can project down by A too."""
-    return not A.shape[1] % BLOCK_K and _readable_factor(A)
+    return _readable_factor(A)
 
 
 def linear(
@@ -111,18 +110,17 @@ def linear(
     y = x.new_empty(T, N)
     w_transposed, b_transposed = weight.stride(1) == 1, B.stride(2) != 1
     a_transposed = A is not None and A.stride(2) != 1
-    w_block = (HALF_N, BLOCK_K) if w_transposed else (BLOCK_K, HALF_N)
-    b_block = (HALF_N, BLOCK_K) if b_transposed else (BLOCK_K, HALF_N)
+    w_block = (BLOCK_N, BLOCK_K) if w_transposed else (BLOCK_K, BLOCK_N)
+    b_block = (BLOCK_N, BLOCK_K) if b_transposed else (BLOCK_K, BLOCK_N)
     block_r = 64 if r <= 64 else 128
-    tiles_r, tiles_t, tiles_n = -(-r // block_r), -(-T // BLOCK_T), -(-N // BLOCK_N)
+    tiles_r, tiles_t = -(-r // block_r), -(-T // BLOCK_T)
     programs = _processors(x.device.index)
-    halved = min(programs, ((tiles_t - 1) % GROUP + 1) * tiles_n)
     x_desc, g_desc = _descriptor(x, (BLOCK_T, BLOCK_K)), _descriptor(g, (1, BLOCK_T, BLOCK_K))
-    a_desc, a_layout, per_row = g_desc, None, 0
+    a_desc, a_layout = g_desc, None
     if A is not None:
-        a_block = (block_r, BLOCK_K) if a_transposed else (BLOCK_K, block_r)
+        block_d = BLOCK_T * BLOCK_K // block_r
+        a_block = (block_r, block_d) if a_transposed else (block_d, block_r)
         a_desc, a_layout = _descriptor(A.mT if a_transposed else A, (1, *a_block)), _layout(a_block, x.dtype)
-        per_row = k * tiles_r
     read, written, strides, in_tiles, h_layout, z_layout = (x_desc, g_desc) * 2, (y, y), (0,) * 4, (0, 0), None, None
     if gradients is not None:
         z, h, *written = gradients
@@ -155,11 +153,11 @@ def linear(
         a_desc,
         g_desc,
         _descriptor(B.mT if b_transposed else B, (1, *b_block)),
-        _descriptor(y, (BLOCK_T, HALF_N)),
+        _descriptor(y, (BLOCK_T, BLOCK_N)),
         *read,
         y if bias is None else bias,
         g,
-        torch.zeros(tiles_t + 2, dtype=torch.int32, device=x.device),  # tiles taken, tiles of g made, and in each row
+        torch.zeros(tiles_t + 2, dtype=torch.int32, device=x.device),  # places taken, row tiles of g made, and which
         *written,
         *strides,
         float(scaling),
@@ -168,8 +166,6 @@ def linear(
         K,
         k,
         r,
-        per_row,
-        halved,
         *in_tiles,
         a_layout,
         _layout(b_block, x.dtype),

@@ -1,13 +1,13 @@
 """The device code of `hopper`: tiles of three kinds through one ring of shared-memory slots.
 
-    product      y = x W^T + bias + up(g, B)    [BLOCK_T, BLOCK_N] of y: all of K, then g_j and B_j; or half of one
-    sub-rank     g = scaling * down(x, A)       [BLOCK_T, BLOCK_R] of one input block, stored where the exchange puts it
+    product      y = x W^T + bias + up(g, B)    [BLOCK_T, BLOCK_N] of y: all of K, then g_j and B_j
+    sub-ranks    g = scaling * down(x, A)       BLOCK_T rows of g, block by block, stored where the exchange puts them
     gradient     out_i = z_i^T h_i              [BLOCK_R, BLOCK_C] of one block: all tokens
 
 Persistent programs take one tile after the other from a list, by a counter in global memory. In a program one warp
-loads, and two warpgroups multiply. Other counters say which rows of g are there. In the list, tiles of g come before
-those that read them, so whoever waits for one waits for a program that runs, however few the GPU has room for; the
-shortest tiles come last, so that all programs end at about the same time.
+loads, and two warpgroups multiply. Flags say which rows of g are there. In the list, rows of g come before what reads
+them, so whoever waits for one waits for a program that runs, however few the GPU has room for. What is bound by memory
+is spread among the products, which are not.
 """
 
 from triton.experimental import gluon
@@ -20,44 +20,48 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-PRODUCT, HALF_PRODUCT, SUB_RANK, X_GRADIENT, Z_GRADIENT = (gl.constexpr(kind) for kind in range(5))
+NOTHING, PRODUCT, SUB_RANKS, X_GRADIENT, Z_GRADIENT = (gl.constexpr(kind) for kind in range(5))
 TURNS = gl.constexpr(8)  # entries of the queue from the loading warp: more than a program can have begun tiles
 
 
 @gluon.jit
-def _places(T, N, counts, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Length of the list."""
-    per_row, halved, x_gradients, z_gradients = counts
-    return gl.cdiv(T, BLOCK_T) * (per_row + gl.cdiv(N, BLOCK_N)) + halved + x_gradients + z_gradients
+def _list_sizes(tiles_t, tiles_n, counts, MAKES_G: gl.constexpr, GROUP: gl.constexpr):
+    """Of the list: sections of its first and second part, and products, rows of g and gradients in each; its length.
+
+    A section has the products of a group of GROUP row tiles, which share columns of W in L2. In the first part it
+    begins with the sub-ranks of two groups, so those are done by half, and a share of the gradients from x; in the
+    second part with a share of the gradients from z, which need them all.
+    """
+    x_gradients, z_gradients = counts
+    groups = gl.cdiv(tiles_t, GROUP)
+    first, second = (groups + 1) // 2, gl.maximum(groups // 2, 1)
+    products, rows = GROUP * tiles_n, 2 * GROUP if MAKES_G else 0
+    x_share, z_share = gl.cdiv(x_gradients, first), gl.cdiv(z_gradients, second)
+    length = first * (rows + x_share + products) + (second - 1) * (z_share + products) + z_share
+    length += gl.maximum(tiles_t * tiles_n - (first + second - 1) * products, 0)
+    return first, products, rows, x_share, z_share, length
 
 
 @gluon.jit
-def _tile(place, T, N, counts, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr):
-    """Kind and number of the tile at a place of the list.
-
-    For each group of GROUP row tiles, which share columns of W in L2, its sub-ranks, `per_row` tiles a row tile, then
-    its products. The last `halved` of these, all in the last group, are done by halves. Then the gradients.
-    """
-    per_row, halved, x_gradients, _ = counts
-    tiles_t, tiles_n = gl.cdiv(T, BLOCK_T), gl.cdiv(N, BLOCK_N)
-    last = (tiles_t - 1) // GROUP
-    group = gl.minimum(place // (GROUP * (per_row + tiles_n)), last)
-    rows = gl.minimum(tiles_t - group * GROUP, GROUP)
-    at = place - group * GROUP * (per_row + tiles_n)
-    kind, tile = gl.to_tensor(SUB_RANK), group * GROUP * per_row + at
-    at -= rows * per_row
-    if at >= 0:
-        kind, tile = gl.to_tensor(PRODUCT), group * GROUP * tiles_n + at
-    at -= rows * tiles_n - halved
-    if group == last and at >= 0:
-        kind, tile = gl.to_tensor(HALF_PRODUCT), 2 * (tiles_t * tiles_n - halved) + at
-        at -= 2 * halved
-        if at >= 0:
-            kind, tile = gl.to_tensor(X_GRADIENT), at
-        at -= x_gradients
-        if at >= 0:
-            kind, tile = gl.to_tensor(Z_GRADIENT), at
-    return kind, tile
+def _tile(place, tiles_t, tiles_n, counts, MAKES_G: gl.constexpr, GROUP: gl.constexpr):
+    """Kind and number of the tile at a place of the list; some places are left empty."""
+    x_gradients, z_gradients = counts
+    first, products, rows, x_share, z_share, _ = _list_sizes(tiles_t, tiles_n, counts, MAKES_G, GROUP)
+    section = place // (rows + x_share + products)
+    at = place % (rows + x_share + products)
+    kind, tile, end = gl.to_tensor(PRODUCT), section * products + at - rows - x_share, tiles_t * tiles_n
+    if at < rows + x_share:
+        kind, tile, end = gl.to_tensor(X_GRADIENT), section * x_share + at - rows, x_gradients
+    if at < rows:
+        kind, tile, end = gl.to_tensor(SUB_RANKS), section * rows + at, tiles_t
+    if section >= first:
+        at = place - first * (rows + x_share + products)
+        section = at // (z_share + products)
+        at = at % (z_share + products)
+        kind, tile, end = gl.to_tensor(PRODUCT), (first + section) * products + at - z_share, tiles_t * tiles_n
+        if at < z_share:
+            kind, tile, end = gl.to_tensor(Z_GRADIENT), section * z_share + at, z_gradients
+    return gl.where(tile < end, kind, NOTHING), tile
 
 
 @gluon.jit
@@ -68,13 +72,6 @@ def _product_at(tile, T, N, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, GROUP:
     first = tile // per_group * GROUP
     rows = gl.minimum(tiles_t - first, GROUP)
     return (first + tile % per_group % rows) * BLOCK_T, tile % per_group // rows * BLOCK_N
-
-
-@gluon.jit
-def _sub_rank_at(tile, k, r, BLOCK_R: gl.constexpr):
-    """Row tile, block and first rank of a tile of g."""
-    tiles_r = gl.cdiv(r, BLOCK_R)
-    return tile // (k * tiles_r), tile // tiles_r % k, tile % tiles_r * BLOCK_R
 
 
 @gluon.jit
@@ -95,7 +92,7 @@ def _fence():
 
 @gluon.jit
 def _announce(counters, row):
-    """Count a tile of g, among all and in its row, once all warps have stored it, for TMA of any program to see."""
+    """Say that a row tile of g is there, and count it, once all warps have stored it, for TMA of any program to see."""
     _fence()
     gl.thread_barrier()
     gl.atomic_add(counters + 1, 1, sem="release", scope="gpu")
@@ -111,7 +108,7 @@ def _counted(counter):
 
 @gluon.jit
 def _wait_for(counter, count):
-    """Wait until so many tiles have been counted."""
+    """Wait until so many row tiles of g have been announced."""
     seen = _counted(counter)
     while seen < count:
         seen = _counted(counter)
@@ -182,44 +179,6 @@ def _finish(acc, ring, step):
 
 
 @gluon.jit
-def _load_product(
-    x_desc,
-    w_desc,
-    g_desc,
-    b_desc,
-    t,
-    n,
-    counters,
-    ring,
-    step,
-    sizes,
-    W_TRANSPOSED: gl.constexpr,
-    B_TRANSPOSED: gl.constexpr,
-    MAKES_G: gl.constexpr,
-    PIECES: gl.constexpr,
-):
-    """The K steps of a tile of y over x and W, then those over g and B of the output blocks in it."""
-    T, N, K, k, r, counts = sizes
-    BLOCK_T: gl.constexpr = x_desc.block_type.shape[0]
-    BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
-    PIECE: gl.constexpr = w_desc.block_type.shape[0 if W_TRANSPOSED else 1]
-    chunk = N // k
-    for c in range(0, K, BLOCK_K):
-        w_at = [n, c] if W_TRANSPOSED else [c, n]
-        w_next = None if PIECES == 1 else [n + PIECE, c] if W_TRANSPOSED else [c, n + PIECE]
-        step = _load(x_desc, [t, c], w_desc, w_at, w_next, ring, step)
-    if MAKES_G:
-        _wait_for(counters + 2 + t // BLOCK_T, counts[0])
-    for j in range(n // chunk, (gl.minimum(n + PIECES * PIECE, N) - 1) // chunk + 1):
-        o = n - j * chunk
-        for c in range(0, r, BLOCK_K):
-            b_at = [j, o, c] if B_TRANSPOSED else [j, c, o]
-            b_next = None if PIECES == 1 else [j, o + PIECE, c] if B_TRANSPOSED else [j, c, o + PIECE]
-            step = _load(g_desc, [j, t, c], b_desc, b_at, b_next, ring, step)
-    return step
-
-
-@gluon.jit
 def _load_tiles(
     x_desc,
     w_desc,
@@ -237,64 +196,41 @@ def _load_tiles(
     MAKES_G: gl.constexpr,
     MAKES_GRADIENTS: gl.constexpr,
     BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
     BLOCK_R: gl.constexpr,
     GROUP: gl.constexpr,
 ):
     """The loading warp: take tiles from the list and load what they multiply."""
     T, N, K, k, r, counts = sizes
-    per_row = counts[0]
     BLOCK_T: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
-    chunk_in, chunk_out, tiles_t = K // k, N // k, gl.cdiv(T, BLOCK_T)
-    places = _places(T, N, counts, BLOCK_T, BLOCK_N)
+    chunk_in, chunk_out, tiles_t, tiles_n = K // k, N // k, gl.cdiv(T, BLOCK_T), gl.cdiv(N, BLOCK_N)
+    length = _list_sizes(tiles_t, tiles_n, counts, MAKES_G, GROUP)[5]
     step, turn = 0, 0
     place = gl.atomic_add(counters, 1, sem="relaxed", scope="gpu")
-    while place < places:
+    while place < length:
         _send(place, queue, turn)
         turn += 1
-        kind, tile = _tile(place, T, N, counts, BLOCK_T, BLOCK_N, GROUP)
+        kind, tile = _tile(place, tiles_t, tiles_n, counts, MAKES_G, GROUP)
         if kind == PRODUCT:
             t, n = _product_at(tile, T, N, BLOCK_T, BLOCK_N, GROUP)
-            step = _load_product(
-                x_desc,
-                w_desc,
-                g_desc,
-                b_desc,
-                t,
-                n,
-                counters,
-                ring,
-                step,
-                sizes,
-                W_TRANSPOSED,
-                B_TRANSPOSED,
-                MAKES_G,
-                2,
-            )
-        if kind == HALF_PRODUCT:
-            t, n = _product_at(tile // 2, T, N, BLOCK_T, BLOCK_N, GROUP)
-            step = _load_product(
-                x_desc,
-                w_desc,
-                g_desc,
-                b_desc,
-                t,
-                n + tile % 2 * (BLOCK_N // 2),
-                counters,
-                ring,
-                step,
-                sizes,
-                W_TRANSPOSED,
-                B_TRANSPOSED,
-                MAKES_G,
-                1,
-            )
+            for c in range(0, K, BLOCK_K):
+                step = _load(x_desc, [t, c], w_desc, [n, c] if W_TRANSPOSED else [c, n], None, ring, step)
+            if MAKES_G:
+                _wait_for(counters + 2 + t // BLOCK_T, 1)
+            for j in range(n // chunk_out, (gl.minimum(n + BLOCK_N, N) - 1) // chunk_out + 1):
+                o = n - j * chunk_out
+                for c in range(0, r, BLOCK_K):
+                    step = _load(g_desc, [j, t, c], b_desc, [j, o, c] if B_TRANSPOSED else [j, c, o], None, ring, step)
         if MAKES_G:
-            if kind == SUB_RANK:
-                row, i, n = _sub_rank_at(tile, k, r, BLOCK_R)
-                for c in range(0, chunk_in, BLOCK_K):
-                    a_at = [i, n, c] if A_TRANSPOSED else [i, c, n]
-                    step = _load(x_desc, [row * BLOCK_T, i * chunk_in + c], a_desc, a_at, None, ring, step)
+            if kind == SUB_RANKS:
+                for i in range(k):
+                    for n in range(0, r, BLOCK_R):
+                        for c in range(0, chunk_in, BLOCK_D):
+                            t, at = tile * BLOCK_T, i * chunk_in + c
+                            a_at = [i, n, c] if A_TRANSPOSED else [i, c, n]
+                            x_next = None if BLOCK_D == BLOCK_K else [t, at + BLOCK_K]
+                            step = _load(a_desc, a_at, x_desc, [t, at], x_next, ring, step)
         if MAKES_GRADIENTS:
             z_desc, h_desc, x_wide_desc, g_wide_desc, _, _, _, _ = gradients
             BLOCK_S: gl.constexpr = z_desc.block_type.shape[0]
@@ -305,7 +241,7 @@ def _load_tiles(
                     step = _load(h_desc, [i, t, n], x_wide_desc, [t, i * chunk_in + c], None, ring, step)
             if kind == Z_GRADIENT:
                 if MAKES_G:
-                    _wait_for(counters + 1, tiles_t * per_row)
+                    _wait_for(counters + 1, tiles_t)
                 i, c, n = _gradient_at(tile, r, chunk_out, BLOCK_C, BLOCK_R)
                 for t in range(0, T, BLOCK_S):
                     step = _load(g_wide_desc, [i, t, n], z_desc, [t, i * chunk_out + c], None, ring, step)
@@ -354,62 +290,6 @@ def _multiply_gradient(
 
 
 @gluon.jit
-def _multiply_product(
-    y_desc,
-    y_tile,
-    bias_ptr,
-    t,
-    n,
-    ring,
-    step,
-    sizes,
-    B_LAYOUT: gl.constexpr,
-    W_TRANSPOSED: gl.constexpr,
-    B_TRANSPOSED: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    PIECES: gl.constexpr,
-    WARPS: gl.constexpr,
-):
-    """One tile of y, of one or two pieces as wide as `y_desc`'s blocks."""
-    small_slots, large_slots, ready, empty = ring
-    T, N, K, k, r, _ = sizes
-    dtype: gl.constexpr = y_desc.dtype
-    SLOTS: gl.constexpr = small_slots.type.shape[0]
-    BLOCK_T: gl.constexpr = y_desc.block_type.shape[0]
-    PIECE: gl.constexpr = y_desc.block_type.shape[1]
-    COLUMNS: gl.constexpr = PIECES * PIECE
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
-    chunk = N // k
-    acc = gl.zeros((BLOCK_T, COLUMNS), dtype=gl.float32, layout=layout)
-    for c in range(0, K, BLOCK_K):
-        w = large_slots.index(step % SLOTS)._reinterpret(
-            dtype, [COLUMNS, BLOCK_K] if W_TRANSPOSED else [BLOCK_K, COLUMNS], large_slots.layout
-        )
-        if W_TRANSPOSED:
-            w = w.permute((1, 0))
-        acc, step = _multiply(small_slots.index(step % SLOTS), w, acc, ring, step, c == 0)
-    for _ in range(n // chunk, (gl.minimum(n + COLUMNS, N) - 1) // chunk + 1):
-        for _ in range(0, r, BLOCK_K):
-            b = large_slots.index(step % SLOTS)._reinterpret(
-                dtype, [COLUMNS, BLOCK_K] if B_TRANSPOSED else [BLOCK_K, COLUMNS], B_LAYOUT
-            )
-            if B_TRANSPOSED:
-                b = b.permute((1, 0))
-            acc, step = _multiply(small_slots.index(step % SLOTS), b, acc, ring, step, False)
-    acc = _finish(acc, ring, step)
-    if HAS_BIAS:
-        columns = n + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
-        acc += gl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
-    tma.store_wait(pendings=0)
-    y_tile._reinterpret(dtype, [BLOCK_T, COLUMNS], y_desc.layout).store(acc.to(dtype))
-    fence_async_shared()
-    for piece in gl.static_range(PIECES):
-        tma.async_copy_shared_to_global(y_desc, [t, n + piece * PIECE], y_tile.index(piece))
-    return step
-
-
-@gluon.jit
 def _multiply_tiles(
     y_desc,
     y_tile,
@@ -431,9 +311,9 @@ def _multiply_tiles(
     HAS_BIAS: gl.constexpr,
     MAKES_G: gl.constexpr,
     MAKES_GRADIENTS: gl.constexpr,
-    SUB_RANKS: gl.constexpr,
-    BLOCK_N: gl.constexpr,
+    SUB_RANK: gl.constexpr,
     BLOCK_K: gl.constexpr,
+    BLOCK_D: gl.constexpr,
     BLOCK_R: gl.constexpr,
     GROUP: gl.constexpr,
     WARPS: gl.constexpr,
@@ -444,69 +324,63 @@ def _multiply_tiles(
     dtype: gl.constexpr = y_desc.dtype
     SLOTS: gl.constexpr = small_slots.type.shape[0]
     BLOCK_T: gl.constexpr = y_desc.block_type.shape[0]
+    BLOCK_N: gl.constexpr = y_desc.block_type.shape[1]
+    y_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     g_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_R, 16])
-    chunk_in, chunk_out = K // k, N // k
-    places = _places(T, N, counts, BLOCK_T, BLOCK_N)
+    chunk_in, chunk_out, tiles_t, tiles_n = K // k, N // k, gl.cdiv(T, BLOCK_T), gl.cdiv(N, BLOCK_N)
+    length = _list_sizes(tiles_t, tiles_n, counts, MAKES_G, GROUP)[5]
     step, turn = 0, 0
     place = _receive(queue, turn)
-    while place < places:
-        kind, tile = _tile(place, T, N, counts, BLOCK_T, BLOCK_N, GROUP)
+    while place < length:
+        kind, tile = _tile(place, tiles_t, tiles_n, counts, MAKES_G, GROUP)
         if kind == PRODUCT:
             t, n = _product_at(tile, T, N, BLOCK_T, BLOCK_N, GROUP)
-            step = _multiply_product(
-                y_desc,
-                y_tile,
-                bias_ptr,
-                t,
-                n,
-                ring,
-                step,
-                sizes,
-                B_LAYOUT,
-                W_TRANSPOSED,
-                B_TRANSPOSED,
-                HAS_BIAS,
-                BLOCK_K,
-                2,
-                WARPS,
-            )
-        if kind == HALF_PRODUCT:
-            t, n = _product_at(tile // 2, T, N, BLOCK_T, BLOCK_N, GROUP)
-            step = _multiply_product(
-                y_desc,
-                y_tile,
-                bias_ptr,
-                t,
-                n + tile % 2 * (BLOCK_N // 2),
-                ring,
-                step,
-                sizes,
-                B_LAYOUT,
-                W_TRANSPOSED,
-                B_TRANSPOSED,
-                HAS_BIAS,
-                BLOCK_K,
-                1,
-                WARPS,
-            )
-        if MAKES_G:
-            if kind == SUB_RANK:
-                row, i, n = _sub_rank_at(tile, k, r, BLOCK_R)
-                h = gl.zeros((BLOCK_T, BLOCK_R), dtype=gl.float32, layout=g_layout)
-                for c in range(0, chunk_in, BLOCK_K):
-                    a = large_slots.index(step % SLOTS)._reinterpret(
-                        dtype, [BLOCK_R, BLOCK_K] if A_TRANSPOSED else [BLOCK_K, BLOCK_R], A_LAYOUT
+            acc = gl.zeros((BLOCK_T, BLOCK_N), dtype=gl.float32, layout=y_layout)
+            for c in range(0, K, BLOCK_K):
+                w = large_slots.index(step % SLOTS)
+                if W_TRANSPOSED:
+                    w = w.permute((1, 0))
+                acc, step = _multiply(small_slots.index(step % SLOTS), w, acc, ring, step, c == 0)
+            for _ in range(n // chunk_out, (gl.minimum(n + BLOCK_N, N) - 1) // chunk_out + 1):
+                for _ in range(0, r, BLOCK_K):
+                    b = large_slots.index(step % SLOTS)._reinterpret(
+                        dtype, [BLOCK_N, BLOCK_K] if B_TRANSPOSED else [BLOCK_K, BLOCK_N], B_LAYOUT
                     )
-                    if A_TRANSPOSED:
-                        a = a.permute((1, 0))
-                    h, step = _multiply(small_slots.index(step % SLOTS), a, h, ring, step, c == 0)
-                h = _finish(h, ring, step)
-                # column n of block i is place (i, n % SUB_RANKS) of output block n // SUB_RANKS
-                ts = row * BLOCK_T + gl.arange(0, BLOCK_T, gl.SliceLayout(1, g_layout))[:, None]
-                ns = n + gl.arange(0, BLOCK_R, gl.SliceLayout(0, g_layout))[None, :]
-                pointers = g_ptr + ((ns // SUB_RANKS).to(gl.int64) * T + ts) * r + i * SUB_RANKS + ns % SUB_RANKS
-                gl.store(pointers, (h * scaling).to(dtype), mask=(ts < T) & (ns < r))
-                _announce(counters, row)
+                    if B_TRANSPOSED:
+                        b = b.permute((1, 0))
+                    acc, step = _multiply(small_slots.index(step % SLOTS), b, acc, ring, step, False)
+            acc = _finish(acc, ring, step)
+            if HAS_BIAS:
+                columns = n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, y_layout))
+                acc += gl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
+            tma.store_wait(pendings=0)
+            y_tile.store(acc.to(dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(y_desc, [t, n], y_tile)
+        if MAKES_G:
+            if kind == SUB_RANKS:
+                ts = tile * BLOCK_T + gl.arange(0, BLOCK_T, gl.SliceLayout(1, g_layout))[:, None]
+                for i in range(k):
+                    for n in range(0, r, BLOCK_R):
+                        h = gl.zeros((BLOCK_T, BLOCK_R), dtype=gl.float32, layout=g_layout)
+                        for c in range(0, chunk_in, BLOCK_D):
+                            x = large_slots.index(step % SLOTS)._reinterpret(
+                                dtype, [BLOCK_T, BLOCK_D], small_slots.layout
+                            )
+                            a = small_slots.index(step % SLOTS)._reinterpret(
+                                dtype, [BLOCK_R, BLOCK_D] if A_TRANSPOSED else [BLOCK_D, BLOCK_R], A_LAYOUT
+                            )
+                            if A_TRANSPOSED:
+                                a = a.permute((1, 0))
+                            h, step = _multiply(x, a, h, ring, step, c == 0)
+                        h = _finish(h, ring, step)
+                        # column n of block i is place (i, n % SUB_RANK) of output block n // SUB_RANK
+                        ns = n + gl.arange(0, BLOCK_R, gl.SliceLayout(0, g_layout))[None, :]
+                        rows = g_ptr + ((ns // SUB_RANK).to(gl.int64) * T + ts) * r
+                        gl.store(
+                            rows + i * SUB_RANK + ns % SUB_RANK, (h * scaling).to(dtype), mask=(ts < T) & (ns < r)
+                        )
+                _announce(counters, tile)
         if MAKES_GRADIENTS:
             z_desc, h_desc, _, _, z_grad_ptr, x_grad_ptr, z_strides, x_strides = gradients
             BLOCK_S: gl.constexpr = z_desc.block_type.shape[0]
@@ -550,7 +424,7 @@ def _multiply_tiles(
     tma.store_wait(pendings=0)
 
 
-_SIZES = ["T", "N", "K", "k", "r", "per_row", "halved", "x_gradients", "z_gradients"]
+_SIZES = ["T", "N", "K", "k", "r", "x_gradients", "z_gradients"]
 _STRIDES = ["z_stride_c", "z_stride_r", "x_stride_c", "x_stride_r"]
 
 
@@ -581,8 +455,6 @@ def linear_kernel(
     K,
     k,
     r,
-    per_row,
-    halved,
     x_gradients,
     z_gradients,
     A_LAYOUT: gl.constexpr,
@@ -595,7 +467,7 @@ def linear_kernel(
     HAS_BIAS: gl.constexpr,
     MAKES_G: gl.constexpr,
     MAKES_GRADIENTS: gl.constexpr,
-    SUB_RANKS: gl.constexpr,
+    SUB_RANK: gl.constexpr,
     BLOCK_R: gl.constexpr,
     SLOTS: gl.constexpr,
     GROUP: gl.constexpr,
@@ -603,10 +475,11 @@ def linear_kernel(
 ):
     """See `hopper.linear` for the arguments; descriptors of what is not used are any others."""
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
-    BLOCK_N: gl.constexpr = 2 * y_desc.block_type.shape[1]
+    BLOCK_N: gl.constexpr = y_desc.block_type.shape[1]
+    BLOCK_D: gl.constexpr = x_desc.block_type.nbytes * 8 // x_desc.dtype.primitive_bitwidth // BLOCK_R  # of A's rows
     small_slots = gl.allocate_shared_memory(x_desc.dtype, [SLOTS] + x_desc.block_type.shape, x_desc.layout)
-    large_slots = gl.allocate_shared_memory(w_desc.dtype, [SLOTS, BLOCK_N, BLOCK_K], w_desc.layout)
-    y_tile = gl.allocate_shared_memory(y_desc.dtype, [2] + y_desc.block_type.shape, y_desc.layout)
+    large_slots = gl.allocate_shared_memory(w_desc.dtype, [SLOTS] + w_desc.block_type.shape, w_desc.layout)
+    y_tile = gl.allocate_shared_memory(y_desc.dtype, y_desc.block_type.shape, y_desc.layout)
     places = gl.allocate_shared_memory(gl.int32, [TURNS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     sent = gl.allocate_shared_memory(gl.int64, [TURNS, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -618,7 +491,7 @@ def linear_kernel(
         mbarrier.init(sent.index(turn), count=1)
     queue = (places, sent)
     ring = (small_slots, large_slots, ready, empty)
-    sizes = (T, N, K, k, r, (per_row, halved, x_gradients, z_gradients))
+    sizes = (T, N, K, k, r, (x_gradients, z_gradients))
     z_strides, x_strides = (z_stride_c, z_stride_r), (x_stride_c, x_stride_r)
     gradients = (z_desc, h_desc, x_wide_desc, g_wide_desc, z_grad_ptr, x_grad_ptr, z_strides, x_strides)
     gl.warp_specialize(
@@ -646,9 +519,9 @@ def linear_kernel(
                     HAS_BIAS,
                     MAKES_G,
                     MAKES_GRADIENTS,
-                    SUB_RANKS,
-                    BLOCK_N,
+                    SUB_RANK,
                     BLOCK_K,
+                    BLOCK_D,
                     BLOCK_R,
                     GROUP,
                     WARPS,
@@ -673,6 +546,7 @@ def linear_kernel(
                     MAKES_G,
                     MAKES_GRADIENTS,
                     BLOCK_N,
+                    BLOCK_D,
                     BLOCK_R,
                     GROUP,
                 ),
