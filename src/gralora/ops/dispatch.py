@@ -76,7 +76,7 @@ def is_large(x: Tensor) -> bool:
 
 
 def linear_kernel(x: Tensor, weight: Tensor, B: Tensor) -> ModuleType | None:
-    """The kernel that computes base and adapter in one, or None where it does not apply or does not win; x `[T, I]`."""
+    """The kernel that computes base and adapter in one, or None where it does not apply or win; x `[T, I]`."""
     if choice in ("auto", "triton"):
         module = hopper(x.device.index)
         if module is not None and module.wins(x, weight, B):

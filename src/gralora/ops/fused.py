@@ -95,17 +95,10 @@ def linear(
     large = dispatch.is_large(x)
     x = _rows(x) if large or bias is not None else x  # with a bias, what torch makes of more dimensions is a view
     matmul = dispatch.linear_kernel(x, weight, B) if large else None
+    g = down(x, A, hybrid_r, scaling) if g is None else g
     if matmul is not None:
-        if g is None and not hybrid_r and matmul.makes_g(A):
-            g = x.new_empty(A.shape[0], x.shape[0], A.shape[2])
-            down_by, up_by = _cast(A, B, x.dtype)
-        else:
-            g = down(x, A, hybrid_r, scaling) if g is None else g
-            down_by, up_by = None, B.to(x.dtype)
         gradients = gradients if gradients is not None and matmul.readable(gradients[0]) else None
-        return matmul.linear(x, weight, bias, g, up_by, down_by, scaling, gradients), g, gradients is not None
-    if g is None:
-        g = down(x, A, hybrid_r, scaling)
+        return matmul.linear_up(x, weight, bias, g, B.to(x.dtype), gradients), g, gradients is not None
     if large and bias is None:
         # the product with W reads the adapter's output while it multiplies: cheaper than a pass of its own
         y = x.new_empty(x.shape[0], weight.shape[0])
@@ -252,12 +245,3 @@ def _rows(x: Tensor) -> Tensor:
 def _contiguous_or_rows(x: Tensor) -> Tensor:
     """x as products and kernels take it: a view of contiguous memory would cost as much as launching a kernel."""
     return x if x.is_contiguous() else _rows(x)
-
-
-def _cast(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both in one launch, with their strides."""
-    if A.dtype == B.dtype == dtype:
-        return A, B
-    cast = torch.empty_like(A, dtype=dtype), torch.empty_like(B, dtype=dtype)
-    torch._foreach_copy_(cast, (A, B))
-    return cast

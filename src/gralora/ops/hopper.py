@@ -2,12 +2,8 @@
 
 Persistent and warp-specialised: in every program one warp keeps a ring of shared-memory slots filled by TMA, two
 warpgroups multiply. After the K steps over x and W come the steps over g_j and B_j of the output block j, into the
-same float32 accumulator, so the adapter costs `r / I` of the product and no pass over y. The same launch can also make
-
-    g = scaling * down(x, A), for every group of rows just before its products, while the others still multiply: x is
-    read from L2, not once more from memory;
-    the factors' gradients, in the backward: few tiles, each a sum over all tokens, for the programs that would wait for
-    the last products.
+same float32 accumulator, so the adapter costs `r / I` of the product and no pass over y. In the backward the same
+launch computes the factors' gradients, which read x and dy from memory while the product is busy multiplying.
 
 Written in Gluon, Triton's lower level (Triton >= 3.6); the device code is in hopper_kernel.py.
 """
@@ -25,7 +21,7 @@ from .launch import Launcher
 BLOCK_T, BLOCK_N, BLOCK_K = 128, 256, 64
 SLOTS = 3
 GROUP = 8  # row tiles that share columns of W while they are in L2
-GRADIENT_BLOCKS = {64: (128, 128), 128: (64, 128)}  # ranks of a tile of a gradient -> tokens a step, columns
+LONG_ROW = 8192  # elements, above which cuBLAS reads rows of W faster: 4096 rows of 14336, 1183 us against 1352
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 _linear = Launcher(linear_kernel, num_warps=8, maxnreg=168)
@@ -66,6 +62,7 @@ def wins(x: Tensor, weight: Tensor, B: Tensor) -> bool:
     """Whether the kernel can take these tensors and is faster than cuBLAS and a separate up-projection."""
     return (
         _tiles(x.shape[0], weight.shape[0]) >= _processors(x.device.index)
+        and not (weight.stride(1) == 1 and weight.stride(0) > LONG_ROW)
         and x.dtype in GLUON_DTYPES
         and weight.dtype == x.dtype
         and readable(x)
@@ -74,19 +71,12 @@ def wins(x: Tensor, weight: Tensor, B: Tensor) -> bool:
     )
 
 
-def makes_g(A: Tensor) -> bool:
-    """Whether the kernel can project down by A too."""
-    return _readable_factor(A)
-
-
-def linear(
+def linear_up(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     g: Tensor,
     B: Tensor,
-    A: Tensor | None = None,
-    scaling: float = 1.0,
     gradients: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """x W^T + bias + up(g, B), summed in float32 and rounded once.
@@ -97,11 +87,9 @@ def linear(
         bias: `[O]`, any float dtype, or None.
         g: exchanged sub-ranks, `[k, T, r]`, contiguous.
         B: `[k, r, O/k]`, unit stride along r or O/k.
-        A: `[k, I/k, r]`, unit stride along I/k or r: g is written, scaling * down(x, A).
-        scaling: applied in float32; only with A.
-        gradients: what else is computed, `(z, h, z_grad, x_grad)`: z `[T, O]` as x, h `[k, T, r]` as g, and two tensors
-            that are written, of any float dtype, contiguous or the transpose of a contiguous one: `[k, O/k, r]`
-            with z_i^T g_i and `[k, I/k, r]` with x_i^T h_i.
+        gradients: what else is computed, `(z, h, z_grad, x_grad)`: z `[T, O]` as x, h `[k, T, r]` as g, and what is
+            written, of any float dtype, contiguous or the transpose of a contiguous tensor: `[k, O/k, r]` with
+            z_i^T g_i and `[k, I/k, r]` with x_i^T h_i.
 
     Returns:
         y `[T, O]`, dtype of x.
@@ -109,23 +97,13 @@ def linear(
     (T, K), N, (k, _, r) = x.shape, weight.shape[0], g.shape
     y = x.new_empty(T, N)
     w_transposed, b_transposed = weight.stride(1) == 1, B.stride(2) != 1
-    a_transposed = A is not None and A.stride(2) != 1
-    w_block = (BLOCK_N, BLOCK_K) if w_transposed else (BLOCK_K, BLOCK_N)
     b_block = (BLOCK_N, BLOCK_K) if b_transposed else (BLOCK_K, BLOCK_N)
-    block_r = 64 if r <= 64 else 128
-    tiles_r, tiles_t = -(-r // block_r), -(-T // BLOCK_T)
-    programs = _processors(x.device.index)
     x_desc, g_desc = _descriptor(x, (BLOCK_T, BLOCK_K)), _descriptor(g, (1, BLOCK_T, BLOCK_K))
-    a_desc, a_layout = g_desc, None
-    if A is not None:
-        block_d = BLOCK_T * BLOCK_K // block_r
-        a_block = (block_r, block_d) if a_transposed else (block_d, block_r)
-        a_desc, a_layout = _descriptor(A.mT if a_transposed else A, (1, *a_block)), _layout(a_block, x.dtype)
-    read, written, strides, in_tiles, h_layout, z_layout = (x_desc, g_desc) * 2, (y, y), (0,) * 4, (0, 0), None, None
+    read, written, strides, tiles, h_layout, z_layout = (x_desc, g_desc) * 2, (y, y), (0,) * 4, (0, 0), None, None
+    block_r = 64 if r <= 64 else 128
     if gradients is not None:
         z, h, *written = gradients
-        z_block = GRADIENT_BLOCKS[block_r]
-        h_block = z_block[0], block_r
+        z_block, h_block = (BLOCK_K, BLOCK_N), (BLOCK_K, block_r)
         read = (
             _descriptor(z, z_block),
             _descriptor(h, (1, *h_block)),
@@ -133,52 +111,42 @@ def linear(
             _descriptor(g, (1, *h_block)),
         )
         strides = (*written[0].stride()[1:], *written[1].stride()[1:])
-        in_tiles = [k * -(-(n // k) // z_block[1]) * tiles_r for n in (K, N)]
+        tiles = [k * -(-(n // k) // BLOCK_N) * -(-r // block_r) for n in (N, K)]
         h_layout, z_layout = _layout(h_block, x.dtype), _layout(z_block, x.dtype)
     key = (
         x.dtype,
         w_transposed,
         b_transposed,
         None if bias is None else (bias.dtype, bias.data_ptr() % 16),
-        None if A is None else (a_transposed, r // k),
-        block_r,
-        None if gradients is None else tuple((t.dtype, t.data_ptr() % 16) for t in written),
+        None if gradients is None else (block_r, *[(t.dtype, t.data_ptr() % 16) for t in written]),
     )
     _linear(
         key,
-        (programs, 1, 1),
+        (_processors(x.device.index), 1, 1),
         x,
         x_desc,
-        _descriptor(weight if w_transposed else weight.t(), w_block),
-        a_desc,
+        _descriptor(*((weight, (BLOCK_N, BLOCK_K)) if w_transposed else (weight.t(), (BLOCK_K, BLOCK_N)))),
         g_desc,
         _descriptor(B.mT if b_transposed else B, (1, *b_block)),
         _descriptor(y, (BLOCK_T, BLOCK_N)),
         *read,
         y if bias is None else bias,
-        g,
-        torch.zeros(tiles_t + 2, dtype=torch.int32, device=x.device),  # places taken, row tiles of g made, and which
+        torch.zeros(1, dtype=torch.int32, device=x.device),  # places of the list that are taken
         *written,
         *strides,
-        float(scaling),
         T,
         N,
         K,
         k,
         r,
-        *in_tiles,
-        a_layout,
+        *tiles,
         _layout(b_block, x.dtype),
         h_layout,
         z_layout,
         w_transposed,
-        a_transposed,
         b_transposed,
         bias is not None,
-        A is not None,
         gradients is not None,
-        r // k if A is not None else 1,
-        block_r,
         SLOTS,
         GROUP,
         8,

@@ -320,6 +320,7 @@ def _delta_weight_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One tile of block (j, i) of dW: rows of the i-th part of B_j against the j-th columns of A_i."""
     i = tl.program_id(0) // tl.cdiv(CHUNK_IN, BLOCK_I)
@@ -332,8 +333,7 @@ def _delta_weight_kernel(
     p_A = A_ptr + (i * CHUNK_IN + n[None, :]) * RANK + j * SUB_RANK + c[:, None]
     b_B = tl.load(p_B, mask=in_o[:, None] & in_q[None, :], other=0.0)
     b_A = tl.load(p_A, mask=in_q[:, None] & in_n[None, :], other=0.0)
-    # six products of bfloat16 parts: nearer to float64 than float32's own, and faster
-    b_dW = tl.dot(b_B, b_A, input_precision="bf16x6") * scaling
+    b_dW = tl.dot(b_B, b_A, input_precision=PRECISION) * scaling
     p_dW = dW_ptr + (j * CHUNK_OUT + o[:, None]).to(tl.int64) * FEATURES_IN + i * CHUNK_IN + n[None, :]
     tl.store(p_dW, b_dW, mask=in_o[:, None] & in_n[None, :])
 
@@ -350,11 +350,13 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
         scaling: factor on dW.
 
     Returns:
-        dW `[O, I]`, float32, with float32 products.
+        dW `[O, I]`, float32, as exact as with float32 products.
     """
     (k, chunk_in, r), chunk_out = A.shape, B.shape[2]
     dW = A.new_empty(k * chunk_out, k * chunk_in)
-    constants = (chunk_in, chunk_out, r, r // k, k * chunk_in, 64, 128, _dot_size(r // k))
+    # six products of bfloat16 parts: nearer to float64 than float32's own, and faster; the interpreter has none
+    precision = "bf16x6" if A.is_cuda else "ieee"
+    constants = (chunk_in, chunk_out, r, r // k, k * chunk_in, 64, 128, _dot_size(r // k), precision)
     grid = (k * -(-chunk_in // 128), k * -(-chunk_out // 64), 1)
     _delta_weight.launch(grid, (A, B, dW), (float(scaling),), constants)
     return dW
