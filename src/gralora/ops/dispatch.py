@@ -56,6 +56,7 @@ def hopper(device: int | None = None) -> ModuleType | None:
 HALF = (torch.bfloat16, torch.float16)
 FEW_TOKENS = 2048  # up to which a launch costs more than what cuBLAS gains on a factor's gradient
 MIN_SIZE = 2**22  # elements of x from which the matrix product itself takes the adapter's output in
+MIN_FEATURES = 1024  # size I of x `[..., I]` with which the tokens of a training step are as many elements
 
 
 def factor_kernels(x: Tensor, dtype: torch.dtype | None = None) -> ModuleType | None:
@@ -77,6 +78,14 @@ def linear_kernel(x: Tensor, weight: Tensor, g: Tensor, B: Tensor) -> ModuleType
         if module is not None and module.wins(x, weight, g, B):
             return module
     return None
+
+
+def compiles_to_one(x: Tensor) -> bool:
+    """Whether a compiled graph has an adapted layer as one operation: what its kernels save outweighs the call.
+
+    x `[..., I]`: of its sizes only I is looked at, so that graphs for any number of tokens can be compiled.
+    """
+    return x.is_cuda and x.shape[-1] >= MIN_FEATURES
 
 
 def use_delta_weight_kernel(A: Tensor) -> bool:
