@@ -158,7 +158,18 @@ def test_added_on_gpu(shape, dtype):
 
 INTERPRETED = """
 import torch
+from triton.runtime import interpreter
 from gralora.ops import dispatch, dropout, gralora_linear, kernels, reference
+
+patch = interpreter._patch_lang_tensor  # NumPy 2.4 makes no int of the interpreter's arrays of one element
+
+
+def patch_with_item(tensor, scope):
+    patch(tensor, scope)
+    tensor.__index__ = lambda self: self.handle.data.item()
+
+
+interpreter._patch_lang_tensor = patch_with_item
 
 for tokens, n_in, k, r in [(33, 40, 2, 4), (130, 96, 4, 8), (5, 63, 3, 3), (64, 64, 1, 5)]:
     x, A = torch.randn(tokens, n_in), torch.randn(k, n_in // k, r)
