@@ -45,6 +45,7 @@ import gralora
 from gralora.inject import install
 from gralora.kinds import check_fields
 from gralora.layers import GraloraLayer
+from gralora.ops import dispatch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
@@ -321,12 +322,20 @@ def test_prepared_for_compiled_hotswap(case):
 
 @few_cases
 @kinds
-def test_compiles_without_graph_breaks(case, kind):
-    """torch.compile takes forward and backward as one graph each, with the same results."""
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+def test_compiles_without_graph_breaks(case, kind, large, monkeypatch):
+    """torch.compile takes forward and backward as one graph each, with the same results; large layers as one op."""
     torch._dynamo.reset()
+    monkeypatch.setattr(dispatch, "compiles_to_one", lambda x: large)
     model = adapted(one_layer(case, kind), case_config(case)).train()
-    x = random_input(7, case.in_features)
-    out = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    x, graphs = random_input(7, case.in_features), []
+
+    def backend(graph, inputs):
+        graphs.append(str(graph.graph))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    out = torch.compile(model, backend=backend, fullgraph=True)(x)
+    assert len(graphs) == 1 and ("gralora.linear" in graphs[0]) == large
     assert_close64(out, expected_output(model, x, 3.0))
     inputs = factors_of(only_layer(model)).tensors()
     dy = random_input(7, case.out_features, seed=9)

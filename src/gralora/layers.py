@@ -103,6 +103,10 @@ class GraloraLayer(Promoted):
         plain = _plain_weights(base)
         if plain is not None and (autocast or plain[0].dtype == dtype):
             x, weight, bias = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (x, *plain))
+            if torch.compiler.is_compiling() and not (
+                p or dispatch.compiles_to_one(x) or dispatch.compiles_to_kernels(x, weight, A_hybrid, p)
+            ):
+                return None  # the compiler fuses what it sees; what it cannot see it calls at a cost
             return gralora_linear(x, weight, bias, *adapter)
         if torch.compiler.is_compiling():
             return None

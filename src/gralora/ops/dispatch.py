@@ -29,9 +29,12 @@ def read_choice() -> str:
 choice = read_choice()  # once: a constant for torch.compile
 
 
-@functools.cache
 def kernels() -> ModuleType | None:
     """The Triton kernels, or None where Triton is missing."""
+    return (_import_kernels if torch.compiler.is_compiling() else _imported_kernels)()  # Dynamo warns of caches
+
+
+def _import_kernels() -> ModuleType | None:
     try:
         from . import kernels
     except ImportError as error:
@@ -39,6 +42,9 @@ def kernels() -> ModuleType | None:
             raise ImportError("GRALORA_KERNELS=triton, but Triton cannot be imported; pip install triton.") from error
         return None
     return kernels
+
+
+_imported_kernels = functools.cache(_import_kernels)
 
 
 @functools.cache
@@ -56,6 +62,7 @@ def hopper(device: int | None = None) -> ModuleType | None:
 HALF = (torch.bfloat16, torch.float16)
 FEW_TOKENS = 2048  # up to which a launch costs more than what cuBLAS gains on a factor's gradient
 MIN_SIZE = 2**22  # elements of x from which the matrix product itself takes the adapter's output in
+MIN_FEATURES = 1024  # size I of x `[..., I]` with which the tokens of a training step are as many elements
 
 
 def factor_kernels(x: Tensor, dtype: torch.dtype | None = None) -> ModuleType | None:
@@ -82,6 +89,29 @@ def linear_kernel(x: Tensor, weight: Tensor, B: Tensor) -> ModuleType | None:
         if module is not None and module.wins(x, weight, B):
             return module
     return None
+
+
+def compiles_to_one(x: Tensor) -> bool:
+    """Whether a compiled graph has an adapted layer as one operation: what its kernels save outweighs the call.
+
+    x `[..., I]`: of its sizes only I is looked at, so that graphs for any number of tokens can be compiled.
+    """
+    return x.is_cuda and x.shape[-1] >= MIN_FEATURES
+
+
+def compiles_to_kernels(x: Tensor, weight: Tensor, hybrid_A: Tensor | None, p: float) -> bool:
+    """Whether a compiled graph has an adapted layer as a product with the weight `[O, I]` and Triton kernels.
+
+    Only Dynamo can trace them, and `torch.export` could not save them. Dropout and hybrid parts take more than that.
+    """
+    return (
+        torch.compiler.is_dynamo_compiling()
+        and not torch.compiler.is_exporting()
+        and hybrid_A is None
+        and not p
+        and x.numel() // x.shape[-1] * max(weight.shape) < MIN_SIZE
+        and factor_kernels(x) is not None
+    )
 
 
 def use_delta_weight_kernel(A: Tensor) -> bool:

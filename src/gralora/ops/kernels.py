@@ -43,7 +43,8 @@ def _down_kernel(
     # column n of block i is place (i, n % q) of output block n // q
     block, place = n // SUB_RANK, i * SUB_RANK + n % SUB_RANK
     p_g = g_ptr + (block[None, :].to(tl.int64) * T + t[:, None]) * STRIDE_GT + place[None, :]
-    tl.store(p_g, (b_h * scaling).to(g_ptr.dtype.element_ty), mask=(t[:, None] < T) & (n[None, :] < RANK))
+    b_h *= tl.cast(scaling, tl.float32)  # float64 where torch.compile launches
+    tl.store(p_g, b_h.to(g_ptr.dtype.element_ty), mask=(t[:, None] < T) & (n[None, :] < RANK))
 
 
 def _row_stride(x: Tensor) -> int:
@@ -126,9 +127,8 @@ def _factor_grad_tile(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
-    """A tile of block i of x_i^T h_i, summed over all tokens; STEPS * BLOCK_T is at least T."""
+    """A tile of block i of x_i^T h_i, summed over all tokens."""
     tiles_c, tiles_r = tl.cdiv(CHUNK, BLOCK_C), tl.cdiv(RANK, BLOCK_R)
     i = tile // (tiles_c * tiles_r)
     c = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -137,7 +137,7 @@ def _factor_grad_tile(
     p_x = x_ptr + t[None, :].to(tl.int64) * STRIDE_XT + i * CHUNK + c[:, None]
     p_h = h_ptr + (i.to(tl.int64) * T + t[:, None]) * RANK + n[None, :]
     b_out = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
-    for t0 in range(0, STEPS * BLOCK_T, BLOCK_T):
+    for t0 in range(0, T, BLOCK_T):
         b_x = tl.load(p_x, mask=(c[:, None] < CHUNK) & (t0 + t[None, :] < T), other=0.0)
         b_h = tl.load(p_h, mask=(t0 + t[:, None] < T) & (n[None, :] < RANK), other=0.0)
         b_out = tl.dot(b_x, b_h, b_out)
@@ -220,15 +220,14 @@ def _gradients_kernel(
     TILES_A: tl.constexpr,
     TILES_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
     """First the tiles of dA, then those of dB, then those of dx: the longest first."""
     tile = tl.program_id(0)
     if tile < TILES_A:
-        _factor_grad_tile(tile, x_ptr, dh_ptr, dA_ptr, T, CHUNK_I, RANK, STRIDE_XT, RANK, 1, 64, 64, BLOCK_R, STEPS)
+        _factor_grad_tile(tile, x_ptr, dh_ptr, dA_ptr, T, CHUNK_I, RANK, STRIDE_XT, RANK, 1, 64, 64, BLOCK_R)
     elif tile < TILES_A + TILES_B:
         _factor_grad_tile(
-            tile - TILES_A, dy_ptr, g_ptr, dB_ptr, T, CHUNK_O, RANK, STRIDE_YT, 1, CHUNK_O, 64, 64, BLOCK_R, STEPS
+            tile - TILES_A, dy_ptr, g_ptr, dB_ptr, T, CHUNK_O, RANK, STRIDE_YT, 1, CHUNK_O, 64, 64, BLOCK_R
         )
     else:
         _up_tile(
@@ -270,9 +269,8 @@ def gradients(
     tiles_A = 0 if dA is None else k * tiles_i * tiles_r
     tiles_B = 0 if dB is None else k * tiles_o * tiles_r
     tiles_x = 0 if dx is None else k * tiles_i * tiles_t
-    steps = 1 << (tiles_t - 1).bit_length()  # a power of two: few versions are compiled
     strides = _row_stride(x), _row_stride(dy), *A.stride(), chunk_i * k if dx is None else _row_stride(dx)
-    constants = (chunk_i, chunk_o, r, *strides, tiles_A, tiles_B, block_r, steps)
+    constants = (chunk_i, chunk_o, r, *strides, tiles_A, tiles_B, block_r)
     tensors = (x, dy, g, dh, A, x if dx is None else dx, x if dA is None else dA, x if dB is None else dB)
     _gradients.launch((tiles_A + tiles_B + tiles_x, 1, 1), tensors, (T,), constants)
 
