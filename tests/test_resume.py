@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,38 @@ def test_every_file_that_is_needed_is_checked(run, tmp_path):
         shutil.copytree(run / "checkpoint-4", checkpoint)
         (checkpoint / name).unlink()
         assert "is missing" in fault(checkpoint), name
+
+
+ZERO = "global_step4/zero_pp_rank_{}_mp_rank_00_{}_states.pt"
+ENGINES = {  # how engines name the optimizer's state
+    "one process or DDP": ["optimizer.pt"],
+    "FSDP2": ["optimizer_0/.metadata"],
+    "FSDP2 whole": ["optimizer.bin"],
+    "DeepSpeed ZeRO-2 on 1 process": [ZERO.format(0, "optim"), "global_step4/mp_rank_00_model_states.pt"],
+    "DeepSpeed ZeRO-2 on 2 processes": [ZERO.format(rank, "optim") for rank in (0, 1)],
+    "DeepSpeed ZeRO-3 on 2 processes": [ZERO.format(rank, what) for rank in (0, 1) for what in ("optim", "model")],
+}
+
+
+@pytest.mark.parametrize("writer", ENGINES)
+def test_an_engine_that_cannot_read_the_optimizers_state_refuses_it(writer, tmp_path):
+    """The Trainer would pass over DeepSpeed's, and go on with a new one."""
+    for name in ENGINES[writer]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    writer = writer.removesuffix(" whole")
+    assert resume.saved_by(tmp_path) == writer
+    for reader in sorted({name.removesuffix(" whole") for name in ENGINES}):
+        config = SimpleNamespace(is_zero3=lambda name=reader: "ZeRO-3" in name)
+        plugin = SimpleNamespace(deepspeed_plugin=SimpleNamespace(hf_ds_config=config))
+        accelerator = SimpleNamespace(state=plugin, num_processes=1 if "on 1" in reader else 2)
+        kinds = {"is_deepspeed_enabled": "DeepSpeed" in reader, "is_fsdp_enabled": "FSDP" in reader}
+        trainer = SimpleNamespace(accelerator=accelerator, **kinds)
+        if reader == writer:
+            resume.check_engine(str(tmp_path), trainer)
+        else:
+            with pytest.raises(ValueError, match=f"was saved by {writer}, and this run is {reader}, which cannot read"):
+                resume.check_engine(str(tmp_path), trainer)
 
 
 def test_the_last_complete_checkpoint_is_taken(run, tmp_path, capsys):
