@@ -303,3 +303,5 @@ def test_benchmark(tmp_path):
         assert row["tokens_per_s"] == pytest.approx(16e3 * row["gpus"] / row["time_ms"])
         share = row["tokens_per_s"] / (row["gpus"] * alone["tokens_per_s"])
         assert row["efficiency_percent"] == pytest.approx(100 * share)
+        assert row["loss_difference"] < 1e-5
+        assert (row["losses"][-1] < row["losses"][0]) == (row["method"] != "frozen")
