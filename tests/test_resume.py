@@ -119,7 +119,9 @@ def test_an_engine_that_cannot_read_the_optimizers_state_refuses_it(writer, tmp_
         if reader == writer:
             resume.check_engine(str(tmp_path), trainer)
         else:
-            with pytest.raises(ValueError, match=f"was saved by {writer}, and this run is {reader}, which cannot read"):
+            with pytest.raises(
+                ValueError, match=f"was saved by {writer}, and this run is {reader}, which cannot read"
+            ):
                 resume.check_engine(str(tmp_path), trainer)
 
 
