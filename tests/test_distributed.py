@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import gralora
 from gralora.tool.arguments import FinetuneArguments
 from gralora.tool.finetune import finetune
-from gralora.tool.resume import fault
+from gralora.tool.training.resume import fault
 
 ROOT = Path(__file__).parent.parent
 RESUMES_ON_CPUS = Version(transformers.__version__) >= Version("5.17")  # 5.6 cannot, from "cpu:0" tensors

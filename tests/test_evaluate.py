@@ -15,13 +15,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gralora.tool import cli, evaluate, sandbox
+from gralora.tool import cli, evaluate
 from gralora.tool.arguments import FinetuneArguments
-from gralora.tool.data import Example, encode, file_examples, prompt_ids
+from gralora.tool.data.examples import Example, encode, file_examples, prompt_ids
 from gralora.tool.evaluate import estimate, main, parse
 from gralora.tool.finetune import finetune
 from gralora.tool.side_by_side import load_side_by_side
-from gralora.tool.tasks import gsm8k, humaneval, inference, loss, multiple_choice
+from gralora.tool.tasks import gsm8k, humaneval, inference, loss, multiple_choice, sandbox
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
 QUESTIONS = [

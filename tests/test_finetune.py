@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
 from gralora.tool import arguments as arguments_module
-from gralora.tool import cli, resume
+from gralora.tool import cli
 from gralora.tool import finetune as module
 from gralora.tool.arguments import FinetuneArguments
-from gralora.tool.data import encode, file_examples, split
+from gralora.tool.data.examples import encode, file_examples, split
 from gralora.tool.finetune import finetune
+from gralora.tool.training import resume
 from gralora.tool.verify import verify
 
 pytestmark = [

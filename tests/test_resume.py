@@ -12,10 +12,10 @@ import pytest
 import torch
 from peft import load_peft_weights
 
-from gralora.tool import resume
 from gralora.tool.arguments import FinetuneArguments
 from gralora.tool.finetune import finetune
-from gralora.tool.resume import fault, find_checkpoint
+from gralora.tool.training import resume
+from gralora.tool.training.resume import fault, find_checkpoint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from gralora.tool import confine, sandbox
-from gralora.tool.sandbox import check_sandbox, readable_folders, run_program
+from gralora.tool.tasks import confine, sandbox
+from gralora.tool.tasks.sandbox import check_sandbox, readable_folders, run_program
 
 if sys.platform != "linux" or ctypes.CDLL(None).syscall(444, None, 0, 1) < 1:
     pytest.skip("programs are confined by Landlock, which is not here", allow_module_level=True)
@@ -240,13 +240,13 @@ def test_a_program_that_closes_its_output_does_not_live_on(monkeypatch):
 
 def test_it_dies_with_the_process_that_started_it():
     script = """
-        from gralora.tool import sandbox
+        from gralora.tool.tasks import sandbox
         watch = sandbox.watch
         sandbox.watch = lambda process, *rest: print(process.pid, flush=True) or watch(process, *rest)
         sandbox.run_program("import time; time.sleep(1000)", timeout=1000)
         """
     # sandbox.py by itself, since importing all of gralora takes seconds
-    script = textwrap.dedent(script).replace("from gralora.tool import sandbox", "import sandbox")
+    script = textwrap.dedent(script).replace("from gralora.tool.tasks import sandbox", "import sandbox")
     folder = str(Path(sandbox.__file__).parent)
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r}){script}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer, set_seed
 
 from .adapters import DTYPES
-from .data import instruction_example, prompt_ids
+from .data.examples import instruction_example, prompt_ids
 from .side_by_side import SideBySide, load_side_by_side
 from .tasks.inference import chat_or_plain_ids, cut, generation_config
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import instruction_example
+from ..data.examples import instruction_example
 from .inference import chat_or_plain_ids, generate
 from .rows import file_rows, needed_path
 

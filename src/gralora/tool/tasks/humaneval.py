@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..sandbox import Result, check_sandbox, run_program
 from .inference import chat_or_plain_ids, generate
+from .sandbox import Result, check_sandbox, run_program
 
 K = (1, 5, 10)
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # where a function has ended; the paper's own

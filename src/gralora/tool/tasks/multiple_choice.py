@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import IGNORED, instruction_example
+from ..data.examples import IGNORED, instruction_example
 from .inference import answer_losses, chat_or_plain_ids, generate
 from .rows import file_rows, needed_path
 
