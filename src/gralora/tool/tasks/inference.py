@@ -127,6 +127,26 @@ def generate(
     return texts
 
 
+def generated(
+    args: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    stop: tuple[str, ...],
+) -> list[str]:
+    """What `generate` makes of the arguments of `gralora evaluate`; in a chat, the model ends its answers itself."""
+    return generate(
+        model,
+        tokenizer,
+        prompts,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        stop=() if args.apply_chat_template else stop,
+    )
+
+
 def cut(text: str, stop: tuple[str, ...]) -> str:
     """The text up to the first of the strings that is in it."""
     return text[: min((text.find(word) for word in stop if word in text), default=len(text))]
