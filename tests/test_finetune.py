@@ -23,11 +23,7 @@ from gralora.tool.finetune import finetune
 from gralora.tool.training import resume
 from gralora.tool.verify import verify
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
-    pytest.mark.filterwarnings("ignore:.*has no effect without use_gralora"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without use_gralora")
 WEIGHTS = "adapter_model.safetensors"
 
 

@@ -17,9 +17,6 @@ from gralora.tool.finetune import finetune
 from gralora.tool.training import resume
 from gralora.tool.training.resume import fault, find_checkpoint
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
-]
 KILLED_WHILE_SAVING = """
 import os, signal, sys
 from transformers import Trainer
