@@ -221,6 +221,15 @@ def test_early_stopping_keeps_the_best_adapter(arguments, tmp_path):
     assert equal(weights(tmp_path / "out"), weights(tmp_path / "out" / f"checkpoint-{best}"))
     assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 2
 
+    changes |= {"max_steps": 2, "save_total_limit": 3, "output_dir": str(tmp_path / "short")}
+    finetune(arguments(lora_target_modules=["all-linear"], **changes))
+    best = weights(tmp_path / "short" / "checkpoint-1")
+    assert equal(weights(tmp_path / "short"), best)
+    (tmp_path / "short" / WEIGHTS).unlink()
+    changes |= {"resume_from_checkpoint": "latest"}  # with no step left
+    finetune(arguments(lora_target_modules=["all-linear"], **changes))
+    assert equal(weights(tmp_path / "short"), best)
+
 
 def test_speed_and_memory_are_measured(arguments, capsys):
     """Tokens are those of the training batches; padding does not count."""
@@ -327,6 +336,11 @@ def test_second_interrupt_stops_at_once(arguments, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt, match="without a checkpoint"):
         finetune(arguments())
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_interrupt_of_the_last_step_lets_the_run_end(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "SaveOnInterrupt", CtrlC)
+    assert finetune(arguments(max_steps=3))["steps"] == 3 and (tmp_path / "out" / WEIGHTS).exists()
 
 
 def test_resuming_another_adapter_is_refused(arguments, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import load_peft_weights
 
+from gralora import LoraConfig
 from gralora.tool.arguments import FinetuneArguments
 from gralora.tool.finetune import finetune
 from gralora.tool.training import resume
@@ -86,6 +87,25 @@ def test_every_file_that_is_needed_is_checked(run, tmp_path):
         shutil.copytree(run / "checkpoint-4", checkpoint)
         (checkpoint / name).unlink()
         assert "is missing" in fault(checkpoint), name
+
+
+FIELDS = {"r": 8, "lora_alpha": 3, "lora_dropout": 0.5, "use_rslora": True, "target_modules": ["k_proj"]}
+FIELDS |= {"use_gralora": False, "gralora_k": 4, "gralora_k_pattern": {"q_proj": 2}, "hybrid_r": 2}
+FIELDS |= {"gralora_scaling": "matched"}
+
+
+@pytest.mark.parametrize("field", resume.ADAPTER_FIELDS)
+@pytest.mark.filterwarnings("ignore:.*has no effect without use_gralora")
+def test_every_setting_of_the_adapter_must_be_the_checkpoints(field, tmp_path):
+    """Those that shape what the adapter computes; weights alone are read from a checkpoint."""
+    settings = {"r": 4, "target_modules": ["q_proj"], "use_gralora": True, "gralora_k": 1}
+    asked = LoraConfig(**settings)
+    asked.save_pretrained(tmp_path)
+    model = SimpleNamespace(peft_config={"default": asked})
+    resume.check_checkpoint(str(tmp_path), model)
+    setattr(asked, field, FIELDS[field])
+    with pytest.raises(ValueError, match=f"has {field}=.*, this run .*; resume with the arguments of the run"):
+        resume.check_checkpoint(str(tmp_path), model)
 
 
 ZERO = "global_step4/zero_pp_rank_{}_mp_rank_00_{}_states.pt"
