@@ -345,7 +345,12 @@ def test_lazy_tensors_are_a_mapping(tmp_path: Path) -> None:
             tensors["b"]
 
 
-def test_json_that_nests_too_deep_is_refused(tmp_path: Path) -> None:
+def test_json_that_programs_read_differently_is_refused(tmp_path: Path) -> None:
+    """A field that is there twice, wherever; and what nests so deep that some cannot read it."""
+    for text in ('{"r": 8, "alpha": 1, "r": 4}', '{"rank_pattern": {"r": 8, "r": 8}}'):
+        (tmp_path / "file").write_text(text)
+        with pytest.raises(ValueError, match="the field 'r' is there twice"):
+            files.read_json(tmp_path / "file")
     for depth in (files.DEPTH, files.DEPTH + 1):
         (tmp_path / "file").write_text('{"a":' * depth + "1" + "}" * depth)
         if depth == files.DEPTH:

@@ -221,14 +221,13 @@ def test_early_stopping_keeps_the_best_adapter(arguments, tmp_path):
     assert equal(weights(tmp_path / "out"), weights(tmp_path / "out" / f"checkpoint-{best}"))
     assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 2
 
-    changes |= {"max_steps": 2, "save_total_limit": 3, "output_dir": str(tmp_path / "short")}
-    finetune(arguments(lora_target_modules=["all-linear"], **changes))
-    best = weights(tmp_path / "short" / "checkpoint-1")
-    assert equal(weights(tmp_path / "short"), best)
-    (tmp_path / "short" / WEIGHTS).unlink()
-    changes |= {"resume_from_checkpoint": "latest"}  # with no step left
-    finetune(arguments(lora_target_modules=["all-linear"], **changes))
-    assert equal(weights(tmp_path / "short"), best)
+    # another that ends by itself, and is resumed with no step left
+    changes |= {"max_steps": best + 2, "lr_scheduler_type": "constant", "output_dir": str(tmp_path / "short")}
+    for more in ({}, {"resume_from_checkpoint": "latest"}):
+        metrics = finetune(arguments(lora_target_modules=["all-linear"], **changes, **more))
+        assert metrics["steps"] == best + 2
+        assert equal(weights(tmp_path / "short"), weights(tmp_path / "short" / f"checkpoint-{best}"))
+        (tmp_path / "short" / WEIGHTS).unlink()
 
 
 def test_speed_and_memory_are_measured(arguments, capsys):
