@@ -220,6 +220,10 @@ def test_merge_refuses_what_does_not_fit(tmp_path: Path) -> None:
     tied = save_base(tmp_path / "tied_base", tiny_llama(tie_word_embeddings=True))
     with pytest.raises(ValueError, match="shares its weight with the embedding"):
         gralora.merge_adapter(tmp_path / "tied", tmp_path / "out", tied)
+    save_gralora(tmp_path / "vocabulary", modules_to_save=["lm_head"])
+    more = save_base(tmp_path / "more", tiny_llama(vocab_size=40))
+    with pytest.raises(ValueError, match=r"lm_head.weight' is \(32, 16\) .* and \(40, 16\) in the base; resize"):
+        gralora.merge_adapter(tmp_path / "vocabulary", tmp_path / "out", more)
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
     with pytest.raises(ValueError, match="quantised"):

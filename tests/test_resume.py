@@ -94,7 +94,7 @@ FIELDS |= {"use_gralora": False, "gralora_k": 4, "gralora_k_pattern": {"q_proj":
 FIELDS |= {"gralora_scaling": "matched"}
 
 
-@pytest.mark.parametrize("field", resume.ADAPTER_FIELDS)
+@pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.filterwarnings("ignore:.*has no effect without use_gralora")
 def test_every_setting_of_the_adapter_must_be_the_checkpoints(field, tmp_path):
     """Those that shape what the adapter computes; weights alone are read from a checkpoint."""
