@@ -6,11 +6,14 @@ Llama-3-8B's shape with random weights, bf16, r = 64, k = 4, all seven linears, 
 base, PEFT LoRA, PEFT GRALORA and gralora, interleaved step by step as in speed.py. A table for each engine and number
 of GPUs: time of a step on the slowest GPU, tokens per second over all GPUs, most memory of a GPU that the method alone
 would use, and scaling efficiency: tokens per second, over those of one GPU times the number of GPUs. One GPU runs DDP
-only: there is nothing to shard. `--tiny` is a model of a few thousand weights on CPU processes, to test this script.
+only: there is nothing to shard. Before that, `STEPS` steps on the same sequences for any number of GPUs, each of which
+takes its share: how far their losses are from those on one GPU, as a share. `--tiny` is a model of a few thousand
+weights on CPU processes, to test this script.
 """
 
 import argparse
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -24,6 +27,7 @@ LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
 LLAMA_8B |= dict(num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192)
 TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 TINY |= dict(num_key_value_heads=2, vocab_size=64)
+STEPS = 4  # whose losses are compared
 
 
 def take_cpu_for_gpus() -> None:
@@ -49,16 +53,19 @@ def measure(args: argparse.Namespace) -> None:
     shape, dtype = (TINY, FP32) if args.tiny else (LLAMA_8B, BF16)
     base = _llama(shape, device, dtype)
     base_mib = sum(p.numel() * p.element_size() for p in base.parameters()) / 2**20
-    tokens = torch.randint(0, shape["vocab_size"], (args.batch, args.sequence), device=device)
+    shares = (math.lcm(*args.nproc), args.batch, args.sequence)
+    batches = torch.randint(0, shape["vocab_size"], shares, device=device)  # the same in all processes
+    batches = batches[accelerator.process_index :: accelerator.num_processes]
 
     def allocated_mib() -> float:
         return torch.cuda.memory_allocated() / 2**20 if device == "cuda" else 0.0
 
-    steps, memory = {}, {}
+    steps, memory, losses = {}, {}, {}
     for name, config in configs(*((4, 2) if args.tiny else (64, 4)), LINEARS).items():
         before = allocated_mib()
-        steps[name] = training_step(adapt(base, config, fp32_adapters=False), tokens, accelerator, args.checkpointing)
-        steps[name]()
+        steps[name] = training_step(adapt(base, config, fp32_adapters=False), batches, accelerator, args.checkpointing)
+        means = torch.stack([steps[name](len(batches)) for _ in range(STEPS)])  # over this process's batches
+        losses[name] = accelerator.reduce(means, "mean").tolist()
         # without FSDP all methods share the base model's weights, and each alone would have them
         memory[name] = allocated_mib() - before + (0 if accelerator.is_fsdp2 else base_mib)
     del base
@@ -74,34 +81,41 @@ def measure(args: argparse.Namespace) -> None:
         if accelerator.num_processes > 1:
             torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
         row |= dict(zip([*row, "peak_mib"], worst.tolist(), strict=True))
-        row["tokens_per_s"] = tokens.numel() * accelerator.num_processes / row["time_ms"] * 1e3
+        row["tokens_per_s"] = batches[0].numel() * accelerator.num_processes / row["time_ms"] * 1e3
     if accelerator.is_main_process:
-        args.worker.write_text(json.dumps({"rows": rows, "facts": environment()}))
+        args.worker.write_text(json.dumps({"rows": rows, "losses": losses, "facts": environment()}))
     steps.clear()  # DDP's models, before what they communicate through
     accelerator.free_memory()
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
-def training_step(model, tokens, accelerator, checkpointing: bool):
-    """Forward, backward and AdamW on the adapter, on this process's tokens; as speed.py's, through accelerate."""
+def training_step(model, batches, accelerator, checkpointing: bool):
+    """Forward, backward and AdamW on the adapter, as speed.py's, through accelerate.
+
+    Returns:
+        A function (number of batches, 1 unless given) -> their mean loss.
+    """
     import torch
 
     trainable = [p for p in model.parameters() if p.requires_grad]
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # accelerate's FSDP2 asks for an optimizer; one over a weight that never has a gradient does nothing
-    optimizer = torch.optim.AdamW(trainable or [next(model.parameters())], lr=1e-5)
+    optimizer = torch.optim.AdamW(trainable or [next(model.parameters())], lr=1e-3)
     # the frozen base too has gradients as far as the embeddings, as it would have with adapters in the first layer
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     if trainable or accelerator.is_fsdp2:  # DDP refuses a model without gradients to exchange
         model, optimizer = accelerator.prepare(model, optimizer)
 
-    def step() -> None:
-        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        accelerator.backward(loss)
+    def step(count: int = 1) -> torch.Tensor:
+        losses = []
+        for tokens in batches[:count]:
+            losses.append(model(input_ids=tokens, labels=tokens, use_cache=False).loss / count)
+            accelerator.backward(losses[-1])
         optimizer.step()
         optimizer.zero_grad()
+        return torch.stack(losses).detach().sum()
 
     return step
 
@@ -115,6 +129,7 @@ def launch(engine: str, processes: int, args: argparse.Namespace) -> dict:
         command = ["--config_file", str(CONFIGS / f"{engine}.yaml"), "--num_processes", str(processes)]
         command += ["--main_process_port", "0", __file__, "--worker", str(out), "--rounds", str(args.rounds)]
         command += ["--batch", str(args.batch), "--sequence", str(args.sequence), "--methods", *args.methods]
+        command += ["--nproc", *map(str, args.nproc)]
         command += [flag for flag in ("--tiny", "--checkpointing") if getattr(args, flag[2:])]
         launch_command(launch_command_parser().parse_args(command))
         return json.loads(out.read_text())
@@ -137,19 +152,26 @@ def main() -> None:
     if args.worker:
         measure(args)
         return
-    rows, alone = [], {}
+    rows, alone = [], None
     for processes in sorted(args.nproc):
         for engine in [engine for engine in args.engines if processes > 1 or engine == "ddp"]:
             found = launch(engine, processes, args)
             timed, facts = found["rows"], found["facts"] | {"engine": engine, "gpus": processes}
             if processes == 1:
-                alone = timed
-            for name in timed.keys() & alone.keys():
-                linear = processes * alone[name]["tokens_per_s"]
-                timed[name]["efficiency_percent"] = 100 * timed[name]["tokens_per_s"] / linear
+                alone = found
+            if alone:
+                for name, row in timed.items():
+                    linear = processes * alone["rows"][name]["tokens_per_s"]
+                    row["efficiency_percent"] = 100 * row["tokens_per_s"] / linear
             setting = f"{engine}, {processes} x {args.batch} x {args.sequence} tokens"
             setting += ", gradient checkpointing" if args.checkpointing else ""
             found_rows = report("multi_gpu", setting, timed, "frozen", **facts)
+            for row in found_rows:
+                row["losses"] = found["losses"][row["method"]]
+                if alone:
+                    pairs = zip(row["losses"], alone["losses"][row["method"]], strict=True)
+                    row["loss_difference"] = max(abs(loss / expected - 1) for loss, expected in pairs)
+                    print(f"  losses of {row['method']}, from those on one GPU: {row['loss_difference']:.1e}")
             rows += found_rows
     if args.out:
         args.out.write_text(json.dumps(rows, indent=1) + "\n")

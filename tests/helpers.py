@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import peft
+import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -55,6 +56,10 @@ ACCURACY_CASES = [  # with 61 tokens, so many numbers that the largest rounding 
     Case(8, 40, 8, 64, 48),
 ]
 KINDS = ["linear", "conv1d"]
+
+cases = pytest.mark.parametrize("case", CASES, ids=str)
+few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=str)
+kinds = pytest.mark.parametrize("kind", KINDS)
 
 BATCH_SHAPES = [(), (7,), (2, 3), (2, 1, 3), (0,), (2, 0)]
 
@@ -177,6 +182,7 @@ def tiny_gpt2(dtype: torch.dtype = torch.float32, **config: Any) -> GPT2LMHeadMo
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"llama": tiny_llama, "gpt2": tiny_gpt2}
+models = pytest.mark.parametrize("model_name", MODELS)
 TARGETS = {"llama": ["q_proj", "k_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}  # in != out in some of each
 
 

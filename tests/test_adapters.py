@@ -2,18 +2,21 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import MODELS, tiny_gpt2, tiny_llama
+from helpers import MODELS, Factors, naive_delta, tiny_gpt2, tiny_llama
+from matplotlib.axes import Axes
 from safetensors.torch import load_file
 from saved import FORMATS, edit, logits, read, save, save_gralora, write
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import gralora
-from gralora.checkpoints import files, inspection, merge
+from gralora.checkpoints import files, formats, inspection, merge
 from gralora.checkpoints.files import LazyTensors, new_folder, read_safetensors, write_safetensors
 from gralora.tool import adapters, cli
 
@@ -138,17 +141,67 @@ def test_interrupted_merge_of_another_adapter_starts_anew(tmp_path: Path, monkey
     torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=0, atol=1e-4)
 
 
-def test_wrong_weights_on_disk_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("change", ["dtype", "base", "file"])
+def test_interrupted_merge_goes_on_with_what_is_unchanged_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Another dtype or other weights of the base: nothing of it. A file that is gone: the others."""
+    save_gralora(tmp_path / "in")
+    base = save_base(tmp_path / "base", tiny_llama(), shards=True)
+    monkeypatch.setattr(merge, "copy_other_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        gralora.merge_adapter(tmp_path / "in", tmp_path / "out", base)
+    monkeypatch.undo()
+    written = sorted(path.name for path in (tmp_path / ".out.partial").glob("*.safetensors"))
+    model, dtype = tiny_llama(), torch.bfloat16 if change == "dtype" else None
+    if change == "base":  # of the same sizes
+        for p in model.parameters():
+            p.data *= 2
+        save_base(base, model, shards=True)
+    if change == "file":
+        (tmp_path / ".out.partial" / written[2]).unlink()
+    result = gralora.merge_adapter(tmp_path / "in", tmp_path / "out", base, dtype=dtype)
+    assert result["resumed"] == ([name for name in written if name != written[2]] if change == "file" else [])
+    expected = gralora.load_adapter(model, tmp_path / "in").merge_and_unload().to(dtype or torch.float32).state_dict()
+    merged = load(tmp_path / "out", "auto").state_dict()
+    for name, t in merged.items():
+        torch.testing.assert_close(t, expected[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("checked", [8, 2])
+def test_wrong_weights_on_disk_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checked: int, dtype: torch.dtype | None
+) -> None:
+    """Also of a sample, which is spread over the layers, and if they are off by few roundings of a low precision."""
     save_gralora(tmp_path / "in")
     save_base(tmp_path / "base", tiny_llama())
+    monkeypatch.setattr(merge, "VERIFIED", checked)
+    result = gralora.merge_adapter(tmp_path / "in", tmp_path / "good", tmp_path / "base", dtype=dtype)
+    assert result["verified"] == min(checked, 6)
+    shutil.rmtree(tmp_path / "good")
+    layers = formats.read(*files.read_adapter_folder(tmp_path / "in")).layers
+    wrong = f"{layers[3]}.weight"
 
     def damaged(path: Path, tensors: LazyTensors, done: object) -> None:
-        write_safetensors(path, {n: t + 0.01 * (n.endswith("1.self_attn.k_proj.weight")) for n, t in tensors.items()})
+        factor = 1 + 4 * torch.finfo(dtype or torch.bfloat16).eps
+        write_safetensors(path, {n: t * factor if n == wrong else t for n, t in tensors.items()})
 
     monkeypatch.setattr(merge, "write_safetensors", damaged)
-    with pytest.raises(ValueError, match="layers.1.self_attn.k_proj.weight' is not base"):
-        gralora.merge_adapter(tmp_path / "in", tmp_path / "out", tmp_path / "base")
+    with pytest.raises(ValueError, match=f"weight '{wrong}' is not base"):
+        gralora.merge_adapter(tmp_path / "in", tmp_path / "out", tmp_path / "base", dtype=dtype)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "in"]
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_merged_config_names_the_dtype_as_the_bases_does(tmp_path: Path, key: str) -> None:
+    save_gralora(tmp_path / "in")
+    base = save_base(tmp_path / "base", tiny_llama())
+    config = json.loads((base / "config.json").read_text())
+    config[key] = config.pop("dtype")
+    (base / "config.json").write_text(json.dumps(config))
+    gralora.merge_adapter(tmp_path / "in", tmp_path / "out", base, dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config | {key: "bfloat16"}
 
 
 def test_merge_refuses_what_does_not_fit(tmp_path: Path) -> None:
@@ -167,6 +220,10 @@ def test_merge_refuses_what_does_not_fit(tmp_path: Path) -> None:
     tied = save_base(tmp_path / "tied_base", tiny_llama(tie_word_embeddings=True))
     with pytest.raises(ValueError, match="shares its weight with the embedding"):
         gralora.merge_adapter(tmp_path / "tied", tmp_path / "out", tied)
+    save_gralora(tmp_path / "vocabulary", modules_to_save=["lm_head"])
+    more = save_base(tmp_path / "more", tiny_llama(vocab_size=40))
+    with pytest.raises(ValueError, match=r"lm_head.weight' is \(32, 16\) .* and \(40, 16\) in the base; resize"):
+        gralora.merge_adapter(tmp_path / "vocabulary", tmp_path / "out", more)
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
     with pytest.raises(ValueError, match="quantised"):
@@ -196,6 +253,20 @@ def test_inspect_measures_the_updates(tmp_path: Path) -> None:
     assert description["norm"] == pytest.approx(squares**0.5)
 
 
+def test_rank_counts_what_float32_tells_from_zero(tmp_path: Path) -> None:
+    """And the norms of a layer's factors are those of all its tensors, the hybrid part included."""
+    save_gralora(tmp_path)
+    config, tensors = read(tmp_path)
+    prefix = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
+    tensors[f"{prefix}B.hybrid_weight"] *= torch.tensor([1e-3, 1e-12])
+    write(tmp_path, config, tensors)
+    layer = gralora.inspect_adapter(tmp_path)["layers"]["model.layers.1.self_attn.q_proj"]
+    assert layer["rank"] == layer["lora_rank"] - 1
+    for factor in "AB":
+        norms = [tensors[f"{prefix}{factor}.{name}"].norm().item() for name in ("weight", "hybrid_weight")]
+        assert layer[f"norm_{factor}"] == pytest.approx(sum(norm**2 for norm in norms) ** 0.5)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_can_be_inspected(tmp_path: Path, name: str) -> None:
     save(tmp_path, name)
@@ -209,6 +280,10 @@ def test_every_format_can_be_inspected(tmp_path: Path, name: str) -> None:
     [
         (lambda t, n: t[n].view(-1)[0:1].fill_(torch.nan), "q_proj: NaN or infinite"),
         (lambda t, n: [t[x].zero_() for x in (n, n.replace(".weight", ".hybrid_weight"))], "q_proj: B is zero"),
+        (
+            lambda t, n: [t[x.replace("_B", "_A")].zero_() for x in (n, n.replace(".weight", ".hybrid_weight"))],
+            "q_proj: A is zero",
+        ),
         (lambda t, n: [t[x].zero_() for x in t if "lora_B" in x], "all B factors are zero"),
         (lambda t, n: t.update({"base_model.model.extra.weight": torch.ones(1)}), "does not explain.*extra"),
     ],
@@ -258,6 +333,35 @@ def test_tensor_that_is_not_as_announced_is_refused(tmp_path: Path) -> None:
     tensors = LazyTensors({"a": torch.ones(2)}, lambda name: torch.ones(3))
     with pytest.raises(ValueError, match=r"'a' is \(3,\)"):
         write_safetensors(tmp_path / "file", tensors)
+    tensors = LazyTensors({"a": torch.ones(2)}, lambda name: torch.ones(2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"'a' is \(2,\) torch.int32, announced as \(2,\) torch.float32"):
+        write_safetensors(tmp_path / "file", tensors)
+
+
+def test_lazy_tensors_are_a_mapping(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "file", {"a": torch.ones(2)})
+    for tensors in (
+        read_safetensors(tmp_path / "file"),
+        LazyTensors({"a": torch.ones(2)}, lambda name: torch.ones(2)),
+    ):
+        assert "b" not in tensors and tensors.get("b") is None and len(tensors) == 1
+        with pytest.raises(KeyError, match="b"):
+            tensors["b"]
+
+
+def test_json_that_programs_read_differently_is_refused(tmp_path: Path) -> None:
+    """A field that is there twice, wherever; and what nests so deep that some cannot read it."""
+    for text in ('{"r": 8, "alpha": 1, "r": 4}', '{"rank_pattern": {"r": 8, "r": 8}}'):
+        (tmp_path / "file").write_text(text)
+        with pytest.raises(ValueError, match="the field 'r' is there twice"):
+            files.read_json(tmp_path / "file")
+    for depth in (files.DEPTH, files.DEPTH + 1):
+        (tmp_path / "file").write_text('{"a":' * depth + "1" + "}" * depth)
+        if depth == files.DEPTH:
+            assert list(files.read_json(tmp_path / "file")) == ["a"]
+        else:
+            with pytest.raises(ValueError, match=f"nests deeper than {files.DEPTH} levels"):
+                files.read_json(tmp_path / "file")
 
 
 def test_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
@@ -269,6 +373,8 @@ def test_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
         (folder / "file").touch()
         assert not (tmp_path / "out").exists()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
+    with pytest.raises(FileExistsError, match="out' exists; choose another name"), new_folder(tmp_path / "out"):
+        pytest.fail("written into")
 
 
 # Commands
@@ -357,6 +463,28 @@ def test_inputs_are_not_changed(tmp_path: Path) -> None:
 def test_layers_are_inspected_in_their_order() -> None:
     names = ["layers.10.q_proj", "layers.2.q_proj", "layers.2.k_proj"]
     assert sorted(names, key=inspection._natural) == ["layers.2.k_proj", "layers.2.q_proj", "layers.10.q_proj"]
+
+
+def test_heat_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entry (j, i) is the norm of dW's block there; of more layers than fit, those drawn are spread over all."""
+    save_gralora(tmp_path / "in", hybrid_r=0)
+    config, tensors = read(tmp_path / "in")
+    names = {"layers.0": "layers.2", "layers.1": "layers.10"}
+    tensors = {re.sub("|".join(names), lambda m: names[m[0]], name): t for name, t in tensors.items()}
+    write(tmp_path / "in", config, tensors)
+    drawn: list[Any] = []
+    imshow = Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda self, image, **options: drawn.append(image) or imshow(self, image))
+    monkeypatch.setattr(inspection, "PANELS", 3)
+    layers = inspection.draw_block_norms(tmp_path / "in", tmp_path / "norms.png")
+    assert layers == list(gralora.inspect_adapter(tmp_path / "in")["layers"])[::2]
+    assert [name.split(".")[2] for name in layers] == ["2", "2", "10"]
+    read_back = formats.read(*files.read_adapter_folder(tmp_path / "in"))
+    for layer, norms in zip(layers, drawn, strict=True):
+        dW = read_back.scaling(layer) * naive_delta(Factors(*read_back.factors(layer)[:4]))
+        (rows, columns), k = dW.shape, len(norms)
+        blocks = dW.reshape(k, rows // k, k, columns // k).double()
+        torch.testing.assert_close(torch.tensor(norms).double(), blocks.norm(dim=(1, 3)), rtol=1e-5, atol=0)
 
 
 def test_commands_for_scripts(tmp_path, capsys):

@@ -51,6 +51,7 @@ REFUSED = {
     "k-exceeds-grid": ({"r": 4, "hybrid_r": 2, "gralora_k": 4}, ["r=4", "hybrid_r=2", "gralora_k=4", "r=6"]),
     "hybrid-negative": ({"hybrid_r": -1}, ["hybrid_r=-1", "from 0", "r - 1"]),
     "hybrid-float": ({"hybrid_r": 2.0}, ["hybrid_r=2.0", "integer"]),
+    "hybrid-bool": ({"hybrid_r": True}, ["hybrid_r=True", "integer"]),
     "hybrid-equals-r": ({"r": 8, "hybrid_r": 8}, ["hybrid_r=8", "r=8", "smaller", "use_gralora=False"]),
     "hybrid-exceeds-r": ({"r": 8, "hybrid_r": 9}, ["hybrid_r=9", "r=8", "smaller", "use_gralora=False"]),
     "rank-pattern-k": ({"rank_pattern": {"q": 6}, "gralora_k": 4}, ["rank_pattern['q']=6", "gralora_k=4", "=4 or 8"]),

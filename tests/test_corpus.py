@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from gralora.tool import corpus as module
-from gralora.tool import readers
 from gralora.tool.arguments import FinetuneArguments
-from gralora.tool.corpus import SHUFFLED, load_corpus
-from gralora.tool.data import Example
-from gralora.tool.packing import WINDOW
-from gralora.tool.sources import Source
+from gralora.tool.data import corpus as module
+from gralora.tool.data import readers
+from gralora.tool.data.corpus import SHUFFLED, load_corpus
+from gralora.tool.data.examples import Example
+from gralora.tool.data.packing import WINDOW
+from gralora.tool.data.sources import Source
 
 datasets = pytest.importorskip("datasets")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from gralora.tool import data
-from gralora.tool import stdlib as stdlib_module
-from gralora.tool.data import IGNORED, Chat, Example, encode, file_examples, marked, prompt_ids, split
-from gralora.tool.stdlib import stdlib_examples
+from gralora.tool.data import examples as data
+from gralora.tool.data import stdlib as stdlib_module
+from gralora.tool.data.examples import IGNORED, Chat, Example, encode, file_examples, marked, prompt_ids, split
+from gralora.tool.data.stdlib import stdlib_examples
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import gralora
 from gralora.tool.arguments import FinetuneArguments
 from gralora.tool.finetune import finetune
-from gralora.tool.resume import fault
+from gralora.tool.training.resume import fault
 
 ROOT = Path(__file__).parent.parent
 RESUMES_ON_CPUS = Version(transformers.__version__) >= Version("5.17")  # 5.6 cannot, from "cpu:0" tensors
@@ -204,6 +204,21 @@ def test_one_process_goes_on_from_two_shards(fsdp, alone, arguments, tmp_path):
     assert_same_losses(losses(seen["resumed"][0]["log"]), log_of(alone / "plain"), 1e-5, after=3)
 
 
+def test_shards_are_refused_without_their_engine(fsdp, arguments, tmp_path):
+    checkpoint = fsdp[1] / "plain" / "checkpoint-3"
+    with pytest.raises(ValueError, match="was saved by FSDP2, and this run is one process or DDP"):
+        finetune(FinetuneArguments(**arguments("plain", tmp_path, resume_from_checkpoint=str(checkpoint))))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not RESUMES_ON_CPUS, reason="old transformers resume several processes on GPUs only")
+def test_one_launched_process_goes_on_from_two(ddp, alone, arguments, tmp_path):
+    checkpoint = ddp[1] / "plain" / "checkpoint-3"
+    runs = {"resumed": arguments("resumed", tmp_path, resume_from_checkpoint=str(checkpoint))}
+    seen = launch("ddp", 1, tmp_path, runs)
+    assert_same_losses(losses(seen["resumed"][0]["log"]), log_of(alone / "plain"), 1e-5, after=3)
+
+
 @pytest.mark.slow
 def test_two_processes_go_on_from_one_shard(alone, arguments, tmp_path):
     expected = log_of(alone / "plain")
@@ -226,7 +241,7 @@ def test_interrupt_of_one_process_stops_all(ddp):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed(stage, alone, arguments, tiny_model, tmp_path, monkeypatch):
-    """Losses, the saved adapter, shares of the memory, and going on from a checkpoint."""
+    """Losses, the saved adapter, shares of the memory, and going on from a checkpoint: on as many processes only."""
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     runs = {"plain": arguments("plain", tmp_path)}
@@ -244,6 +259,12 @@ def test_deepspeed(stage, alone, arguments, tiny_model, tmp_path, monkeypatch):
     for process in seen["plain"]:
         assert (process["fused"] > 0) == (stage == 2), "ZeRO-3 gathers weights in hooks, module by module"
         assert process["parameter_bytes"] == size if stage == 2 else process["parameter_bytes"] < 0.55 * size
+    resumed = arguments("refused", tmp_path, resume_from_checkpoint=str(checkpoint))
+    saved = f"was saved by DeepSpeed ZeRO-{stage} on 2 processes, and this run is"
+    with pytest.raises(ValueError, match=f"{saved} one process or DDP"):
+        finetune(FinetuneArguments(**resumed))
+    with pytest.raises(AssertionError, match=f"{saved} DeepSpeed ZeRO-{stage} on 1 process"):
+        launch(f"zero{stage}", 1, tmp_path, {"refused": resumed})
 
 
 @pytest.mark.slow
@@ -282,3 +303,5 @@ def test_benchmark(tmp_path):
         assert row["tokens_per_s"] == pytest.approx(16e3 * row["gpus"] / row["time_ms"])
         share = row["tokens_per_s"] / (row["gpus"] * alone["tokens_per_s"])
         assert row["efficiency_percent"] == pytest.approx(100 * share)
+        assert row["loss_difference"] < 1e-5
+        assert (row["losses"][-1] < row["losses"][0]) == (row["method"] != "frozen")

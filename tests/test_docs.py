@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import gralora
 from gralora import LoraConfig
-from gralora.tool import cli, embedded, stdlib
+from gralora.tool import cli, embedded
+from gralora.tool.data import stdlib
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -290,7 +290,6 @@ EMBEDDINGS = {"llama": (tiny_llama, ["embed_tokens", "q_proj"]), "gpt2": (tiny_g
 
 @pytest.mark.parametrize("build, targets", EMBEDDINGS.values(), ids=EMBEDDINGS)
 @pytest.mark.parametrize("low_memory", [False, True])
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def test_save_and_load(build, targets, low_memory, tmp_path):
     """A fresh model with the saved adapter has the same tensors, bit by bit, and the same output."""
     model = adapted(build(torch.float64), gralora_config(2, hybrid_r=2, target_modules=targets))

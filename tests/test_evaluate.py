@@ -15,13 +15,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gralora.tool import cli, evaluate, sandbox
+from gralora.tool import cli, evaluate
 from gralora.tool.arguments import FinetuneArguments
-from gralora.tool.data import Example, encode, file_examples, prompt_ids
+from gralora.tool.data.examples import Example, encode, file_examples, prompt_ids
 from gralora.tool.evaluate import estimate, main, parse
 from gralora.tool.finetune import finetune
 from gralora.tool.side_by_side import load_side_by_side
-from gralora.tool.tasks import gsm8k, humaneval, inference, loss, multiple_choice
+from gralora.tool.tasks import gsm8k, humaneval, inference, loss, multiple_choice, sandbox
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
 QUESTIONS = [
@@ -266,7 +266,7 @@ def test_final_number(text, number):
     assert found is None if number is None else found == gsm8k.Decimal(number)
 
 
-def answers(monkeypatch, module, texts: list[str]) -> list[str]:
+def answers(monkeypatch, texts: list[str]) -> list[str]:
     """Let a task's model answer with these texts; the prompts that it was given are returned, once there are."""
     prompts = []
 
@@ -275,13 +275,13 @@ def answers(monkeypatch, module, texts: list[str]) -> list[str]:
         assert len(ids) == len(texts)
         return texts
 
-    monkeypatch.setattr(module, "generate", generate)
+    monkeypatch.setattr(inference, "generate", generate)
     return prompts
 
 
 def test_gsm8k(tiny_model, tmp_path, run, monkeypatch):
     data = write_rows(tmp_path / "test.jsonl", QUESTIONS)
-    prompts = answers(monkeypatch, gsm8k, ["7.0 apples", "12 + 12\n#### 24 or 25", "999 is wrong, 998"])
+    prompts = answers(monkeypatch, ["7.0 apples", "12 + 12\n#### 24 or 25", "999 is wrong, 998"])
     out = tmp_path / "out.json"
     results = run(tiny_model, "--task", "gsm8k", "--data_path", data, "--out", out)
     (label,) = results["results"]
@@ -295,7 +295,7 @@ def test_gsm8k(tiny_model, tmp_path, run, monkeypatch):
 
 def test_gsm8k_shots(tiny_model, tmp_path, run, monkeypatch):
     train, data = write_rows(tmp_path / "train.jsonl", QUESTIONS[1:]), write_rows(tmp_path / "a.jsonl", QUESTIONS[:1])
-    prompts = answers(monkeypatch, gsm8k, ["7"])
+    prompts = answers(monkeypatch, ["7"])
     flags = (tiny_model, "--task", "gsm8k", "--data_path", data, "--shots")
     run(*flags, 2, "--shots_path", train)
     one, two, three = prompts[0].split("### Instruction:\n")[1:]
@@ -317,7 +317,7 @@ def test_chat_template(tiny_model, tmp_path, run, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(chatty)
-    prompts = answers(monkeypatch, gsm8k, ["7"])
+    prompts = answers(monkeypatch, ["7"])
     run(chatty, *flags, "--shots", 1, "--shots_path", data)
     question, answer = QUESTIONS[0].values()
     assert prompts == [f"<user>{question}<assistant>{answer}<user>{question}<assistant>"]
@@ -348,7 +348,7 @@ def test_multiple_choice_takes_the_likeliest_option(tiny_model, model, tokenizer
 def test_multiple_choice_by_generation(tiny_model, tmp_path, run, monkeypatch):
     data = write_rows(tmp_path / "test.jsonl", CHOICES)
     texts = ["the correct answer is answer2, not answer1", "the correct answer is false", "nothing"]
-    answers(monkeypatch, multiple_choice, texts)
+    answers(monkeypatch, texts)
     results = run(tiny_model, "--task", "multiple_choice", "--data_path", data, "--scoring", "generation")
     assert next(iter(results["results"].values()))["accuracy"]["mean"] == pytest.approx(1 / 3)
     assert multiple_choice.first_named("answer12", ["answer1", "answer12"]) == "answer12"
@@ -411,11 +411,11 @@ def test_pass_at_k_is_the_share_of_choices_with_a_pass():
 def test_all_canonical_solutions_pass_and_no_empty_one(tiny_model, run, monkeypatch, confined):
     every = problems(200)
     assert len(every) == 164
-    prompts = answers(monkeypatch, humaneval, [problem["canonical_solution"] for problem in every])
+    prompts = answers(monkeypatch, [problem["canonical_solution"] for problem in every])
     results = run(tiny_model, *HUMANEVAL, "--timeout", 20)
     assert next(iter(results["results"].values()))["pass@1"]["mean"] == 1
     assert prompts == [problem["prompt"] for problem in every]
-    answers(monkeypatch, humaneval, ["    return None\n"] * 20)
+    answers(monkeypatch, ["    return None\n"] * 20)
     results = run(tiny_model, *HUMANEVAL, "--limit", 20)
     assert next(iter(results["results"].values()))["pass@1"]["mean"] == 0
 
@@ -424,7 +424,7 @@ def test_several_samples(tiny_model, tmp_path, run, monkeypatch, confined):
     """Two problems, ten samples each, of which 10 and 2 pass."""
     good = [problem["canonical_solution"] for problem in problems(2)]
     samples = [good[0]] * 10 + [good[1] if i in (3, 7) else "    while True: pass\n" for i in range(10)]
-    answers(monkeypatch, humaneval, samples)
+    answers(monkeypatch, samples)
     out = tmp_path / "out.json"
     flags = ("--limit", 2, "--num_samples", 10, "--temperature", 0.8, "--timeout", 1, "--out", out)
     (values,) = run(tiny_model, *HUMANEVAL, *flags)["results"].values()

@@ -10,7 +10,7 @@ import gguf
 import peft
 import pytest
 import torch
-from helpers import CASES, MODELS, TARGETS, Case, naive_delta, random_factors, tiny_llama, token_ids
+from helpers import MODELS, TARGETS, Case, cases, naive_delta, random_factors, tiny_llama, token_ids
 from safetensors.torch import load_file
 from saved import FORMATS, WEIGHTS, edit, logits, read, save, save_gralora, write
 from torch import Tensor
@@ -44,7 +44,7 @@ def blocks_in_place(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 # Tensor functions
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@cases
 def test_compact_lora_is_exact(case: Case) -> None:
     f = random_factors(case)
     A, B = factors.compact_lora(*factors.hybrid_to_lora(*f))
@@ -52,7 +52,7 @@ def test_compact_lora_is_exact(case: Case) -> None:
     torch.testing.assert_close(B @ A, naive_delta(f), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@cases
 def test_truncate_lora_is_the_best_of_its_rank(case: Case) -> None:
     f = random_factors(case)
     dW = naive_delta(f)
@@ -63,7 +63,7 @@ def test_truncate_lora_is_the_best_of_its_rank(case: Case) -> None:
     torch.testing.assert_close((B @ A - dW).norm(), expected[3:].norm(), rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@cases
 def test_block_norms_and_singular_values(case: Case) -> None:
     f = random_factors(case)
     grid = naive_delta(f._replace(hybrid_A=None, hybrid_B=None))

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from helpers import CASES, Case, Factors, integer_factors, naive_delta, naive_update, random_factors
+from helpers import CASES, Case, Factors, cases, integer_factors, naive_delta, naive_update, random_factors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gralora.ops import reference
 from gralora.ops.factors import grid_to_lora, hybrid_to_lora
 
-cases = pytest.mark.parametrize("case", CASES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 law = settings(deadline=None, max_examples=50)
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_llama
-from saved import CONFIG, WEIGHTS, save_gralora
+from saved import CONFIG, WEIGHTS, read, save_gralora, write
 
 import gralora
 from gralora.checkpoints import files
@@ -205,6 +205,8 @@ def test_replacing_an_adapter_killed_anywhere(tmp_path: Path) -> None:
     """The old one, the new one, or a refusal that says where the new one is; going on gives the new one."""
     save_gralora(tmp_path / "old")
     save_gralora(tmp_path / "new", lora_alpha=1)
+    config, tensors = read(tmp_path / "new")
+    write(tmp_path / "new", config, {name: 2 * t for name, t in tensors.items()})  # else a mix would not show
     old, new, folder = contents(tmp_path / "old"), contents(tmp_path / "new"), tmp_path / "adapter"
     found, events = [], 0
     for n in range(0, 100):  # 0: not killed, to count

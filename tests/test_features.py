@@ -16,7 +16,6 @@ import peft
 import pytest
 import torch
 from helpers import (
-    FEW_CASES,
     MODELS,
     Case,
     Factors,
@@ -25,6 +24,7 @@ from helpers import (
     assert_close64,
     assert_unchanged,
     factors_of,
+    few_cases,
     gralora_config,
     integer_factors,
     naive_delta,
@@ -43,8 +43,6 @@ from torch.nn.utils import parametrize
 
 import gralora
 from gralora.ops.factors import pad_grid
-
-few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=str)
 
 # k by layer in saved adapters
 

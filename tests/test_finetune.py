@@ -15,18 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
 from gralora.tool import arguments as arguments_module
-from gralora.tool import cli, resume
+from gralora.tool import cli
 from gralora.tool import finetune as module
 from gralora.tool.arguments import FinetuneArguments
-from gralora.tool.data import encode, file_examples, split
+from gralora.tool.data.examples import encode, file_examples, split
 from gralora.tool.finetune import finetune
+from gralora.tool.training import resume
 from gralora.tool.verify import verify
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
-    pytest.mark.filterwarnings("ignore:.*has no effect without use_gralora"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without use_gralora")
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -224,6 +221,14 @@ def test_early_stopping_keeps_the_best_adapter(arguments, tmp_path):
     assert equal(weights(tmp_path / "out"), weights(tmp_path / "out" / f"checkpoint-{best}"))
     assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 2
 
+    # another that ends by itself, and is resumed with no step left
+    changes |= {"max_steps": best + 2, "lr_scheduler_type": "constant", "output_dir": str(tmp_path / "short")}
+    for more in ({}, {"resume_from_checkpoint": "latest"}):
+        metrics = finetune(arguments(lora_target_modules=["all-linear"], **changes, **more))
+        assert metrics["steps"] == best + 2
+        assert equal(weights(tmp_path / "short"), weights(tmp_path / "short" / f"checkpoint-{best}"))
+        (tmp_path / "short" / WEIGHTS).unlink()
+
 
 def test_speed_and_memory_are_measured(arguments, capsys):
     """Tokens are those of the training batches; padding does not count."""
@@ -330,6 +335,11 @@ def test_second_interrupt_stops_at_once(arguments, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt, match="without a checkpoint"):
         finetune(arguments())
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_interrupt_of_the_last_step_lets_the_run_end(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "SaveOnInterrupt", CtrlC)
+    assert finetune(arguments(max_steps=3))["steps"] == 3 and (tmp_path / "out" / WEIGHTS).exists()
 
 
 def test_resuming_another_adapter_is_refused(arguments, tmp_path):

@@ -177,6 +177,14 @@ def test_config_values_of_a_wrong_type_are_refused(tmp_path: Path, field: str, v
         formats.read(*read_adapter_folder(tmp_path))
 
 
+@pytest.mark.parametrize("field", ["r", "hybrid_r"])
+def test_ranks_of_another_program_are_numbers(tmp_path: Path, field: str) -> None:
+    save_peft(tmp_path)
+    edit(tmp_path, **{field: True})
+    with pytest.raises(ValueError, match=f"{field}=True"):
+        formats.read(*read_adapter_folder(tmp_path))
+
+
 # Files
 
 

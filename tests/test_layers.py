@@ -14,8 +14,6 @@ from helpers import (
     ACCURACY_CASES,
     BATCH_SHAPES,
     CASES,
-    FEW_CASES,
-    KINDS,
     Case,
     Factors,
     OneLayer,
@@ -26,8 +24,11 @@ from helpers import (
     assert_close64,
     assert_unchanged,
     case_config,
+    cases,
     factors_of,
+    few_cases,
     gralora_config,
+    kinds,
     naive_delta,
     naive_update,
     one_layer,
@@ -47,14 +48,7 @@ from gralora.kinds import check_fields
 from gralora.layers import GraloraLayer
 from gralora.ops import dispatch
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
-]
-cases = pytest.mark.parametrize("case", CASES, ids=str)
-few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=str)
 accuracy_cases = pytest.mark.parametrize("case", ACCURACY_CASES, ids=str)
-kinds = pytest.mark.parametrize("kind", KINDS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FEW_CASES, Case, adapted, case_config, one_layer, only_layer, tiny_llama
+from helpers import Case, adapted, case_config, few_cases, one_layer, only_layer, tiny_llama
 from safetensors.torch import load_file
 from saved import edit, read, save_gralora, write
 
@@ -115,7 +115,7 @@ def test_overflow_of_float16_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
-@pytest.mark.parametrize("case", FEW_CASES, ids=str)
+@few_cases
 def test_safe_merge_notices(case: Case, kind: str, value: float) -> None:
     model = adapted(one_layer(case, kind), case_config(case))
     layer = only_layer(model)

@@ -8,7 +8,7 @@ from helpers import gralora_config
 from peft import get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from gralora.tool.packing import WINDOW, PackingCollator, check_packing, pack
+from gralora.tool.data.packing import WINDOW, PackingCollator, check_packing, pack
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}

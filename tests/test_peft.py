@@ -11,8 +11,6 @@ import pytest
 import torch
 from helpers import (
     CASES,
-    FEW_CASES,
-    KINDS,
     MODELS,
     TARGETS,
     VOCAB,
@@ -24,8 +22,12 @@ from helpers import (
     assert_close64,
     assert_unchanged,
     case_config,
+    cases,
     factors_of,
+    few_cases,
     gralora_config,
+    kinds,
+    models,
     naive_delta,
     naive_update,
     one_layer,
@@ -54,18 +56,11 @@ from gralora.ops import dropout
 from gralora.ops.dropout import draw_seed
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated"),
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),
     pytest.mark.filterwarnings("ignore:Converting a PEFT adapter to LoRA that is already a LoRA adapter"),
     pytest.mark.filterwarnings("ignore:Already following adapters were merged"),
     pytest.mark.filterwarnings("ignore:Adapter first was active which is now deleted"),
 ]
-cases = pytest.mark.parametrize("case", CASES, ids=str)
-few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=str)
-kinds = pytest.mark.parametrize("kind", KINDS)
-models = pytest.mark.parametrize("model_name", MODELS)
 safe_or_not = pytest.mark.parametrize("safe", [True, False], ids=["safe", "unsafe"])
 
 

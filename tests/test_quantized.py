@@ -45,8 +45,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Merge lora module to"),
     pytest.mark.filterwarnings("ignore:Unmerge lora module to"),
     pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated"),
 ]
 CASE = Case(4, 10, 2, 64, 96)  # multiples of bitsandbytes' blocks, so that it does all it does to larger layers
 

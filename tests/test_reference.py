@@ -8,6 +8,7 @@ from helpers import (
     Case,
     Factors,
     assert_close64,
+    cases,
     integer_factors,
     naive_delta,
     naive_update,
@@ -20,7 +21,6 @@ from hypothesis import strategies as st
 from gralora.ops import reference
 
 law = settings(deadline=None, max_examples=50)
-cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 @st.composite

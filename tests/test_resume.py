@@ -6,19 +6,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import load_peft_weights
 
-from gralora.tool import resume
+from gralora import LoraConfig
 from gralora.tool.arguments import FinetuneArguments
 from gralora.tool.finetune import finetune
-from gralora.tool.resume import fault, find_checkpoint
+from gralora.tool.training import resume
+from gralora.tool.training.resume import fault, find_checkpoint
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
-]
 KILLED_WHILE_SAVING = """
 import os, signal, sys
 from transformers import Trainer
@@ -88,6 +87,59 @@ def test_every_file_that_is_needed_is_checked(run, tmp_path):
         shutil.copytree(run / "checkpoint-4", checkpoint)
         (checkpoint / name).unlink()
         assert "is missing" in fault(checkpoint), name
+
+
+FIELDS = {"r": 8, "lora_alpha": 3, "lora_dropout": 0.5, "use_rslora": True, "target_modules": ["k_proj"]}
+FIELDS |= {"use_gralora": False, "gralora_k": 4, "gralora_k_pattern": {"q_proj": 2}, "hybrid_r": 2}
+FIELDS |= {"gralora_scaling": "matched"}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.filterwarnings("ignore:.*has no effect without use_gralora")
+def test_every_setting_of_the_adapter_must_be_the_checkpoints(field, tmp_path):
+    """Those that shape what the adapter computes; weights alone are read from a checkpoint."""
+    settings = {"r": 4, "target_modules": ["q_proj"], "use_gralora": True, "gralora_k": 1}
+    asked = LoraConfig(**settings)
+    asked.save_pretrained(tmp_path)
+    model = SimpleNamespace(peft_config={"default": asked})
+    resume.check_checkpoint(str(tmp_path), model)
+    setattr(asked, field, FIELDS[field])
+    with pytest.raises(ValueError, match=f"has {field}=.*, this run .*; resume with the arguments of the run"):
+        resume.check_checkpoint(str(tmp_path), model)
+
+
+ZERO = "global_step4/zero_pp_rank_{}_mp_rank_00_{}_states.pt"
+ENGINES = {  # how engines name the optimizer's state
+    "one process or DDP": ["optimizer.pt"],
+    "FSDP2": ["optimizer_0/.metadata"],
+    "FSDP2 whole": ["optimizer.bin"],
+    "DeepSpeed ZeRO-2 on 1 process": [ZERO.format(0, "optim"), "global_step4/mp_rank_00_model_states.pt"],
+    "DeepSpeed ZeRO-2 on 2 processes": [ZERO.format(rank, "optim") for rank in (0, 1)],
+    "DeepSpeed ZeRO-3 on 2 processes": [ZERO.format(rank, what) for rank in (0, 1) for what in ("optim", "model")],
+}
+
+
+@pytest.mark.parametrize("writer", ENGINES)
+def test_an_engine_that_cannot_read_the_optimizers_state_refuses_it(writer, tmp_path):
+    """The Trainer would pass over DeepSpeed's, and go on with a new one."""
+    for name in ENGINES[writer]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    writer = writer.removesuffix(" whole")
+    assert resume.saved_by(tmp_path) == writer
+    for reader in sorted({name.removesuffix(" whole") for name in ENGINES}):
+        config = SimpleNamespace(is_zero3=lambda name=reader: "ZeRO-3" in name)
+        plugin = SimpleNamespace(deepspeed_plugin=SimpleNamespace(hf_ds_config=config))
+        accelerator = SimpleNamespace(state=plugin, num_processes=1 if "on 1" in reader else 2)
+        kinds = {"is_deepspeed_enabled": "DeepSpeed" in reader, "is_fsdp_enabled": "FSDP" in reader}
+        trainer = SimpleNamespace(accelerator=accelerator, **kinds)
+        if reader == writer:
+            resume.check_engine(str(tmp_path), trainer)
+        else:
+            with pytest.raises(
+                ValueError, match=f"was saved by {writer}, and this run is {reader}, which cannot read"
+            ):
+                resume.check_engine(str(tmp_path), trainer)
 
 
 def test_the_last_complete_checkpoint_is_taken(run, tmp_path, capsys):

@@ -1,10 +1,12 @@
 """Generated code can do no harm: every attempt succeeds outside of the sandbox and fails inside."""
 
 import ctypes
+import json
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -14,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from gralora.tool import confine, sandbox
-from gralora.tool.sandbox import check_sandbox, readable_folders, run_program
+from gralora.tool.tasks import confine, sandbox
+from gralora.tool.tasks.sandbox import check_sandbox, readable_folders, run_program
 
 if sys.platform != "linux" or ctypes.CDLL(None).syscall(444, None, 0, 1) < 1:
     pytest.skip("programs are confined by Landlock, which is not here", allow_module_level=True)
@@ -227,7 +229,7 @@ def test_time_is_limited(program):
 def test_output_is_limited():
     result = run_program("while True: print('x' * 1000)", timeout=30)
     assert result.reason == "printed more than 65536 bytes" and len(result.output) == sandbox.OUTPUT
-    assert run_program("print('x' * 60000)").passed
+    assert run_program("print('x' * 60000)").passed and not run_program("print('x' * 66000)").passed
 
 
 def test_a_program_that_closes_its_output_does_not_live_on(monkeypatch):
@@ -240,13 +242,13 @@ def test_a_program_that_closes_its_output_does_not_live_on(monkeypatch):
 
 def test_it_dies_with_the_process_that_started_it():
     script = """
-        from gralora.tool import sandbox
+        from gralora.tool.tasks import sandbox
         watch = sandbox.watch
         sandbox.watch = lambda process, *rest: print(process.pid, flush=True) or watch(process, *rest)
         sandbox.run_program("import time; time.sleep(1000)", timeout=1000)
         """
     # sandbox.py by itself, since importing all of gralora takes seconds
-    script = textwrap.dedent(script).replace("from gralora.tool import sandbox", "import sandbox")
+    script = textwrap.dedent(script).replace("from gralora.tool.tasks import sandbox", "import sandbox")
     folder = str(Path(sandbox.__file__).parent)
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r}){script}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -272,6 +274,68 @@ def test_nothing_runs_where_a_guarantee_is_missing(tmp_path, monkeypatch, broken
     monkeypatch.setattr(sandbox, "CONFINE", tmp_path / "confine.py")
     with pytest.raises(OSError, match=f"cannot be confined on this machine: .*{message}"):
         run_program("print('ran')")
+
+
+def test_order(tmp_path, monkeypatch):
+    """What the confined process is told, and how Python is started; a stand-in prints it."""
+    echo = "import json, os, sys; order = json.load(sys.stdin); token = order['token']\n"
+    echo += "flags = [sys.flags.no_user_site, sys.flags.dont_write_bytecode, hash('a'), dict(os.environ)]\n"
+    (tmp_path / "echo.py").write_text(echo + "print(token + json.dumps([order, flags]) + token, end='')")
+    monkeypatch.setattr(sandbox, "CONFINE", tmp_path / "echo.py")
+    (first, flags), (second, again) = (
+        json.loads(run_program("pass", timeout=2.5, memory=1 << 29).output) for _ in range(2)
+    )
+    assert len(first["token"]) == 32 and first.pop("token") != second.pop("token"), "a program cannot know it"
+    told = {"parent": os.getpid(), "program": "pass", "readable": readable_folders(), "memory": 1 << 29}
+    assert first == second == told | {"seconds": sandbox.START_SECONDS + 3}
+    assert flags[:2] == [1, 1] and flags[2] == again[2], "the order of sets does not change"
+    assert not os.path.exists(flags[3]["HOME"]) and flags[3]["HOME"] != again[3]["HOME"]
+
+
+def test_limits_of_resources():
+    """Those that seccomp, Landlock and the clock leave nothing to do for as long as they hold."""
+    program = Path(confine.__file__).read_text().split("if __name__")[0] + "limit_resources(1 << 31, 7)\n"
+    names = {"AS": 1 << 31, "CPU": 7, "CORE": 0, "FSIZE": 0, "NOFILE": confine.OPEN_FILES}
+    result = outside(program + f"print([resource.getrlimit(getattr(resource, 'RLIMIT_' + n)) for n in {[*names]}])")
+    assert result.stdout.strip() == str([(n, n) for n in names.values()]), result.stderr
+
+
+def test_it_is_not_run_for_a_process_that_has_ended():
+    order = {"token": "t", "parent": 1, "program": "print('ran')", "readable": [], "memory": 1 << 30, "seconds": 9}
+    command = [sys.executable, "-c", Path(confine.__file__).read_text()]
+    done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True)
+    assert "the process that started this one has ended" in done.stderr and done.stdout == ""
+
+
+def filtered(machine: str, architecture: int, call: int, third: int = 0) -> int:
+    """What the kernel does with a system call, by running the filter; 64-bit arguments follow 16 bytes."""
+    data = struct.pack("=IIQ6Q", call, architecture, 0, 0, 0, third, 0, 0, 0)
+    program = list(struct.iter_unpack("=HBBI", confine.system_call_filter(machine)))
+    position = value = 0
+    while True:
+        code, if_true, if_false, operand = program[position]
+        position += 1
+        if code == 0x06:
+            return operand
+        if code == 0x20:
+            (value,) = struct.unpack_from("=I", data, operand)
+        else:
+            position += if_true if {0x15: value == operand, 0x45: value & operand}[code] else if_false
+
+
+@pytest.mark.parametrize("machine", confine.MACHINES)
+def test_filter_of_system_calls(machine):
+    """On each machine, without having it: what is listed is allowed, all else fails, other machines' calls kill."""
+    kill, allow, refuse = 0x80000000, 0x7FFF0000, 0x00050001
+    column, architecture = confine.MACHINES[machine]
+    listed = {numbers[column] for numbers in confine.ALLOWED.values()} - {None}
+    for call in set(range(600)) - {confine.OPENAT[column]}:
+        assert filtered(machine, architecture, call) == (allow if call in listed else refuse), call
+        assert filtered(machine, 0x40000003, call) == kill, "32-bit calls have other numbers"
+    for flag in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC):
+        assert filtered(machine, architecture, confine.OPENAT[column], flag) == refuse
+    for flag in (os.O_RDONLY, os.O_DIRECTORY, os.O_CLOEXEC):
+        assert filtered(machine, architecture, confine.OPENAT[column], flag) == allow
 
 
 def test_other_systems_are_refused(monkeypatch):

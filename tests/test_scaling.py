@@ -12,13 +12,14 @@ import pytest
 import torch
 from helpers import (
     CASES,
-    FEW_CASES,
     TARGETS,
     Case,
     adapted,
     assert_close64,
     case_config,
+    cases,
     factors_of,
+    few_cases,
     gralora_config,
     naive_delta,
     naive_update,
@@ -61,7 +62,7 @@ def matched(case: Case, **fields: Any) -> tuple[peft.PeftModel, torch.Tensor]:
     return adapted(one_layer(case), case_config(case, **MATCHED, **fields)), random_input(7, case.in_features)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@cases
 def test_ranks_that_meet_in_an_entry(case: Case) -> None:
     """With every factor one, an entry of dW counts the ranks that meet there: what the gain is made of."""
     factors = factors_of(only_layer(adapted(one_layer(case), case_config(case))))
@@ -70,7 +71,7 @@ def test_ranks_that_meet_in_an_entry(case: Case) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@cases
 @pytest.mark.parametrize(("fields", "scaling"), FIELDS.values(), ids=FIELDS)
 def test_forward_and_merge(case: Case, fields: dict, scaling: Any, implementation: str, monkeypatch: Any) -> None:
     """Output, dW and the merged model have PEFT's scaling times the gain, through every implementation."""
@@ -95,7 +96,7 @@ def test_bias_of_the_adapter_has_no_gain() -> None:
     assert_close64(model.merge_and_unload()(x), expected)
 
 
-@pytest.mark.parametrize("case", FEW_CASES, ids=str)
+@few_cases
 def test_gradients(case: Case) -> None:
     """The gradients are those of the scaled formula."""
     model, x = matched(case)

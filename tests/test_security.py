@@ -1,6 +1,7 @@
 """Reading an adapter or a model runs no code of theirs: no pickle, no import that a config names, no remote code."""
 
 import json
+import math
 import pickle
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from helpers import tiny_llama
 from saved import CONFIG, WEIGHTS, edit, read, save_gralora, write
 
 import gralora
+from gralora.checkpoints import untrusted
 from gralora.tool.finetune import FinetuneArguments, finetune
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -143,6 +145,59 @@ def test_remote_code_of_a_base_is_not_run(
         else:
             finetune(FinetuneArguments(base_model=str(base), output_dir=str(tmp_path / "out")))
     assert not (tmp_path / "sprung").exists() and not (tmp_path / "out" / CONFIG).exists()
+
+
+REFUSED: dict[str, list[Any]] = {  # values that no adapter has, of the type that JSON gives them
+    "r": ["8", 8.0, True, None, 10**400, (1 << 20) + 1],
+    "gralora_k": [True, 2.0, (1 << 20) + 1],
+    "hybrid_r": [True, "0", (1 << 20) + 1],
+    "lora_alpha": [True, "8", None, math.nan, math.inf, -math.inf, 10**400],
+    "lora_dropout": [True, "0", math.nan, -0.1, 1.5],
+    "rank_pattern": [["q_proj"], {"q_proj": "8"}, {"q_proj": True}, {"q_proj": 10**400}, {"(": 8}],
+    "gralora_k_pattern": [{"q_proj": "8"}, {"q_proj": True}, {"q_proj": 10**400}, {"(": 8}],
+    "alpha_pattern": [{"q_proj": "8"}, {"q_proj": True}, {"q_proj": math.nan}, {"q_proj": math.inf}, {"(": 8}],
+    "target_modules": [3, {"q_proj": 1}, "("],
+    "exclude_modules": [3, "("],
+    "layers_pattern": [3, "(", ["("]],
+    "modules_to_save": [3, ["("]],
+    "use_rslora": [1, "true"],
+    "init_lora_weights": [1, [True]],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in REFUSED for value in REFUSED[field]])
+def test_a_value_that_no_adapter_has_is_refused(field: str, value: Any) -> None:
+    """By the field's name, before it is used; the fields as they are pass."""
+    good = {"r": 8, "gralora_k": 2, "hybrid_r": 0, "lora_alpha": 16.0, "lora_dropout": 1, "target_modules": "q_proj"}
+    good |= {"rank_pattern": {"q_proj": 1 << 20}, "alpha_pattern": {"q_proj": 0.5}}
+    untrusted.check_fields(good)
+    with pytest.raises(ValueError, match=field):
+        untrusted.check_fields(good | {field: value})
+
+
+@pytest.mark.parametrize("pattern", [r"(\w+)+x", r"\w*\w*\w*\w*x", r"(a|b){9}\w"])
+def test_patterns_that_may_take_long_are_tried_elsewhere(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(untrusted.subprocess, "run", lambda *_, input, **options: tried.append(json.loads(input)))
+    untrusted.check_matching_time({"target_modules": r"\w+\.\w+\.q_proj", "rank_pattern": {"q_proj": 8}}, ["a.b"])
+    assert not tried, "what cannot take long costs no process"
+    untrusted.check_matching_time({"target_modules": pattern}, iter(["a.b"]))
+    assert tried == [[[f"(?:{pattern})$"], ["a.b"]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+def test_finite_means_finite_in_float32(dtype: torch.dtype) -> None:
+    for value in (math.nan, math.inf, -math.inf):
+        assert not untrusted.is_finite(torch.tensor([1.0, value]).to(dtype))
+    assert untrusted.is_finite(torch.tensor([1.0, -2.0]).to(dtype))
+    assert not untrusted.is_finite(torch.tensor([1e39], dtype=torch.float64))
+
+
+def test_names_in_a_message_are_few_and_short() -> None:
+    names = [f"base_model.model.layer{i}" for i in range(7)]
+    assert untrusted.listed(names) == "layer0, layer1, layer2, layer3, layer4 and 2 more"
+    assert untrusted.listed(names[:5]) == "layer0, layer1, layer2, layer3, layer4"
+    assert untrusted.listed(["x" * 999]) == "x" * 200
 
 
 SLOW_PATTERN = r"((\w+)+\.)*$"

@@ -2,16 +2,11 @@
 
 import pytest
 import torch
-from helpers import MODELS, TARGETS, adapter_parameters, gralora_config, token_ids
+from helpers import MODELS, TARGETS, adapter_parameters, gralora_config, models, token_ids
 from peft import PeftModel, get_peft_model, load_peft_weights
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
-]
-models = pytest.mark.parametrize("model_name", MODELS)
 CONFIGS = {"k1": (1, 0), "k2-hybrid": (2, 2), "auto": ("auto", 0)}
 configs = pytest.mark.parametrize("k, hybrid_r", CONFIGS.values(), ids=CONFIGS)
 

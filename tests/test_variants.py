@@ -8,8 +8,6 @@ import pytest
 import torch
 from helpers import (
     CASES,
-    FEW_CASES,
-    KINDS,
     MODELS,
     TARGETS,
     Case,
@@ -20,8 +18,12 @@ from helpers import (
     assert_close64,
     assert_unchanged,
     case_config,
+    cases,
     factors_of,
+    few_cases,
     gralora_config,
+    kinds,
+    models,
     naive_delta,
     naive_update,
     one_layer,
@@ -36,11 +38,6 @@ from torch import Tensor, nn
 
 import gralora
 from gralora.dora import GranularDora, row_norms
-
-pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
-cases = pytest.mark.parametrize("case", CASES, ids=str)
-few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=str)
-kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def weight_of(layer) -> Tensor:
@@ -216,7 +213,7 @@ def test_dora_beside_another_adapter(other: str, first: bool) -> None:
 
 
 @dora
-@pytest.mark.parametrize("model_name", MODELS)
+@models
 def test_dora_is_saved_and_loaded(model_name: str, tmp_path: Path) -> None:
     """from_pretrained, with low memory too, and gralora.load_adapter give the same logits; so does a copy."""
     expected = save_gralora(tmp_path, model_name, use_dora=True)
@@ -228,7 +225,7 @@ def test_dora_is_saved_and_loaded(model_name: str, tmp_path: Path) -> None:
 
 
 @dora
-@pytest.mark.parametrize("model_name", MODELS)
+@models
 def test_dora_checkpoint_commands(model_name: str, tmp_path: Path) -> None:
     """merge and export --for peft give the same logits, inspect finds nothing wrong, and what cannot be is refused."""
     expected = save_gralora(tmp_path / "adapter", model_name, use_dora=True)

@@ -11,9 +11,9 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from ..config import SCALINGS, LoraConfig
-from .data import RECORD_NAMES
+from .data.examples import RECORD_NAMES
+from .data.readers import READERS
 from .models import EMBEDDED, QUANTIZATIONS
-from .readers import READERS
 
 # the words that the Trainer knows
 KNOWN = {

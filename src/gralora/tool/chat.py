@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer, set_seed
 
 from .adapters import DTYPES
-from .data import instruction_example, prompt_ids
+from .data.examples import INSTRUCTION, instruction_example, prompt_ids
 from .side_by_side import SideBySide, load_side_by_side
 from .tasks.inference import chat_or_plain_ids, cut, generation_config
 
 OFF = "off"  # the name of the base model alone
-STOP = {"instruction": ("### Instruction:",)}
+STOP = {"instruction": (INSTRUCTION,)}
 HELP = """  /adapter            show which adapters there are
   /adapter on         switch the first adapter on
   /adapter off        the base model alone

@@ -29,14 +29,14 @@ from transformers.hf_argparser import string_to_bool
 from ..checkpoints.files import finish_replacing, replace_files
 from . import configfile, output
 from .arguments import FinetuneArguments
-from .corpus import Corpus, load_corpus
-from .data import IGNORED, LEARNT, marked
-from .distributed import AdapterTrainer, holds_share
+from .data.corpus import Corpus, load_corpus
+from .data.examples import IGNORED, LEARNT, marked
+from .data.packing import PackingCollator, check_packing
 from .models import check_length, load_model, load_tokenizer
-from .packing import PackingCollator, check_packing
-from .progress import Progress, peak_memory_gib
-from .report import CARD, LOSS_PLOT, METRICS, history, plot_losses, report, write_card, write_json
-from .resume import check_checkpoint, check_output, delete_checkpoints, find_checkpoint, train_or_interrupt
+from .training.distributed import AdapterTrainer, holds_share
+from .training.progress import Progress, peak_memory_gib
+from .training.report import CARD, LOSS_PLOT, METRICS, history, plot_losses, report, write_card, write_json
+from .training.resume import check_checkpoint, check_output, delete_checkpoints, find_checkpoint, train_or_interrupt
 from .verify import LOGITS, PROBES, record_logits, verify_in_new_process
 
 NEW = ".new"  # where the adapter is written, before it replaces an older one

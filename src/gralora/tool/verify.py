@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from . import output
 from .arguments import FinetuneArguments
 from .models import load_model
-from .report import METRICS, write_json
+from .training.report import METRICS, write_json
 
 PROBES = 4  # held-out examples whose logits are recorded
 LOGITS = "logits.safetensors"

@@ -6,13 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import instruction_example
-from .inference import chat_or_plain_ids, generate
+from ..data.examples import INSTRUCTION, instruction_example
+from .inference import chat_or_plain_ids, generated
 from .rows import file_rows, needed_path
 
 NUMBER = re.compile(r"(?:(?<![\w).])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 MARK = "####"  # before the final number in GSM8K's answers
-STOP = ("### Instruction:",)  # the next problem, which models without an end token go on to
 
 
 def final_number(text: str) -> Decimal | None:
@@ -61,16 +60,7 @@ def problem_ids(
 def run(
     args: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    answers = generate(
-        model,
-        tokenizer,
-        [item["ids"] for item in items],
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        stop=() if args.apply_chat_template else STOP,
-    )
+    answers = generated(args, model, tokenizer, [item["ids"] for item in items], stop=(INSTRUCTION,))
     records = []
     for item, answer in zip(items, answers, strict=True):
         number = final_number(answer)

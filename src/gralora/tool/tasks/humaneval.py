@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..sandbox import Result, check_sandbox, run_program
-from .inference import chat_or_plain_ids, generate
+from .inference import chat_or_plain_ids, generated
+from .sandbox import Result, check_sandbox, run_program
 
 K = (1, 5, 10)
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # where a function has ended; the paper's own
@@ -72,16 +72,7 @@ def run(
 ) -> list[dict[str, Any]]:
     n, chat = args.num_samples, args.apply_chat_template
     ids = [chat_or_plain_ids(tokenizer, REQUEST.format(p["prompt"]) if chat else p["prompt"], chat) for p in problems]
-    answers = generate(
-        model,
-        tokenizer,
-        [prompt for prompt in ids for _ in range(n)],
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        stop=() if chat else STOP,
-    )
+    answers = generated(args, model, tokenizer, [prompt for prompt in ids for _ in range(n)], stop=STOP)
     repeated = [problem for problem in problems for _ in range(n)]
     programs = [program(problem, answer, chat) for problem, answer in zip(repeated, answers, strict=True)]
 

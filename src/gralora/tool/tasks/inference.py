@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import IGNORED, prompt_ids
+from ..data.examples import IGNORED, prompt_ids
 
 
 def batches(lengths: list[int], batch_size: int, what: str) -> Iterator[list[int]]:
@@ -125,6 +125,26 @@ def generate(
         for i, answer in zip(batch, answers, strict=True):
             texts[i] = cut(answer, stop)
     return texts
+
+
+def generated(
+    args: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    stop: tuple[str, ...],
+) -> list[str]:
+    """What `generate` makes of the arguments of `gralora evaluate`; in a chat, the model ends its answers itself."""
+    return generate(
+        model,
+        tokenizer,
+        prompts,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        stop=() if args.apply_chat_template else stop,
+    )
 
 
 def cut(text: str, stop: tuple[str, ...]) -> str:

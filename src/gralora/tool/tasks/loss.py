@@ -4,8 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import encode, file_examples, split
-from ..stdlib import stdlib_examples
+from ..data.examples import encode, file_examples, split
+from ..data.stdlib import stdlib_examples
 from .inference import answer_losses
 
 

@@ -9,13 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import IGNORED, instruction_example
-from .inference import answer_losses, chat_or_plain_ids, generate
+from ..data.examples import IGNORED, INSTRUCTION, instruction_example
+from .inference import answer_losses, chat_or_plain_ids, generated
 from .rows import file_rows, needed_path
 
 FORMAT = re.compile(r"Answer format:\s*(\S+(?:/\S+)+)")
 ANSWER = "the correct answer is "  # how all of LLM-Adapters' outputs begin
-STOP = ("### Instruction:",)
 
 
 def read(args: Any, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -40,7 +39,7 @@ def read(args: Any, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
 def run(
     args: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    choose = {"loglikelihood": most_likely, "generation": generated}[args.scoring]
+    choose = {"loglikelihood": most_likely, "generation": first_choice}[args.scoring]
     records = choose(args, model, tokenizer, items)
     for item, record in zip(items, records, strict=True):
         record |= {"prompt": item["prompt"], "target": item["target"]}
@@ -66,20 +65,11 @@ def most_likely(
     return records
 
 
-def generated(
+def first_choice(
     args: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The first option that the generated text names, as LLM-Adapters reads it; None, and wrong, if it names none."""
-    answers = generate(
-        model,
-        tokenizer,
-        [item["ids"] for item in items],
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        stop=() if args.apply_chat_template else STOP,
-    )
+    answers = generated(args, model, tokenizer, [item["ids"] for item in items], stop=(INSTRUCTION,))
     return [
         {"choice": first_named(answer, item["options"]), "generated": answer}
         for item, answer in zip(items, answers, strict=True)

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..data import text
-from ..readers import READERS, data_files
+from ..data.examples import text
+from ..data.readers import READERS, data_files
 
 
 def file_rows(path: str, fields: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:

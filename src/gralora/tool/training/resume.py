@@ -18,6 +18,7 @@ from .distributed import any_process
 LATEST = ("latest", "true")
 STATE = "trainer_state.json"  # what the Trainer writes last
 WEIGHTS = "adapter_model.safetensors"
+PLAIN, FSDP = "one process or DDP", "FSDP2"
 ADAPTER_FIELDS: tuple[str, ...] = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
 ADAPTER_FIELDS += ("use_gralora", "gralora_k", "gralora_k_pattern", "hybrid_r", "gralora_scaling")
 
@@ -36,9 +37,7 @@ def fault(checkpoint: Path) -> str | None:
         return f"{STATE} is missing or cut off"
     if not (checkpoint / "adapter_config.json").is_file():
         return "adapter_config.json is missing"
-    if not any(
-        any(checkpoint.glob(pattern)) for pattern in ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
-    ):
+    if saved_by(checkpoint) is None:
         return "the optimizer's state is missing"  # the Trainer would begin a new one and not say so
     for file in sorted(checkpoint.iterdir()):
         if file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):
@@ -49,6 +48,43 @@ def fault(checkpoint: Path) -> str | None:
             except (SafetensorError, OSError):
                 return f"{file.name} is cut off"
     return None
+
+
+def saved_by(checkpoint: Path) -> str | None:
+    """The engine that wrote a checkpoint, which the files of the optimizer's state show; None if there are none."""
+    if (checkpoint / "optimizer.pt").is_file():
+        return PLAIN
+    if (checkpoint / "optimizer.bin").is_file() or any(checkpoint.glob("optimizer_*")):
+        return FSDP
+    shares = [*checkpoint.glob("global_step*/*_optim_states.pt")]
+    sharded = any(checkpoint.glob("global_step*/*zero_pp_rank_*_model_states.pt"))
+    return deepspeed(sharded, len(shares)) if shares else None
+
+
+def engine(trainer: Trainer) -> str:
+    """The engine of a run, in the words of `saved_by`."""
+    if trainer.is_deepspeed_enabled:
+        sharded = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.is_zero3()
+        return deepspeed(sharded, trainer.accelerator.num_processes)
+    return FSDP if trainer.is_fsdp_enabled else PLAIN
+
+
+def deepspeed(sharded: bool, processes: int) -> str:
+    """Stages 1 and 2 write the same files, and DeepSpeed takes back only as many shares as there are processes."""
+    return f"DeepSpeed ZeRO-{3 if sharded else 2} on {processes} process{'es' * (processes > 1)}"
+
+
+def check_engine(checkpoint: str | None, trainer: Trainer) -> None:
+    """Raise ValueError if a run cannot read the optimizer's state in `checkpoint`.
+
+    Of a checkpoint of DeepSpeed's, without DeepSpeed, the Trainer would begin a new state and not say so.
+    """
+    if checkpoint is None or (saved := saved_by(Path(checkpoint))) == (asked := engine(trainer)):
+        return
+    raise ValueError(
+        f"the checkpoint {checkpoint!r} was saved by {saved}, and this run is {asked}, which cannot read that "
+        "optimizer's state; go on with the accelerate config of the run that wrote it."
+    )
 
 
 def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
@@ -154,6 +190,7 @@ class SaveOnInterrupt(TrainerCallback):
 
 def train_or_interrupt(trainer: Trainer, checkpoint: str | None) -> None:
     """Train, from a checkpoint if one is given; raise KeyboardInterrupt if Ctrl-C ended it early."""
+    check_engine(checkpoint, trainer)
     with SaveOnInterrupt() as interrupt:
         trainer.add_callback(interrupt)
         try:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from .sources import Source
 
 IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
+INSTRUCTION = "### Instruction:"  # begins a prompt, and the next one, to which a model without an end token goes on
 
 
 class Example(NamedTuple):
@@ -45,7 +46,7 @@ def text(record: dict[str, Any], name: str, optional: bool = False) -> str:
 def instruction_example(instruction: str, answer: str, about: str = "") -> Example:
     """An instruction, with the text it is about where there is one, and its answer."""
     task = "\n\n".join(part for part in (instruction, about) if part)
-    return Example(f"### Instruction:\n{task}\n\n### Response:\n", answer)
+    return Example(f"{INSTRUCTION}\n{task}\n\n### Response:\n", answer)
 
 
 def chat_example(

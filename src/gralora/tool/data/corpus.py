@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .arguments import HELD_OUT, FinetuneArguments
-from .data import Chat, Example, Found, encode, split
+from ..arguments import HELD_OUT, FinetuneArguments
+from .examples import Chat, Example, Found, encode, split
 from .packing import WINDOW, pack
 from .sources import Source, import_datasets
 from .stdlib import stdlib_examples

@@ -7,8 +7,8 @@ from typing import Any
 
 from peft import PeftModel
 
-from .arguments import FinetuneArguments
-from .models import EMBEDDED
+from ..arguments import FinetuneArguments
+from ..models import EMBEDDED
 
 METRICS, LOSS_PLOT = "metrics.json", "loss.png"
 CARD, CARD_MARK = "README.md", "Written by `gralora finetune`."  # a card without the mark is the user's

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
-from .data import Chat, Example
+from .examples import Chat, Example
 
 HELD_OUT_SHARE = 8  # about one module in so many is held out
 # tests, programs and generated tables: little in them is a function that its docstring describes

@@ -1,0 +1,1 @@
+"""What `gralora finetune` adds to the Trainer: several processes, progress, going on from checkpoints, the report."""
