@@ -173,8 +173,8 @@ def main() -> None:
                     row["loss_difference"] = max(abs(loss / expected - 1) for loss, expected in pairs)
                     print(f"  losses of {row['method']}, from those on one GPU: {row['loss_difference']:.1e}")
             rows += found_rows
-    if args.out:
-        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+            if args.out:  # after every launch: the next may fail
+                args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
