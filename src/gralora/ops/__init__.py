@@ -37,7 +37,7 @@ def gralora_linear(
     if p and seed is None:
         seed = draw_seed(x)
     args = x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed
-    if torch.compiler.is_compiling() and not dispatch.compiles_to_kernels(x, weight, hybrid_A, p):
+    if torch.compiler.is_compiling():
         return _linear_op(*args)[0]
     if not torch.is_grad_enabled():
         return fused.forward(*args)[0]
@@ -45,7 +45,7 @@ def gralora_linear(
 
 
 class GraloraLinearFunction(torch.autograd.Function):
-    """`fused.forward` and `fused.backward` where the dispatch of a custom op would cost more than their kernels."""
+    """`fused.forward` and `fused.backward` for eager mode, where the dispatch of a custom op would cost more."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed):

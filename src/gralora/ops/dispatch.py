@@ -29,12 +29,9 @@ def read_choice() -> str:
 choice = read_choice()  # once: a constant for torch.compile
 
 
+@functools.cache
 def kernels() -> ModuleType | None:
     """The Triton kernels, or None where Triton is missing."""
-    return (_import_kernels if torch.compiler.is_compiling() else _imported_kernels)()  # Dynamo warns of caches
-
-
-def _import_kernels() -> ModuleType | None:
     try:
         from . import kernels
     except ImportError as error:
@@ -42,9 +39,6 @@ def _import_kernels() -> ModuleType | None:
             raise ImportError("GRALORA_KERNELS=triton, but Triton cannot be imported; pip install triton.") from error
         return None
     return kernels
-
-
-_imported_kernels = functools.cache(_import_kernels)
 
 
 @functools.cache
@@ -97,21 +91,6 @@ def compiles_to_one(x: Tensor) -> bool:
     x `[..., I]`: of its sizes only I is looked at, so that graphs for any number of tokens can be compiled.
     """
     return x.is_cuda and x.shape[-1] >= MIN_FEATURES
-
-
-def compiles_to_kernels(x: Tensor, weight: Tensor, hybrid_A: Tensor | None, p: float) -> bool:
-    """Whether a compiled graph has an adapted layer as a product with the weight `[O, I]` and Triton kernels.
-
-    Only Dynamo can trace them, and `torch.export` could not save them. Dropout and hybrid parts take more than that.
-    """
-    return (
-        torch.compiler.is_dynamo_compiling()
-        and not torch.compiler.is_exporting()
-        and hybrid_A is None
-        and not p
-        and x.numel() // x.shape[-1] * max(weight.shape) < MIN_SIZE
-        and factor_kernels(x) is not None
-    )
 
 
 def use_delta_weight_kernel(A: Tensor) -> bool:

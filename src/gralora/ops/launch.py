@@ -43,9 +43,6 @@ class Launcher:
         On the device and current stream of the tensors. Addresses are passed as integers, which spares Triton's C
         function asking every tensor and the driver for them.
         """
-        if torch.compiler.is_compiling():  # the compiler takes the kernel into its graph
-            self.kernel[grid](*tensors, *numbers, *constants, **self.options)
-            return
         device = tensors[0].get_device()  # -1 on a CPU, in Triton's interpreter
         if device >= 0 and device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
