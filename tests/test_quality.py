@@ -20,6 +20,7 @@ import quality_data
 import quality_plan
 import quality_report
 from quality_data import Task
+from quality_generate import Generator
 from quality_plan import Results, Stage
 from quality_train import Cell, Job, Trainer, schedule
 
@@ -201,33 +202,47 @@ def test_accuracy_is_of_the_likeliest_answer(task: Task) -> None:
     assert results["test_loss"] == pytest.approx((1 + 3 + 9) / (3 * 12))
 
 
-def test_exact_match_compares_the_final_numbers(task: Task, monkeypatch: Any) -> None:
-    """Prompts are the tokens before the answer, filled up on the left; right is the reply with the answer's number."""
+class Numbers:
+    """A tokenizer to which a reply is the number of its tokens before the end, in GSM8K's format."""
+
+    def decode(self, tokens: np.ndarray) -> str:
+        return f"thus #### 1,{len(tokens):03}"
+
+    def batch_decode(self, rows: list[list[int]]) -> list[str]:
+        return ["#### 1012", "#### 12", "1009"][: len(rows)]
+
+
+def test_exact_match_compares_the_final_numbers(task: Task) -> None:
+    """Prompts are the tokens before the answer; right is the reply with the answer's number."""
     own = trainer(LORA, task)
     own.task.test_mask[1, :8] = False  # a longer prompt than the others'
-    seen, generate = [], own.lm.generate
+    assert own.exact_match(Numbers(), 3) == pytest.approx(1 / 3)
+    prompts = [task.test_tokens[row][:length].tolist() for row, length in enumerate([5, 8, 5])]
+    assert [row[8 - n :].tolist() for row, n in zip(own.generator.prompts, (5, 8, 5), strict=True)] == prompts
+    assert own.generator.end == task.test_tokens[0, -1] and own.generator.new_tokens == 192
 
-    class Tokenizer:
-        eos_token_id = 0
 
-        def decode(self, tokens: list[int]) -> str:
-            return "thus #### 1,000"
-
-        def batch_decode(self, rows: torch.Tensor) -> list[str]:
-            return ["#### 1000", "#### 100", "1000"][: len(rows)]
-
-    def watched(**arguments: Any) -> torch.Tensor:
-        seen.append((arguments["input_ids"], arguments["attention_mask"]))
-        return generate(**arguments | {"max_new_tokens": 2})
-
-    monkeypatch.setattr(own.lm, "generate", watched)
-    assert own.exact_match(Tokenizer(), 3) == pytest.approx(1 / 3)
-    ((ids, attention),) = seen
-    expected = np.zeros((3, 8), np.int64)
-    for row, length in enumerate([5, 8, 5]):
-        expected[row, 8 - length :] = task.test_tokens[row][:length]
-    assert ids.tolist() == expected.tolist() and attention.tolist() == (expected > 0).astype(int).tolist()
-    assert own.lm.training
+@pytest.mark.parametrize("cell", [LORA, Cell("python", "gralora", 8, 4, 4), Cell("python", "full")], ids=str)
+def test_generation_is_transformers_own(cell: Cell) -> None:
+    """Of prompts of several lengths, twice, with adapters that changed in between; some replies end early."""
+    torch.manual_seed(0)
+    model = tiny_llama(hidden_size=96, num_attention_heads=6, num_key_value_heads=2, initializer_range=0.3)
+    lm = model if cell.method == "full" else get_peft_model(model, cell.config()).base_model.model
+    lm.eval()
+    prompts = [torch.randint(1, lm.config.vocab_size, (n,)).tolist() for n in (3, 9, 5, 12, 1, 7)]
+    generator = Generator(lm, prompts, new_tokens=24, end=0)
+    for _ in range(2):
+        for parameter in lm.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(std=0.3)
+        ended = 0
+        for prompt, reply in zip(prompts, generator(), strict=True):
+            ids = torch.tensor([prompt])
+            options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": 0, "pad_token_id": 0}
+            theirs = lm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :]
+            ended += 0 in theirs
+            assert reply == theirs.tolist() + [0] * (24 - len(theirs))
+        print(ended)  # TODO
 
 
 def test_runs_made_are_kept_and_skipped(tmp_path: Path, task: Task, capsys: Any, monkeypatch: Any) -> None:
@@ -252,6 +267,21 @@ def test_runs_made_are_kept_and_skipped(tmp_path: Path, task: Task, capsys: Any,
         and new["parameters"] > 0
     )
     assert [r["lr"] for r in quality.read(tmp_path / "r.jsonl")] == [1e-3, 2e-3, 5e-4]
+
+
+def test_a_cell_that_fails_is_left_out_and_named(tmp_path: Path, task: Task, capsys: Any, monkeypatch: Any) -> None:
+    """The other cells' runs are made, by a new worker if need be, and the call fails at its end."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method, get=multiprocessing.get_context: get("fork"))
+    task.save(tmp_path / "task.npz")
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    arguments = ["run", "--model", str(tmp_path / "model"), "--tasks", str(tmp_path / "task.npz"), "--workers", "1"]
+    arguments += ["--results", str(tmp_path / "r.jsonl"), "--steps", "2", "--tokens_per_step", "32"]
+    bad = Cell("python", "gralora", 8, 7)  # 7 divides nothing here
+    stages = [Stage(str(cell), (cell,), 0, exponents=(0,)) for cell in (LORA, bad, GRID)]
+    with pytest.raises(RuntimeError, match=r"cells that failed: GraLoRA k=7 r=8, python"):
+        quality.run(quality.parser().parse_args(arguments), stages)
+    made = {(r["method"], r["k"]) for r in quality.read(tmp_path / "r.jsonl")}
+    assert made == {("lora", 1), ("gralora", 2)} and "gralora_k=7" in capsys.readouterr().out
 
 
 @pytest.mark.slow
