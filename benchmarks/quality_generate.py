@@ -59,7 +59,9 @@ class Generator:
         config = copy.deepcopy(lm.config)
         config._attn_implementation = "grouped"
         with torch.device(device):
-            self.plain = type(lm)(config).to(torch.bfloat16 if cuda else torch.float32).eval().requires_grad_(False)
+            self.plain = type(lm)(config).eval().requires_grad_(False)
+        for p in self.plain.parameters():  # not the rotary frequencies, which are a buffer
+            p.data = p.data.to(torch.bfloat16 if cuda else torch.float32)
         self.decoder = self.plain.model
         rows, self.width = len(prompts), max(map(len, prompts))
         padding = torch.tensor([self.width - len(prompt) for prompt in prompts], device=device)
