@@ -224,25 +224,26 @@ def test_exact_match_compares_the_final_numbers(task: Task) -> None:
 
 @pytest.mark.parametrize("cell", [LORA, Cell("python", "gralora", 8, 4, 4), Cell("python", "full")], ids=str)
 def test_generation_is_transformers_own(cell: Cell) -> None:
-    """Of prompts of several lengths, twice, with adapters that changed in between; some replies end early."""
+    """Of prompts of several lengths, twice, with weights that changed in between; a reply ends early."""
     torch.manual_seed(0)
     model = tiny_llama(hidden_size=96, num_attention_heads=6, num_key_value_heads=2, initializer_range=0.3)
     lm = model if cell.method == "full" else get_peft_model(model, cell.config()).base_model.model
     lm.eval()
     prompts = [torch.randint(1, lm.config.vocab_size, (n,)).tolist() for n in (3, 9, 5, 12, 1, 7)]
-    generator = Generator(lm, prompts, new_tokens=24, end=0)
-    for _ in range(2):
-        for parameter in lm.parameters():
-            if parameter.requires_grad:
-                parameter.data.normal_(std=0.3)
+    end = Generator(lm, prompts, new_tokens=24, end=0)()[0][4]  # ends a reply of the first round
+    generator = Generator(lm, prompts, new_tokens=24, end=end)
+    for number in range(2):
         ended = 0
         for prompt, reply in zip(prompts, generator(), strict=True):
             ids = torch.tensor([prompt])
-            options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": 0, "pad_token_id": 0}
+            options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": end, "pad_token_id": end}
             theirs = lm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :]
-            ended += 0 in theirs
-            assert reply == theirs.tolist() + [0] * (24 - len(theirs))
-        print(ended)  # TODO
+            ended += len(theirs) < 24
+            assert reply == theirs.tolist() + [end] * (24 - len(theirs))
+        assert ended or number
+        for parameter in lm.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(std=0.3)
 
 
 def test_runs_made_are_kept_and_skipped(tmp_path: Path, task: Task, capsys: Any, monkeypatch: Any) -> None:
@@ -361,6 +362,54 @@ def test_verdicts_are_paired_by_seed(tmp_path: Path, shift: list[float], verdict
     text = quality_report.write(results, tmp_path / "q.md")
     assert f"GraLoRA k=2 r=8 against LoRA r=8: **{verdict}**" in text == (tmp_path / "q.md").read_text()
     assert (tmp_path / "q-python.svg").stat().st_size > 1000
+
+
+def test_scores_are_better_when_higher(tmp_path: Path) -> None:
+    """A lower loss and a higher exact match, each with its own verdict and interval."""
+    results = results_with([0.9, 1.9, 2.8], [1.0, 2.0, 3.0])
+    for each in list(results):
+        if each["seed"]:
+            score = 0.5 + each["seed"] / 100 + (0.1 + each["seed"] / 1000) * (each["method"] == "gralora")
+            results.add(each | {"exact_match": score, "start_exact_match": 0.25})
+    text = quality_report.write(results, tmp_path / "q.md")
+    assert "**better**, -0.1333 ± 0.1434" not in text and "**tie**, -0.1333 ± 0.1434 (3 seeds)" in text
+    assert "exact match +0.1020 ± 0.0025, better" in text and "exact match 0.2500" in text
+
+
+def test_others_are_those_of_equal_parameters_or_equal_rank() -> None:
+    grid, hybrid = Cell("python", "gralora", 64, 4), Cell("python", "gralora", 64, 4, 32)
+    lora = {r: Cell("python", "lora", r) for r in (16, 64, 128, 160, 256)}
+    assert [r for r, other in lora.items() if quality_report.comparable(grid, other)] == [64, 256]
+    assert [r for r, other in lora.items() if quality_report.comparable(hybrid, other)] == [64, 160]
+    assert quality_report.comparable(grid, Cell("python", "rslora", 64))
+    assert not quality_report.comparable(grid, Cell("python", "rslora", 256))
+    assert quality_report.comparable(grid, Cell("python", "full"))
+
+
+def test_between_is_what_a_parabola_goes_below() -> None:
+    """Of loss (log2 lr - 0.2)^2, tried at -1, 0 and 1: 0.04 below the best. None at an edge."""
+    runs = quality_report.Runs(LORA, 4, {1e-3 * 2.0**e: (e - 0.2) ** 2 for e in (-1, 0, 1)})
+    assert runs.between == pytest.approx(0.04)
+    del runs.tuning[2e-3]
+    assert runs.between is None
+
+
+def test_matched_is_compared_with_loras_scaling_at_loras_rate(tmp_path: Path) -> None:
+    """LoRA's best is 1e-3, the plain grid's 2e-3: the table has the matched grid against it at both."""
+    results = results_with([], [1.0, 2.0, 3.0])
+    scaled = quality_plan.grid("python", 8, 2, power=0.5)
+    for cell, best, gain in ((GRID, 1, 0.0), (scaled, 0, 0.2)):
+        for exponent in (-1, 0, 1, 2):
+            results.add(record(quality_plan.job(cell, exponent, 0, RUN), 0.5 + abs(exponent - best)))
+        for exponent in {0, best}:
+            for seed in (1, 2, 3):
+                loss = seed - gain + 0.1 * abs(exponent - best)
+                results.add(record(quality_plan.job(cell, exponent, seed, RUN), loss))
+    text = quality_report.write(results, tmp_path / "q.md")
+    (row,) = [line for line in text.splitlines() if line.startswith("| python | GraLoRA k=2 r=8, matched | 0.001")]
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[3:5] == ["0.001", "+0.0000"] and cells[5:7] == ["-0.2000 ± 0.0000 (3)", "better"]
+    assert cells[7:] == ["-0.3000 ± 0.0000 (3)", "better", "-0.2000 ± 0.0000 (3)", "better"]
 
 
 def test_intervals_are_students() -> None:
