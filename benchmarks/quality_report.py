@@ -396,6 +396,7 @@ def draw(task: str, runs: dict[Cell, Runs], path: Path) -> None:
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "quality"  # the same file from the same results
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     import matplotlib.pyplot as plt
 
     own = sorted((r for c, r in runs.items() if c.task == task and c.method != "full"), key=_order)
