@@ -59,7 +59,7 @@ class Worker:
             task = self.tasks[job.cell.task]
             self.trainer = Trainer(model, job.cell, task, job.steps, job.tokens_per_step, launch)
         build_s = time.perf_counter() - start
-        # exact match takes as long as training, so the runs that choose the learning rate do without
+        # only for what the tables show, which is not the runs that choose the learning rate
         wanted = self.tokenizer is not None and job.seed != quality_plan.TUNING_SEED
         results = self.trainer.run(job, (self.tokenizer, self.args.exact_match) if wanted else None)
         return job.key | results | {"build_s": build_s} | self.facts
@@ -106,60 +106,106 @@ def run(args: argparse.Namespace, stages: list[Stage] | None = None) -> Results:
     if not any(quality_plan.pending(stages, settings, results)):
         print(f"{len(results)} runs there, nothing to do")
         return results
-    context = multiprocessing.get_context("spawn")
-    threads = max(torch.get_num_threads() // args.workers, 1)
-    pipes: dict[Connection, Job | None] = {}
-    held: dict[Connection, Cell | None] = {}
-    processes = []
-    for _ in range(args.workers):
-        ours, theirs = context.Pipe()
-        processes.append(context.Process(target=_worker, args=(theirs, args, threads)))
-        processes[-1].start()
-        theirs.close()
-        pipes[ours], held[ours] = None, None
-    starting = set(pipes)
+    pool = Pool(args)
     longest, made = 0.0, 0
-    sent: dict[Connection, float] = {}
+    failed: dict[Cell, str] = {}
     try:
-        while starting or sent:
+        while pool.starting or pool.sent:
             left = args.budget_s - (time.monotonic() - start)
-            ready = wait([*starting, *sent], timeout=min(max(left, 0), 1e6))
+            ready = wait([*pool.starting, *pool.sent], timeout=min(max(left, 0), 1e6))
             if not ready:
-                print(f"budget used up; {len(sent)} runs given up", flush=True)
+                print(f"budget used up; {len(pool.sent)} runs given up", flush=True)
                 break
             for pipe in ready:
-                answer = pipe.recv()
+                try:
+                    answer = pipe.recv()
+                except EOFError:
+                    answer = "it ended without a word, for want of memory perhaps"
                 if isinstance(answer, str):
-                    raise RuntimeError(f"a worker failed:\n{answer}")
-                if answer is not None:
-                    longest = max(longest, time.monotonic() - sent.pop(pipe))
-                    made += 1
-                    results.add(answer)
-                    with args.results.open("a") as file:
-                        file.write(json.dumps(answer) + "\n")
-                    _show(answer, time.monotonic() - start)
-                starting.discard(pipe)
-                pipes[pipe] = None
-            for pipe in [p for p in pipes if p not in sent and p not in starting]:
-                left = args.budget_s - (time.monotonic() - start)
-                running = [pipes[p] for p in sent]
-                todo = [(s, j) for s, j in quality_plan.pending(stages, settings, results) if j not in running]
-                job = choose(todo, held[pipe], {held[p] for p in pipes if p is not pipe and held[p] is not None})
-                if job is None or made + len(sent) >= args.max_runs or left < 1.2 * longest:
+                    print(f"a worker failed:\n{answer}", flush=True)
+                    if pipe in pool.starting or not made:  # then it is not a matter of one cell
+                        raise RuntimeError(f"a worker failed:\n{answer}")
+                    failed[pool.sent[pipe][0].cell] = answer
+                    pool.drop(pipe)
+                    pool.add()
                     continue
-                pipe.send(job)
-                pipes[pipe], held[pipe], sent[pipe] = job, job.cell, time.monotonic()
+                if answer is None:
+                    pool.starting.discard(pipe)
+                    continue
+                longest = max(longest, time.monotonic() - pool.sent.pop(pipe)[1])
+                made += 1
+                results.add(answer)
+                with args.results.open("a") as file:
+                    file.write(json.dumps(answer) + "\n")
+                _show(answer, time.monotonic() - start)
+            for pipe in pool.idle():
+                left = args.budget_s - (time.monotonic() - start)
+                running = [job for job, _ in pool.sent.values()]
+                todo = [
+                    (stage, job)
+                    for stage, job in quality_plan.pending(stages, settings, results)
+                    if job not in running and job.cell not in failed
+                ]
+                job = choose(todo, pool.held[pipe], {cell for p, cell in pool.held.items() if p is not pipe and cell})
+                if job is not None and made + len(pool.sent) < args.max_runs and left >= 1.2 * longest:
+                    pool.send(pipe, job)
     finally:
-        for pipe in pipes:
-            if pipe not in sent and pipe not in starting:
-                pipe.send(None)
-        for process in processes:
+        pool.close()
+    left_over = sum(1 for _ in quality_plan.pending(stages, settings, results))
+    print(f"{made} runs made in {time.monotonic() - start:.0f} s, {len(results)} there, {left_over} or more to do")
+    if failed:
+        raise RuntimeError(f"cells that failed: {', '.join(f'{cell.name}, {cell.task}' for cell in failed)}")
+    return results
+
+
+class Pool:
+    """Workers in processes of their own, each at the end of a pipe.
+
+    Attributes:
+        starting: those that have not reported ready.
+        held: the cell whose model each has.
+        sent: those at work -> their job, and when it was sent.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.context = multiprocessing.get_context("spawn")
+        self.processes: dict[Connection, Any] = {}
+        self.starting: set[Connection] = set()
+        self.held: dict[Connection, Cell | None] = {}
+        self.sent: dict[Connection, tuple[Job, float]] = {}
+        for _ in range(args.workers):
+            self.add()
+
+    def add(self) -> None:
+        ours, theirs = self.context.Pipe()
+        threads = max(torch.get_num_threads() // self.args.workers, 1)
+        self.processes[ours] = self.context.Process(target=_worker, args=(theirs, self.args, threads))
+        self.processes[ours].start()
+        theirs.close()
+        self.starting.add(ours)
+        self.held[ours] = None
+
+    def idle(self) -> list[Connection]:
+        return [pipe for pipe in self.processes if pipe not in self.sent and pipe not in self.starting]
+
+    def send(self, pipe: Connection, job: Job) -> None:
+        pipe.send(job)
+        self.held[pipe], self.sent[pipe] = job.cell, (job, time.monotonic())
+
+    def drop(self, pipe: Connection) -> None:
+        """Forget a worker that has ended."""
+        self.processes.pop(pipe).join(timeout=5)
+        self.held.pop(pipe)
+        self.sent.pop(pipe, None)
+
+    def close(self) -> None:
+        for pipe in self.idle():
+            pipe.send(None)
+        for process in self.processes.values():
             process.join(timeout=5)
             if process.is_alive():
                 process.terminate()
-    left_over = sum(1 for _ in quality_plan.pending(stages, settings, results))
-    print(f"{made} runs made in {time.monotonic() - start:.0f} s, {len(results)} there, {left_over} or more to do")
-    return results
 
 
 def _show(record: dict[str, Any], elapsed: float) -> None:

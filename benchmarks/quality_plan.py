@@ -158,26 +158,35 @@ def stages(tasks: Iterable[str]) -> list[Stage]:
             seeds=4,
         ),
         Stage("scaling at r=64", tuple(grid(python, 64, k, power=0.5) for k in (4, 8, 2)), 0, seeds_at_loras=4),
-        Stage("hybrid at LoRA's rate", (grid(python, 64, 4, hybrid_r=32),), 4, seeds_at_loras=4),
+        Stage("GSM8K at r=64", (lora(gsm8k, 64), grid(gsm8k, 64, 4, power=0.5)), seeds=4),
         Stage("methods at r=128", (lora(python, 128), grid(python, 128, 4, power=0.5)), seeds=4),
         Stage("same rank of dW, full fine-tuning", (lora(python, 256), Cell(python, "full")), seeds=4),
-        Stage("GSM8K at r=64", (lora(gsm8k, 64), grid(gsm8k, 64, 4, power=0.5)), seeds=4),
-        Stage("smaller start of A", (grid(python, 64, 4, power=0.5, smaller_start=True),), seeds=4),
-        Stage("methods at r=16", (lora(python, 16), grid(python, 16, 2)), seeds=4),
-        Stage("no scaling at LoRA's rate", (grid(python, 64, 4), grid(python, 64, 8)), 4, seeds_at_loras=4),
+        Stage("methods at r=16", (lora(python, 16), grid(python, 16, 2, power=0.5)), seeds=4, exponents=(1, 2)),
         Stage(
-            "scaling, more",
-            (
-                grid(python, 64, 4, hybrid_r=32, power=0.5),
-                *(grid(python, 64, k, power=1.0) for k in (4, 2, 8)),
-                grid(python, 128, 8, power=0.5),
-                grid(python, 16, 2, power=0.5),
-            ),
-            seeds=0,
+            "lora_alpha / r at LoRA's rate",
+            (grid(python, 64, 4, hybrid_r=32), grid(python, 64, 8), grid(python, 64, 4)),
+            seeds=4,
+            seeds_at_loras=4,
         ),
-        Stage("multiple choice at r=64", (lora(choice, 64), grid(choice, 64, 4, power=0.5)), seeds=4),
-        Stage("more grids", (grid(python, 128, 4), grid(python, 16, 4), grid(gsm8k, 64, 4, hybrid_r=32)), seeds=4),
+        Stage(
+            "multiple choice at r=64", (lora(choice, 64), grid(choice, 64, 4, power=0.5)), seeds=4, exponents=(-1, 0)
+        ),
+        Stage(
+            "scaling elsewhere",
+            (
+                grid(gsm8k, 64, 4, power=0.5),
+                grid(python, 128, 4, power=0.5),
+                grid(python, 16, 2, power=0.5),
+                grid(choice, 64, 4, power=0.5),
+            ),
+            seeds=4,
+            seeds_at_loras=4,
+        ),
         Stage("GSM8K, more", (grid(gsm8k, 64, 4), lora(gsm8k, 256), Cell(gsm8k, "full")), seeds=4),
+        Stage("methods at r=128, more", (grid(python, 128, 4), grid(python, 128, 8, power=0.5)), seeds=4),
+        Stage("hybrid, scaling", (grid(python, 64, 4, hybrid_r=32, power=0.5),), seeds=4, seeds_at_loras=4),
+        Stage("smaller start of A", (grid(python, 64, 4, power=0.5, smaller_start=True),), seeds=4),
+        Stage("larger scaling", tuple(grid(python, 64, k, power=1.0) for k in (4, 2, 8)), seeds=0),
     ]
     kept = [replace(stage, cells=tuple(c for c in stage.cells if c.task in tasks)) for stage in order]
     return [stage for stage in kept if stage.cells]

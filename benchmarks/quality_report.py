@@ -4,7 +4,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,12 @@ TASKS = {
     "gsm8k": "GSM8K, loss on answers",
     "choice": "Multiple choice (OpenBookQA)",
 }
+NOTES = {
+    "gsm8k": "Exact match: greedy answers of at most 192 tokens, adapters merged in bfloat16, on the test problems "
+    "that fit into a row of 256 tokens with their answer; right is one with the number after `####`.",
+    "choice": "Accuracy: the likeliest of the four answers offered; chance is 0.25.",
+}
+SCORES = ("exact_match", "accuracy")  # the higher, the better
 
 
 @dataclass
@@ -51,20 +57,28 @@ class Runs:
         """Other seed -> record, at the best learning rate."""
         return self.seeds_at(self.lr)
 
+    def measured(self, key: str = "test_loss", lr: float | None = None) -> dict[int, float]:
+        """Other seed -> what was measured, at the best or another learning rate; a diverged loss is infinite."""
+        found = {seed: r.get(key) for seed, r in self.seeds_at(self.lr if lr is None else lr).items()}
+        if key == "test_loss":
+            return {seed: math.inf if value is None else value for seed, value in found.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
     @property
-    def losses(self) -> dict[int, float]:
-        return {seed: _loss(record) for seed, record in self.seeds.items()}
+    def between(self) -> float | None:
+        """How far the parabola through the best learning rate and its neighbours goes below the best."""
+        lower, best, higher = (self.tuning.get(self.lr * factor, math.inf) for factor in (0.5, 1, 2))
+        if not math.isfinite(lower + higher):
+            return None
+        return ((higher - lower) / 2) ** 2 / (2 * (lower + higher - 2 * best))
 
     @property
     def name(self) -> str:
         cell = self.cell
         if cell.method != "gralora" or cell.scale == 1:
             return cell.name
-        met = cell.hybrid_r + (cell.r - cell.hybrid_r) / cell.k
-        words = f"scaling x{cell.scale:.3g}"
-        if math.isclose(cell.scale, math.sqrt(cell.r / met)):
-            words = "matched"
         plain = Cell(cell.task, cell.method, cell.r, cell.k, cell.hybrid_r)
+        words = "matched" if matched(cell) else f"scaling x{cell.scale:.3g}"
         return f"{plain.name}, {words}" + (f", A x{cell.start:.3g}" if cell.start != 1 else "")
 
 
@@ -90,11 +104,12 @@ def collect(results: Results) -> dict[Cell, Runs]:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of held-out losses, paired by seed, with its 95% interval; `half` is None for fewer than two pairs."""
+    """Of what two methods reach, paired by seed, with its 95% interval; `half` is None for fewer than two pairs."""
 
     mean: float
     half: float | None
     pairs: int
+    higher_is_better: bool = False
 
     @property
     def verdict(self) -> str:
@@ -102,23 +117,25 @@ class Difference:
             return "open"
         if abs(self.mean) <= self.half:
             return "tie"
-        return "better" if self.mean < 0 else "worse"
+        return "better" if (self.mean > 0) == self.higher_is_better else "worse"
 
     def __str__(self) -> str:
-        interval = "" if self.half is None else f" ± {self.half:.4f}"
-        return f"{self.mean:+.4f}{interval}"
+        return f"{self.mean:+.4f}{_plus_minus(self.half)}"
 
 
-def difference(own: Runs, other: Runs, lr: float | None = None) -> Difference | None:
-    """How much higher `own`'s loss is, at its best or another learning rate, over the seeds that both were run with.
+def difference(
+    own: Runs, other: Runs, key: str = "test_loss", at: tuple[float | None, float | None] = (None, None)
+) -> Difference | None:
+    """How much higher `own` is than `other`, over the seeds that both were run with; None if there is no such seed.
 
-    Returns None if there is no such seed.
+    Args:
+        at: the learning rate of each, None for its best.
     """
-    losses = {seed: _loss(record) for seed, record in own.seeds_at(own.lr if lr is None else lr).items()}
-    pairs = [losses[seed] - other.losses[seed] for seed in losses if seed in other.losses]
+    a, b = (runs.measured(key, lr) for runs, lr in zip((own, other), at, strict=True))
+    pairs = [a[seed] - b[seed] for seed in a if seed in b]
     if not pairs:
         return None
-    return Difference(statistics.mean(pairs), half_width(pairs), len(pairs))
+    return Difference(statistics.mean(pairs), half_width(pairs), len(pairs), key != "test_loss")
 
 
 def half_width(values: list[float]) -> float | None:
@@ -127,6 +144,10 @@ def half_width(values: list[float]) -> float | None:
         return None
     t = T95[len(values) - 2] if len(values) - 2 < len(T95) else 1.96
     return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _plus_minus(half: float | None) -> str:
+    return "" if half is None else f" ± {half:.4f}"
 
 
 def baseline(cell: Cell, runs: dict[Cell, Runs]) -> Runs | None:
@@ -159,18 +180,22 @@ def write(results: Results, out: Path) -> str:
         "order. A method's learning rate is the best, for one seed, of 1e-3 times powers of two, tried until it lies "
         "between two worse ones; the other seeds are run at that learning rate alone, and only they are in the means "
         "and intervals. A difference is to LoRA of the same rank (full fine-tuning, and a LoRA whose rank no grid "
-        "has: LoRA r=64), paired by seed, with its 95% interval; a tie is an interval that contains 0. The intervals "
-        "hold one by one, not all at once.",
+        "has: LoRA r=64), paired by seed, with its 95% interval over seeds; a tie is an interval that contains 0. The "
+        "intervals hold one by one, not all at once, and for these test rows. `between`: how far below the best of "
+        "its learning rates a parabola through it and its neighbours goes, for the tuning seed, which is "
+        "too far where one neighbour is much worse; a difference that is no larger may come from the steps between "
+        "learning rates.",
         "",
         "## Summary",
         "",
         *summary(runs, tasks),
     ]
     for task in tasks:
-        starts = [
-            r["start_loss"] for own in runs.values() if own.cell.task == task for r in own.records if "start_loss" in r
-        ]
-        before = [f"Before training the loss is {statistics.median(starts):.4f}.", ""] if starts else []
+        before = []
+        for key, words in (("start_loss", "the loss is"), *((f"start_{n}", n.replace("_", " ")) for n in SCORES)):
+            known = [r[key] for own in runs.values() if own.cell.task == task for r in own.records if key in r]
+            before += [f"{words} {statistics.median(known):.4f}"] if known else []
+        before = [f"Before training {', '.join(before)}. {NOTES.get(task, '')}".strip(), ""] if before else []
         lines += [
             "",
             f"## {TASKS[task]}",
@@ -181,6 +206,7 @@ def write(results: Results, out: Path) -> str:
         plot = out.with_name(f"{out.stem}-{task}.svg")
         draw(task, runs, plot)
         lines += ["", f"![Held-out loss by learning rate]({plot.name})"]
+    lines += ["", "## k and rank", "", *one_apart(runs)]
     lines += ["", "## Keeping LoRA's learning rate", "", *transfer(runs)]
     lines += ["", "## Size of the update", "", *sizes(runs)]
     text = "\n".join(lines) + "\n"
@@ -189,108 +215,161 @@ def write(results: Results, out: Path) -> str:
 
 
 def summary(runs: dict[Cell, Runs], tasks: Iterable[str]) -> list[str]:
-    """One line for every GraLoRA against each other method of its task and rank, by verdict."""
-    lines = []
+    """Where GraLoRA is better, ties and is worse: against LoRA of the same rank as a list, against others a table."""
+    texts: dict[str, list[str]] = defaultdict(list)
+    rows = [["task", "GraLoRA", "against", "its parameters", "loss", "verdict"]]
     for task in tasks:
         own = [r for cell, r in runs.items() if cell.task == task]
-        grids = [r for r in own if r.cell.method == "gralora"]
-        others = [r for r in own if r.cell.method != "gralora"]
-        for grid in grids:
-            for other in others:
-                if other.cell.method in ("lora", "rslora") and other.cell.r < grid.cell.r:
-                    continue
-                if other.cell.r > grid.cell.r and any(c.r == other.cell.r for c in runs if c.method == "gralora"):
-                    continue
+        for grid in sorted((r for r in own if r.cell.method == "gralora"), key=_order):
+            for other in sorted((r for r in own if r.cell.method != "gralora"), key=_order):
                 d = difference(grid, other)
-                if d is not None:
-                    lines.append(
-                        (task, d, f"{grid.name} against {other.name}: **{d.verdict}**, {d} ({d.pairs} seeds)")
-                    )
-    if not lines:
+                if d is None or not comparable(grid.cell, other.cell):
+                    continue
+                if other.cell.method == "lora" and other.cell.r == grid.cell.r:
+                    text = f"{TASKS[task]}: {grid.name} against {other.name}: **{d.verdict}**, {d} ({d.pairs} seeds)"
+                    for key in SCORES:
+                        if (score := difference(grid, other, key)) is not None:
+                            text += f"; {key.replace('_', ' ')} {score}, {score.verdict}"
+                    texts[d.verdict].append(text)
+                else:
+                    more = other.records[0]["parameters"] / grid.records[0]["parameters"]
+                    rows.append([task, grid.name, other.name, f"x{more:.1f}", f"{d} ({d.pairs})", d.verdict])
+    if not texts:
         return ["No cell has been run with more than the seed that chose its learning rate, so nothing is decided."]
-    decided = [d.verdict for _, d, _ in lines if d.half is not None]
-    counts = ", ".join(f"{decided.count(verdict)} {verdict}" for verdict in ("better", "tie", "worse"))
-    total = (
-        f"Of {len(decided)} comparisons of a grid with another method, each at its own best learning rate: {counts}."
-    )
-    return [total, "", *(f"- {TASKS[task]}: {text}" for task, _, text in lines)]
+    counts = ", ".join(f"{len(texts[verdict])} {verdict}" for verdict in ("better", "tie", "worse"))
+    total = f"GraLoRA against LoRA at equal trainable parameters, each at its own best learning rate: {counts}."
+    lines = [total, "", *(f"- {text}" for verdict in ("better", "tie", "worse", "open") for text in texts[verdict])]
+    if len(rows) > 1:
+        words = "Against rsLoRA, LoRA of the rank that dW has after export (hybrid_r + k * r_g), and full fine-tuning:"
+        lines += ["", words, "", *_table(rows)]
+    return lines
+
+
+def comparable(grid: Cell, other: Cell) -> bool:
+    """Whether the other method has the grid's parameters or its rank of dW, or is full fine-tuning."""
+    export_rank = grid.hybrid_r + grid.k * (grid.r - grid.hybrid_r)
+    return other.method == "full" or other.r == grid.r or (other.method == "lora" and other.r == export_rank)
+
+
+def _order(own: Runs) -> tuple:
+    cell = own.cell
+    return cell.method == "full", cell.r, cell.method, cell.k, cell.hybrid_r, cell.scale, cell.start
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """Markdown; the first row is the header."""
+    return [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
 
 
 def table(own: list[Runs], runs: dict[Cell, Runs]) -> list[str]:
-    extras = [name for name in ("accuracy", "exact_match") if any(name in r for o in own for r in o.seeds.values())]
+    scores = [name for name in SCORES if any(o.measured(name) for o in own)]
     header = [
         "method",
         "trainable",
         "best lr",
         "loss, tuning seed",
+        "between",
         "loss, other seeds",
         "to LoRA",
         "verdict",
-        *extras,
     ]
-    rows = [header, ["---"] * len(header)]
-    for o in sorted(own, key=lambda o: (o.cell.method == "full", o.cell.r, o.cell.method, o.cell.k, o.cell.scale)):
+    rows = [header + [word for name in scores for word in (name.replace("_", " "), "to LoRA")]]
+    for o in sorted(own, key=_order):
         base = baseline(o.cell, runs)
-        d = None if base is None or base is o else difference(o, base)
-        losses = list(o.losses.values())
-        half = half_width(losses)
-        mean = f"{statistics.mean(losses):.4f}" if losses else ""
-        mean += "" if half is None else f" ± {half:.4f}"
-        rows.append(
-            [
-                o.name,
-                f"{o.records[0]['parameters'] / 1e6:.1f} M",
-                f"{o.lr:.3g}{'' if o.enclosed else ' (edge)'}",
-                f"{o.tuning[o.lr]:.4f}",
-                mean + (f" ({len(losses)})" if losses else ""),
-                "" if d is None else str(d),
-                "" if d is None else d.verdict,
-                *[_mean([r.get(name) for r in o.seeds.values()]) for name in extras],
-            ]
-        )
-    return [f"| {' | '.join(row)} |" for row in rows]
+        base = None if base is o else base
+        d = base and difference(o, base)
+        row = [
+            o.name,
+            f"{o.records[0]['parameters'] / 1e6:.1f} M",
+            f"{o.lr:.3g}{'' if o.enclosed else ' (edge)'}",
+            f"{o.tuning[o.lr]:.4f}",
+            "" if o.between is None else f"-{o.between:.4f}",
+            _mean(o.measured()),
+            str(d or ""),
+            d.verdict if d else "",
+        ]
+        for name in scores:
+            row += [_mean(o.measured(name)), str((base and difference(o, base, name)) or "")]
+        rows.append(row)
+    return _table(rows)
 
 
-def _mean(values: list[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{statistics.mean(known):.3f}" if known else ""
+def _mean(values: dict[int, float]) -> str:
+    if not values:
+        return ""
+    known = list(values.values())
+    return f"{statistics.mean(known):.4f}{_plus_minus(half_width(known))} ({len(known)})"
+
+
+def one_apart(runs: dict[Cell, Runs]) -> list[str]:
+    """Methods that differ in k alone, and in rank alone."""
+    rows = [["task", "method", "against", "loss", "verdict"]]
+    known = [own for own in sorted(runs.values(), key=_order) if matched(own.cell) is not None]
+    for own in known:
+        for other in known:
+            a, b = own.cell, other.cell
+            rest = [(c.task, c.method, c.hybrid_r, matched(c)) for c in (a, b)]
+            differ = (a.k > b.k and a.r == b.r) or (a.r > b.r and a.k == b.k)
+            if rest[0] == rest[1] and differ and (d := difference(own, other)) is not None:
+                rows.append([a.task, *(_with_rule(o) for o in (own, other)), f"{d} ({d.pairs})", d.verdict])
+    if len(rows) == 1:
+        return ["No two that differ in k or rank alone were run with more than the seed that chose the learning rate."]
+    return [
+        "Each at its own best learning rate. In brackets r / k^2, which the paper wants at about 8.",
+        "",
+        *_table(rows),
+    ]
+
+
+def _with_rule(own: Runs) -> str:
+    cell = own.cell
+    return own.name + (f" ({cell.r / cell.k**2:.3g})" if cell.method == "gralora" else "")
+
+
+def matched(cell: Cell) -> bool | None:
+    """Whether the scaling is gralora_scaling="matched"; None for another than that and lora_alpha / r."""
+    if cell.scale == 1:
+        return False
+    met = cell.hybrid_r + (cell.r - cell.hybrid_r) / cell.k
+    return True if math.isclose(cell.scale, math.sqrt(cell.r / met)) and cell.start == 1 else None
 
 
 def transfer(runs: dict[Cell, Runs]) -> list[str]:
-    """What the learning rate that is best for LoRA costs a grid, beside its own best and beside LoRA."""
-    header = ["method", "LoRA's best lr", "own", "loss with its own", "at LoRA's lr, to LoRA", "verdict"]
-    rows = [header, ["---"] * len(header)]
-    for cell, own in runs.items():
+    """What the learning rate that is best for LoRA costs a grid, beside its own best, LoRA, and lora_alpha / r."""
+    rows = [
+        ["task", "method", "LoRA's best lr", "own", "loss with its own", "at LoRA's lr, to LoRA", "verdict"]
+        + ["to lora_alpha / r", "verdict", "each at its own, to lora_alpha / r", "verdict"]
+    ]
+    for cell, own in sorted(runs.items(), key=lambda item: (item[0].task, *_order(item[1]))):
         base = baseline(cell, runs)
         if base is None or cell.method != "gralora" or base.lr not in own.tuning:
             continue
-        d = difference(own, base, base.lr)
-        rows.append(
-            [
-                f"{own.name}{'' if cell.task == 'python' else ', ' + cell.task}",
-                f"{base.lr:.3g}",
-                f"{own.lr:.3g}{'' if own.enclosed else ' (edge)'}",
-                f"{own.tuning[own.lr] - own.tuning[base.lr]:+.4f}",
-                "" if d is None else f"{d} ({d.pairs})",
-                "" if d is None else d.verdict,
-            ]
-        )
-    if len(rows) == 2:
+        plain = runs.get(replace(cell, scale=1.0, start=1.0))
+        d = difference(own, base, at=(base.lr, base.lr))
+        gains = [
+            difference(own, plain, at=at) if plain and plain is not own else None
+            for at in ((base.lr, base.lr), (None, None))
+        ]
+        row = [cell.task, own.name, f"{base.lr:.3g}", f"{own.lr:.3g}{'' if own.enclosed else ' (edge)'}"]
+        row.append(f"{own.tuning[own.lr] - own.tuning[base.lr]:+.4f}")
+        for one in (d, *gains):
+            row += ["", ""] if one is None else [f"{one} ({one.pairs})", one.verdict]
+        rows.append(row)
+    if len(rows) == 1:
         return ["No grid was run at LoRA's best learning rate."]
-    words = (
-        '`matched` is gralora_scaling="matched", `scaling x` another factor on lora_alpha / r. `loss with its own`: '
-    )
-    words += (
-        "the change with the grid's own best learning rate instead of LoRA's, for the seed that chooses. `at LoRA's "
-    )
-    words += "lr`: the grid at LoRA's best learning rate against LoRA, over the other seeds."
-    return [words, "", *(f"| {' | '.join(row)} |" for row in rows)]
+    words = [
+        '`matched` is gralora_scaling="matched", `scaling x` another factor on lora_alpha / r. `loss with its own`:',
+        "the change with the grid's own best learning rate instead of LoRA's, for the seed that chooses. `at LoRA's",
+        "lr`: the grid at LoRA's best learning rate against LoRA, over the other seeds. `to lora_alpha / r`: there,",
+        "against the same grid with LoRA's scaling; then each of the two at its own best learning rate.",
+    ]
+    return [" ".join(words), "", *_table(rows)]
 
 
 def sizes(runs: dict[Cell, Runs]) -> list[str]:
     """Root mean square of dW's entries, against LoRA's of the same rank, learning rate, seed and step."""
     steps = sorted({int(step) for own in runs.values() for r in own.records for step in r["update_rms"]})
-    rows = [["method", "pairs of runs", *(f"after {step}" for step in steps)], ["---"] * (len(steps) + 2)]
+    rows = [["method", "pairs of runs", *(f"after {step}" for step in steps)]]
     for cell, own in runs.items():
         base = baseline(cell, runs)
         if base is None or cell.method not in ("gralora", "rslora"):
@@ -303,42 +382,49 @@ def sizes(runs: dict[Cell, Runs]) -> list[str]:
             ratios.append(f"{statistics.median(known):.3f}" if known else "")
         if pairs:
             rows.append([f"{own.name}, {cell.task}", str(len(pairs)), *ratios])
-    if len(rows) == 2:
+    if len(rows) == 1:
         return ["No grid was run at a learning rate and with a seed that LoRA was run with."]
     words = (
         "Root mean square of dW's entries over LoRA's of the same rank, learning rate and seed; median over pairs. "
     )
-    return [words + "docs/scaling.md derives what to expect.", "", *(f"| {' | '.join(row)} |" for row in rows)]
+    return [words + "What to expect is derived in [scaling](scaling.md).", "", *_table(rows)]
 
 
 def draw(task: str, runs: dict[Cell, Runs], path: Path) -> None:
-    """Held-out loss against learning rate: a row of panels a rank, with LoRA's scaling on the left, others right."""
+    """Held-out loss of the tuning seed against learning rate: a panel for a rank and LoRA's scaling or others."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "quality"  # the same file from the same results
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     import matplotlib.pyplot as plt
 
-    own = sorted((r for c, r in runs.items() if c.task == task and c.method != "full"), key=lambda r: r.name)
-    ranks = sorted({r.cell.r for r in own if r.cell.method == "gralora"}) or sorted({r.cell.r for r in own})
-    figure, axes = plt.subplots(len(ranks), 2, figsize=(10, 3.8 * len(ranks)), squeeze=False, layout="constrained")
-    for row, rank in zip(axes, ranks, strict=True):
+    own = sorted((r for c, r in runs.items() if c.task == task and c.method != "full"), key=_order)
+    panels = [
+        (rank, scaled)
+        for rank in sorted({r.cell.r for r in own})
+        for scaled in (False, True)
+        if any(r.cell.r == rank and r.cell.method != "lora" and (r.cell.scale != 1) == scaled for r in own)
+    ] or [(rank, False) for rank in sorted({r.cell.r for r in own})]
+    rows = math.ceil(len(panels) / 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(10, 3.8 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (rank, scaled) in zip(axes.flat, panels, strict=False):
         here = [r for r in own if r.cell.r == rank]
         low = min(r.tuning[r.lr] for r in here)
+        for r in here:
+            if r.cell.method == "lora" or (r.cell.scale != 1) == scaled:
+                points = [(lr, loss) for lr, loss in sorted(r.tuning.items()) if math.isfinite(loss)]
+                style = {"lw": 3, "color": "black"} if r.cell.method == "lora" else {"lw": 1.3}
+                axis.plot(*zip(*points, strict=True), marker="o", ms=4, label=r.name, **style)
         rates = sorted({lr for r in here for lr in r.tuning})
-        for axis, title, scaled in zip(
-            row, ("lora_alpha / r", "other scalings, and LoRA"), (False, True), strict=True
-        ):
-            for r in here:
-                if r.cell.method == "lora" or (r.cell.scale != 1) == scaled:
-                    points = [(lr, loss) for lr, loss in sorted(r.tuning.items()) if math.isfinite(loss)]
-                    style = {"lw": 3, "color": "black"} if r.cell.method == "lora" else {"lw": 1.3}
-                    axis.plot(*zip(*points, strict=True), marker="o", ms=4, label=r.name, **style)
-            axis.set(xscale="log", xlabel="learning rate", ylabel="held-out loss", title=f"r = {rank}, {title}")
-            axis.set(ylim=(low - 0.004, low + 0.045))
-            axis.set_xticks(rates, [f"{lr:.3g}" for lr in rates])
-            axis.minorticks_off()
-            axis.legend(fontsize=7)
-            axis.grid(alpha=0.3)
+        title = f"r = {rank}, {'other scalings, and LoRA' if scaled else 'lora_alpha / r'}"
+        axis.set(xscale="log", xlabel="learning rate", ylabel="held-out loss", title=title)
+        axis.set(ylim=(low - 0.004, low + 0.045))
+        axis.set_xticks(rates, [f"{lr:.3g}" for lr in rates])
+        axis.minorticks_off()
+        axis.legend(fontsize=7, loc="upper left")
+        axis.grid(alpha=0.3)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

@@ -17,12 +17,14 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from quality_data import Task, gsm8k_number
+from quality_generate import Generator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gralora
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NEW_TOKENS = 192  # of a generated answer; 99% of GSM8K's have fewer
 SIZES_AT = (1, 10, 50)  # steps after which the size of the update is noted, and after the last
 
 
@@ -120,7 +122,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.trainable, lr=self.lr, weight_decay=0.0, fused=True, capturable=self.cuda
         )
-        self.start_loss: float | None = None
+        self.before: dict[str, float | None] = {}
+        self.generator: Generator | None = None
         self.train_step, self.test_step = self._train_step, self._test_step
         if launch != "eager":
             self._capture()
@@ -211,14 +214,17 @@ class Trainer:
             exact_match: on GSM8K, the tokenizer and on how many test problems to generate answers.
 
         Returns:
-            start_loss and test_loss (held out, before and after, nats a token), train_loss (mean of the last tenth),
-            update_rms (steps -> root mean square of dW's entries, mean over layers), parameters, seconds, and for
-            some tasks accuracy or exact_match. Losses are None where the run diverged.
+            test_loss (held out, nats a token), for some tasks accuracy or exact_match, each also before training
+            (start_loss, ...); train_loss (mean of the last tenth), update_rms (steps -> root mean square of dW's
+            entries, mean over layers), parameters, seconds. Losses are None where the run diverged.
         """
         start = time.perf_counter()
         self.reset(job.lr, job.seed)
-        if self.start_loss is None:
-            self.start_loss = self.test()["test_loss"]
+        wanted = exact_match if self.task.name == "gsm8k" else None
+        if not self.before:
+            self.before = self.test()
+        if wanted and "exact_match" not in self.before:
+            self.before["exact_match"] = self.exact_match(*wanted)
         sizes = {}
         for step in range(1, self.steps + 1):
             self.train_step()
@@ -231,9 +237,9 @@ class Trainer:
             "parameters": sum(p.numel() for p in self.trainable),
             "train_s": time.perf_counter() - start,
         }
-        results |= {"start_loss": self.start_loss} | self.test()
-        if exact_match is not None and self.task.name == "gsm8k" and results["test_loss"] is not None:
-            results["exact_match"] = self.exact_match(*exact_match)
+        results |= {f"start_{name.removeprefix('test_')}": value for name, value in self.before.items()} | self.test()
+        if wanted and results["test_loss"] is not None:
+            results["exact_match"] = self.exact_match(*wanted)
         return results | {"wall_s": time.perf_counter() - start}
 
     @torch.no_grad()
@@ -267,33 +273,17 @@ class Trainer:
             results["accuracy"] = float(np.mean([right[row] for row in best.values()]))
         return results
 
-    @torch.no_grad()
-    def exact_match(self, tokenizer: Any, problems: int, batch: int = 256) -> float:
+    def exact_match(self, tokenizer: Any, problems: int) -> float:
         """Share of test problems whose generated answer, greedy, ends in the right number."""
-        tokens, mask = self.task.test_tokens[:problems].tolist(), self.task.test_mask[:problems]
-        first = mask.argmax(axis=1)
-        hits = 0
-        for low in range(0, len(tokens), batch):
-            chosen = range(low, min(low + batch, len(tokens)))
-            width = max(first[i] for i in chosen)
-            end = tokenizer.eos_token_id
-            prompts = [[end] * (width - first[i]) + tokens[i][: first[i]] for i in chosen]
-            attention = [[0] * (width - first[i]) + [1] * first[i] for i in chosen]
-            with self._autocast():
-                out = self.lm.eval().generate(
-                    input_ids=torch.tensor(prompts, device=self.device),
-                    attention_mask=torch.tensor(attention, device=self.device),
-                    max_new_tokens=192,
-                    do_sample=False,
-                    repetition_penalty=1.0,
-                    pad_token_id=end,
-                    eos_token_id=end,
-                )
-            self.lm.train()
-            for i, reply in zip(chosen, tokenizer.batch_decode(out[:, width:]), strict=True):
-                truth = gsm8k_number(tokenizer.decode([t for t, m in zip(tokens[i], mask[i], strict=True) if m]))
-                hits += gsm8k_number(reply) == truth
-        return hits / len(tokens)
+        if self.generator is None:  # for the first job of several
+            first = self.task.test_mask[:problems].argmax(axis=1)
+            prompts = [row[:n].tolist() for row, n in zip(self.task.test_tokens, first, strict=False)]
+            end = int(self.task.test_tokens[0][self.task.test_mask[0]][-1])  # what training put after an answer
+            self.generator = Generator(self.lm, prompts, NEW_TOKENS, end)
+        replies = tokenizer.batch_decode(self.generator())
+        truths = [tokenizer.decode(row[m]) for row, m in zip(self.task.test_tokens, self.task.test_mask, strict=True)]
+        hits = [gsm8k_number(r) == gsm8k_number(t) for r, t in zip(replies, truths, strict=False)]
+        return sum(hits) / len(hits)
 
 
 def row_loss(x: Tensor, head: Tensor, targets: Tensor, mask: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import quality_data
 import quality_plan
 import quality_report
 from quality_data import Task
+from quality_generate import Generator
 from quality_plan import Results, Stage
 from quality_train import Cell, Job, Trainer, schedule
 
@@ -201,33 +202,48 @@ def test_accuracy_is_of_the_likeliest_answer(task: Task) -> None:
     assert results["test_loss"] == pytest.approx((1 + 3 + 9) / (3 * 12))
 
 
-def test_exact_match_compares_the_final_numbers(task: Task, monkeypatch: Any) -> None:
-    """Prompts are the tokens before the answer, filled up on the left; right is the reply with the answer's number."""
+class Numbers:
+    """A tokenizer to which a reply is the number of its tokens before the end, in GSM8K's format."""
+
+    def decode(self, tokens: np.ndarray) -> str:
+        return f"thus #### 1,{len(tokens):03}"
+
+    def batch_decode(self, rows: list[list[int]]) -> list[str]:
+        return ["#### 1012", "#### 12", "1009"][: len(rows)]
+
+
+def test_exact_match_compares_the_final_numbers(task: Task) -> None:
+    """Prompts are the tokens before the answer; right is the reply with the answer's number."""
     own = trainer(LORA, task)
     own.task.test_mask[1, :8] = False  # a longer prompt than the others'
-    seen, generate = [], own.lm.generate
+    assert own.exact_match(Numbers(), 3) == pytest.approx(1 / 3)
+    prompts = [task.test_tokens[row][:length].tolist() for row, length in enumerate([5, 8, 5])]
+    assert [row[8 - n :].tolist() for row, n in zip(own.generator.prompts, (5, 8, 5), strict=True)] == prompts
+    assert own.generator.end == task.test_tokens[0, -1] and own.generator.new_tokens == 192
 
-    class Tokenizer:
-        eos_token_id = 0
 
-        def decode(self, tokens: list[int]) -> str:
-            return "thus #### 1,000"
-
-        def batch_decode(self, rows: torch.Tensor) -> list[str]:
-            return ["#### 1000", "#### 100", "1000"][: len(rows)]
-
-    def watched(**arguments: Any) -> torch.Tensor:
-        seen.append((arguments["input_ids"], arguments["attention_mask"]))
-        return generate(**arguments | {"max_new_tokens": 2})
-
-    monkeypatch.setattr(own.lm, "generate", watched)
-    assert own.exact_match(Tokenizer(), 3) == pytest.approx(1 / 3)
-    ((ids, attention),) = seen
-    expected = np.zeros((3, 8), np.int64)
-    for row, length in enumerate([5, 8, 5]):
-        expected[row, 8 - length :] = task.test_tokens[row][:length]
-    assert ids.tolist() == expected.tolist() and attention.tolist() == (expected > 0).astype(int).tolist()
-    assert own.lm.training
+@pytest.mark.parametrize("cell", [LORA, Cell("python", "gralora", 8, 4, 4), Cell("python", "full")], ids=str)
+def test_generation_is_transformers_own(cell: Cell) -> None:
+    """Of prompts of several lengths, twice, with weights that changed in between; a reply ends early."""
+    torch.manual_seed(0)
+    model = tiny_llama(hidden_size=96, num_attention_heads=6, num_key_value_heads=2, initializer_range=0.3)
+    lm = model if cell.method == "full" else get_peft_model(model, cell.config()).base_model.model
+    lm.eval()
+    prompts = [torch.randint(1, lm.config.vocab_size, (n,)).tolist() for n in (3, 9, 5, 12, 1, 7)]
+    end = Generator(lm, prompts, new_tokens=24, end=0)()[0][4]  # ends a reply of the first round
+    generator = Generator(lm, prompts, new_tokens=24, end=end)
+    for number in range(2):
+        ended = 0
+        for prompt, reply in zip(prompts, generator(), strict=True):
+            ids = torch.tensor([prompt])
+            options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": end, "pad_token_id": end}
+            theirs = lm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :]
+            ended += len(theirs) < 24
+            assert reply == theirs.tolist() + [end] * (24 - len(theirs))
+        assert ended or number
+        for parameter in lm.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(std=0.3)
 
 
 def test_runs_made_are_kept_and_skipped(tmp_path: Path, task: Task, capsys: Any, monkeypatch: Any) -> None:
@@ -252,6 +268,21 @@ def test_runs_made_are_kept_and_skipped(tmp_path: Path, task: Task, capsys: Any,
         and new["parameters"] > 0
     )
     assert [r["lr"] for r in quality.read(tmp_path / "r.jsonl")] == [1e-3, 2e-3, 5e-4]
+
+
+def test_a_cell_that_fails_is_left_out_and_named(tmp_path: Path, task: Task, capsys: Any, monkeypatch: Any) -> None:
+    """The other cells' runs are made, by a new worker if need be, and the call fails at its end."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method, get=multiprocessing.get_context: get("fork"))
+    task.save(tmp_path / "task.npz")
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    arguments = ["run", "--model", str(tmp_path / "model"), "--tasks", str(tmp_path / "task.npz"), "--workers", "1"]
+    arguments += ["--results", str(tmp_path / "r.jsonl"), "--steps", "2", "--tokens_per_step", "32"]
+    bad = Cell("python", "gralora", 8, 7)  # 7 divides nothing here
+    stages = [Stage(str(cell), (cell,), 0, exponents=(0,)) for cell in (LORA, bad, GRID)]
+    with pytest.raises(RuntimeError, match=r"cells that failed: GraLoRA k=7 r=8, python"):
+        quality.run(quality.parser().parse_args(arguments), stages)
+    made = {(r["method"], r["k"]) for r in quality.read(tmp_path / "r.jsonl")}
+    assert made == {("lora", 1), ("gralora", 2)} and "gralora_k=7" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -331,6 +362,54 @@ def test_verdicts_are_paired_by_seed(tmp_path: Path, shift: list[float], verdict
     text = quality_report.write(results, tmp_path / "q.md")
     assert f"GraLoRA k=2 r=8 against LoRA r=8: **{verdict}**" in text == (tmp_path / "q.md").read_text()
     assert (tmp_path / "q-python.svg").stat().st_size > 1000
+
+
+def test_scores_are_better_when_higher(tmp_path: Path) -> None:
+    """A lower loss and a higher exact match, each with its own verdict and interval."""
+    results = results_with([0.9, 1.9, 2.8], [1.0, 2.0, 3.0])
+    for each in list(results):
+        if each["seed"]:
+            score = 0.5 + each["seed"] / 100 + (0.1 + each["seed"] / 1000) * (each["method"] == "gralora")
+            results.add(each | {"exact_match": score, "start_exact_match": 0.25})
+    text = quality_report.write(results, tmp_path / "q.md")
+    assert "**better**, -0.1333 ± 0.1434" not in text and "**tie**, -0.1333 ± 0.1434 (3 seeds)" in text
+    assert "exact match +0.1020 ± 0.0025, better" in text and "exact match 0.2500" in text
+
+
+def test_others_are_those_of_equal_parameters_or_equal_rank() -> None:
+    grid, hybrid = Cell("python", "gralora", 64, 4), Cell("python", "gralora", 64, 4, 32)
+    lora = {r: Cell("python", "lora", r) for r in (16, 64, 128, 160, 256)}
+    assert [r for r, other in lora.items() if quality_report.comparable(grid, other)] == [64, 256]
+    assert [r for r, other in lora.items() if quality_report.comparable(hybrid, other)] == [64, 160]
+    assert quality_report.comparable(grid, Cell("python", "rslora", 64))
+    assert not quality_report.comparable(grid, Cell("python", "rslora", 256))
+    assert quality_report.comparable(grid, Cell("python", "full"))
+
+
+def test_between_is_what_a_parabola_goes_below() -> None:
+    """Of loss (log2 lr - 0.2)^2, tried at -1, 0 and 1: 0.04 below the best. None at an edge."""
+    runs = quality_report.Runs(LORA, 4, {1e-3 * 2.0**e: (e - 0.2) ** 2 for e in (-1, 0, 1)})
+    assert runs.between == pytest.approx(0.04)
+    del runs.tuning[2e-3]
+    assert runs.between is None
+
+
+def test_matched_is_compared_with_loras_scaling_at_loras_rate(tmp_path: Path) -> None:
+    """LoRA's best is 1e-3, the plain grid's 2e-3: the table has the matched grid against it at both."""
+    results = results_with([], [1.0, 2.0, 3.0])
+    scaled = quality_plan.grid("python", 8, 2, power=0.5)
+    for cell, best, gain in ((GRID, 1, 0.0), (scaled, 0, 0.2)):
+        for exponent in (-1, 0, 1, 2):
+            results.add(record(quality_plan.job(cell, exponent, 0, RUN), 0.5 + abs(exponent - best)))
+        for exponent in {0, best}:
+            for seed in (1, 2, 3):
+                loss = seed - gain + 0.1 * abs(exponent - best)
+                results.add(record(quality_plan.job(cell, exponent, seed, RUN), loss))
+    text = quality_report.write(results, tmp_path / "q.md")
+    (row,) = [line for line in text.splitlines() if line.startswith("| python | GraLoRA k=2 r=8, matched | 0.001")]
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[3:5] == ["0.001", "+0.0000"] and cells[5:7] == ["-0.2000 ± 0.0000 (3)", "better"]
+    assert cells[7:] == ["-0.3000 ± 0.0000 (3)", "better", "-0.2000 ± 0.0000 (3)", "better"]
 
 
 def test_intervals_are_students() -> None:
