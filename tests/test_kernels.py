@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from gralora.ops import add_update, dropout, fused, gralora_linear, reference
+from gralora.ops import add_update, dropout, gralora_linear, reference
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

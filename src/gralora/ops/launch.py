@@ -37,7 +37,9 @@ class Launcher:
         if compiled is not None:  # None in the interpreter
             self.launches[key, device] = _launch_of(compiled)
 
-    def launch(self, grid: Grid, tensors: tuple[Tensor, ...], numbers: tuple[Any, ...], constants: Hashable) -> None:
+    def launch(
+        self, grid: Grid, tensors: tuple[Tensor, ...], numbers: tuple[Any, ...], constants: tuple[Any, ...]
+    ) -> None:
         """Launch a kernel that takes pointers, then numbers that are not specialised on, then constants.
 
         On the device and current stream of the tensors. Addresses are passed as integers, which spares Triton's C
