@@ -229,6 +229,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def data(args: argparse.Namespace) -> None:
     """Write one task as an .npz file."""
+    if args.task == "fewer":
+        _save(quality_data.fewer_rows(Task.load(args.train[0]), args.train_rows), args.out)
+        return
+    if args.model is None:
+        raise ValueError(f"--task {args.task} needs --model, the folder of the tokenizer.")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
 
     def encode(text: str) -> list[int]:
@@ -244,8 +249,12 @@ def data(args: argparse.Namespace) -> None:
         task = quality_data.gsm8k_task(args.train[0], args.test, encode, end, length)
     else:
         task = quality_data.choice_task(args.train, args.test, encode, end, length)
-    task.save(args.out)
-    print(f"{args.out}: {task.describe()}; {args.out.stat().st_size / 2**20:.1f} MiB")
+    _save(task, args.out)
+
+
+def _save(task: Task, out: Path) -> None:
+    task.save(out)
+    print(f"{out}: {task.describe()}; {out.stat().st_size / 2**20:.1f} MiB")
 
 
 def tiny(folder: Path, workers: int) -> Results:
@@ -275,18 +284,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tiny", action="store_true", help="run everything in the small on the CPU, print the report")
     commands = p.add_subparsers(dest="command")
     d = commands.add_parser("data", help="make a task's tokens")
-    d.add_argument("--task", choices=["python", "gsm8k", "choice"], required=True)
-    d.add_argument("--model", type=Path, required=True, help="folder with the tokenizer")
+    d.add_argument("--task", choices=["python", "gsm8k", "choice", "fewer"], required=True)
+    d.add_argument("--model", type=Path, help="folder with the tokenizer; not for fewer")
     d.add_argument("--out", type=Path, required=True)
     d.add_argument(
         "--data", type=Path, nargs="+", help="python: folders of packages [standard library, site-packages]"
     )
     d.add_argument(
-        "--train", type=Path, nargs="+", help="gsm8k: the .jsonl; choice: .json files in LLM-Adapters' layout"
+        "--train",
+        type=Path,
+        nargs="+",
+        help="gsm8k: the .jsonl; choice: .json files in LLM-Adapters' layout; fewer: a task's .npz",
     )
     d.add_argument("--test", type=Path, help="as --train")
     d.add_argument("--length", type=int, default=512, help="tokens a row [512]")
-    d.add_argument("--train_rows", type=int, default=6400, help="python: [6400]")
+    d.add_argument("--train_rows", type=int, default=6400, help="python, fewer: [6400]")
     d.add_argument("--test_rows", type=int, default=128, help="python: [128]")
     d.add_argument("--per_package", type=int, default=200, help="python: most rows of one package [200]")
     r = commands.add_parser("run", help="make the runs that are not there yet")

@@ -11,7 +11,7 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,24 @@ class Task:
             f"{self.train_tokens.shape[1]} tokens, {self.train_mask[:, 1:].sum()} and {self.test_mask[:, 1:].sum()} "
             f"of them in the loss{answers}"
         )
+
+
+def fewer_rows(task: Task, rows: int) -> Task:
+    """The same test with so many of the training rows, drawn by a fixed seed; named "name-rows".
+
+    A run of as many steps as on the whole task then sees each of them more often: the effect of the amount of data.
+    """
+    if not 0 < rows < len(task.train_tokens):
+        raise ValueError(
+            f"--train_rows {rows} is no part of the {len(task.train_tokens)} training rows of {task.name}."
+        )
+    kept = np.sort(np.random.default_rng(0).permutation(len(task.train_tokens))[:rows])
+    names = {
+        "name": f"{task.name}-{rows}",
+        "train_tokens": task.train_tokens[kept],
+        "train_mask": task.train_mask[kept],
+    }
+    return replace(task, **names)
 
 
 # Python source

@@ -143,7 +143,7 @@ def grid(task: str, r: int, k: int, hybrid_r: int = 0, power: float = 0.0, small
 def stages(tasks: Iterable[str]) -> list[Stage]:
     """What is asked, first to last; of the tasks that are there."""
     tasks = list(tasks)
-    python, gsm8k, choice = "python", "gsm8k", "choice"
+    python, gsm8k, choice, fewer = "python", "gsm8k", "choice", "python-800"
     order = [
         Stage(
             "methods at r=64",
@@ -169,6 +169,14 @@ def stages(tasks: Iterable[str]) -> list[Stage]:
             seeds_at_loras=4,
         ),
         Stage(
+            "an eighth of the rows",
+            (lora(fewer, 16), grid(fewer, 16, 2, power=0.5), lora(fewer, 64), grid(fewer, 64, 4, power=0.5)),
+            seeds=4,
+        ),
+        Stage(
+            "GSM8K, more", (grid(gsm8k, 64, 4), Cell(gsm8k, "rslora", 64), lora(gsm8k, 256), Cell(gsm8k, "full")), 4
+        ),
+        Stage(
             "multiple choice at r=64", (lora(choice, 64), grid(choice, 64, 4, power=0.5)), seeds=4, exponents=(-1, 0)
         ),
         Stage(
@@ -182,7 +190,6 @@ def stages(tasks: Iterable[str]) -> list[Stage]:
             seeds=4,
             seeds_at_loras=4,
         ),
-        Stage("GSM8K, more", (grid(gsm8k, 64, 4), lora(gsm8k, 256), Cell(gsm8k, "full")), seeds=4),
         Stage("methods at r=128, more", (grid(python, 128, 4), grid(python, 128, 8, power=0.5)), seeds=4),
         Stage("hybrid, scaling", (grid(python, 64, 4, hybrid_r=32, power=0.5),), seeds=4, seeds_at_loras=4),
         Stage("smaller start of A", (grid(python, 64, 4, power=0.5, smaller_start=True),), seeds=4),

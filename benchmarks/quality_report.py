@@ -14,6 +14,7 @@ from quality_train import Cell
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's, two-sided, 1 to 9 degrees
 TASKS = {
     "python": "Python source, held out by package",
+    "python-800": "Python source, an eighth of the rows",
     "gsm8k": "GSM8K, loss on answers",
     "choice": "Multiple choice (OpenBookQA)",
 }
@@ -166,6 +167,8 @@ def write(results: Results, out: Path) -> str:
     runs = collect(results)
     some = next(iter(results))
     tasks = [task for task in TASKS if any(cell.task == task for cell in runs)]
+    if unknown := {cell.task for cell in runs}.difference(TASKS):
+        raise ValueError(f"no heading for the task {unknown.pop()!r} in TASKS; there are {', '.join(TASKS)}.")
     steps, tokens = next(iter(runs.values())).steps, some["tokens_per_step"]
     made = sum(len(own.records) for own in runs.values())
     lines = [

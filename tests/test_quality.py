@@ -73,7 +73,7 @@ def test_plan_goes_on_from_results_and_repeats_nothing() -> None:
 
 def test_real_plan_ends_and_has_equal_parameters() -> None:
     """Every stage of the real plan is reached; adapters of one rank have equal trainable parameters."""
-    stages = quality_plan.stages(["python", "gsm8k", "choice"])
+    stages = quality_plan.stages(quality_report.TASKS)
     made = finish_limited(stages)
     assert {job.cell for job in made} == {cell for stage in stages for cell in stage.cells}
     counts: dict[int, set[int]] = {}
@@ -310,6 +310,16 @@ def test_python_is_held_out_by_package(tmp_path: Path) -> None:
     assert all(quality_data.held_out(f"package{letter - ord('A')}") for letter in test)
     with pytest.raises(ValueError, match="fewer than 5000"):
         quality_data.python_task([tmp_path], lambda text: list(text.encode()), 0, 10, 5000, 3, per_package=25)
+
+
+def test_fewer_rows_are_a_part_with_the_same_test(task: Task) -> None:
+    part = quality_data.fewer_rows(task, 5)
+    rows = {row.tobytes() for row in task.train_tokens}
+    assert part.name == f"{task.name}-5" and len(part.train_tokens) == len(part.train_mask) == 5
+    assert all(row.tobytes() in rows for row in part.train_tokens)
+    assert np.array_equal(part.test_tokens, task.test_tokens)
+    with pytest.raises(ValueError, match="--train_rows 10000"):
+        quality_data.fewer_rows(task, 10000)
 
 
 def test_questions_count_answers_only(tmp_path: Path) -> None:
