@@ -102,6 +102,29 @@ def test_hopper_kernel_is_used():
     assert dispatch.factor_kernels(x) and matmul and matmul.readable(x)
 
 
+def test_hopper_kernel_leaves_what_tma_cannot_read(monkeypatch):
+    """Strides and addresses that are no multiples of 16 bytes, of every operand; either unit stride is read."""
+    pytest.importorskip("triton.experimental.gluon")
+    from gralora.ops import hopper
+
+    monkeypatch.setattr(hopper, "_processors", lambda device: 1)
+    operands = {"x": (256, 64), "weight": (256, 64), "B": (4, 16, 64)}
+    good = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in operands.items()}
+    assert hopper.wins(**good)
+    for name, tensor in good.items():
+        if name != "x":
+            assert hopper.wins(**good | {name: tensor.mT.contiguous().mT})
+        wide = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 8, dtype=torch.bfloat16)
+        assert hopper.wins(**good | {name: wide[..., 8:]}), "a part, in multiples of 16 bytes"
+        assert not hopper.wins(**good | {name: wide[..., 1 : 1 + tensor.shape[-1]]}), "an address"
+        assert not hopper.wins(**good | {name: torch.stack([tensor, tensor], dim=-1)[..., 0]}), "no unit stride"
+        odd = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 4, dtype=torch.bfloat16)
+        assert not hopper.wins(**good | {name: odd[..., : tensor.shape[-1]]}), "a stride"
+    blocks = torch.zeros(4, 16 * 64 + 4, dtype=torch.bfloat16)[:, : 16 * 64].unflatten(1, (16, 64))
+    assert not hopper.wins(**good | {"B": blocks}), "the stride from block to block"
+    assert not hopper.wins(**good | {"B": torch.zeros(4, 12, 64, dtype=torch.bfloat16)}), "g's stride"
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-{}x{}-k{}-r{}-h{}".format(*s))

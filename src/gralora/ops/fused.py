@@ -1,8 +1,8 @@
 """An adapted linear layer, base and adapter together, in as few passes over memory as torch's own kernels allow.
 
 The forward keeps only `x` and the exchanged sub-ranks `g`, with dropout also its seed; nothing of the size of `y` is
-made but `y`. Chunks of x and
-y are strided views, [k, T, I/k] and [k, T, O/k], that batched matrix products read and write in place.
+made but `y`. Chunks of x and y are strided views, [k, T, I/k] and [k, T, O/k], that batched matrix products read and
+write in place.
 
 Both directions are the same three operations, because the exchange is its own mirror image:
 
@@ -79,7 +79,7 @@ def linear(
     g: Tensor | None = None,
     gradients: Gradients | None = None,
 ) -> tuple[Tensor, Tensor, bool]:
-    """y = x W^T + bias + up(g, B), dtype of x, and g = down(x, A) unless it is given; in one launch where that wins.
+    """y = x W^T + bias + up(g, B), dtype of x, in one launch where that wins; g = down(x, A) unless it is given.
 
     Args:
         x: `[..., I]`.

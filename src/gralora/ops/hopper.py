@@ -53,13 +53,11 @@ def readable(x: Tensor) -> bool:
     return x.stride(1) == 1 and not x.stride(0) % 8 and not x.data_ptr() % 16
 
 
-def _readable_factor(A: Tensor) -> bool:
-    """The same of a factor `[k, n, m]`, whose unit stride may be either of the last two."""
-    return 1 in A.stride()[1:] and not (A.shape[1] | A.shape[2]) % 8 and not A.data_ptr() % 16
-
-
 def wins(x: Tensor, weight: Tensor, B: Tensor) -> bool:
-    """Whether the kernel can take these tensors and is faster than cuBLAS and a separate up-projection."""
+    """Whether the kernel can take these tensors and is faster than cuBLAS and a separate up-projection.
+
+    B is `[k, r, O/k]`, as `readable` says in either of its last two dimensions; g `[k, T, r]` and y are contiguous.
+    """
     return (
         _tiles(x.shape[0], weight.shape[0]) >= _processors(x.device.index)
         and not (weight.stride(1) == 1 and weight.stride(0) > LONG_ROW)
@@ -67,7 +65,9 @@ def wins(x: Tensor, weight: Tensor, B: Tensor) -> bool:
         and weight.dtype == x.dtype
         and readable(x)
         and readable(weight if weight.stride(1) == 1 else weight.t())
-        and _readable_factor(B)
+        and 1 in B.stride()[1:]
+        and not (B.shape[1] | B.shape[2] | B.stride(0) | B.stride(1) * B.stride(2)) % 8
+        and not B.data_ptr() % 16
     )
 
 
