@@ -60,11 +60,20 @@ def launch(engine: str, processes: int, folder: Path, runs: dict[str, Any]) -> d
     """Run them on so many processes; what each process saw, by the run's name."""
     plan = folder / "plan.json"
     plan.write_text(json.dumps({"folder": str(folder), "runs": runs}))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{engine}.yaml")]
-    command += ["--num_processes", str(processes), "--main_process_port", "0"]
-    command += [str(Path(__file__).parent / "distributed_runs.py"), str(plan)]
-    output_of(command)
+    output_of([*launcher(engine, processes), str(Path(__file__).parent / "distributed_runs.py"), str(plan)])
     return {name: [torch.load(folder / f"{name}.{rank}.pt") for rank in range(processes)] for name in runs}
+
+
+def launcher(engine: str, processes: int) -> list[str]:
+    """The command that starts so many processes of what follows it."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{engine}.yaml")]
+    return [*command, "--num_processes", str(processes), "--main_process_port", "0"]
+
+
+def finetune_command(options: dict[str, Any]) -> list[str]:
+    """What follows a launcher, or python, to make a run of `arguments` by the command itself."""
+    flags = [f"--{name}={value}" for name, value in options.items() if not isinstance(value, list)]
+    return ["-m", "gralora.tool.cli", "finetune", *flags, "--lora_target_modules", "all-linear"]
 
 
 def output_of(command: list[str]) -> str:
@@ -270,11 +279,8 @@ def test_deepspeed(stage, alone, arguments, tiny_model, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_command_itself(alone, arguments, tmp_path):
     """`gralora finetune` as the docs launch it, and what it prints, without anything of the tests in between."""
-    options = arguments("plain", tmp_path)
-    flags = [f"--{name}={value}" for name, value in options.items() if not isinstance(value, list)]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp.yaml")]
-    command += ["--main_process_port", "0", "-m", "gralora.tool.cli", "finetune", *flags, "--json", "--verify"]
-    metrics = json.loads(output_of([*command, "--lora_target_modules", "all-linear"]))
+    command = [*launcher("ddp", 2), *finetune_command(arguments("plain", tmp_path))]
+    metrics = json.loads(output_of([*command, "--json", "--verify"]))
     assert metrics["max_logit_difference"]["reloaded"] < 1e-4
     assert_same_losses(log_of(tmp_path / "plain"), log_of(alone / "plain"), 1e-5)
 

@@ -12,7 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_distributed import CONFIGS, arguments, assert_same_losses, log_of  # noqa: F401 (a fixture)
+from test_distributed import (
+    arguments,  # noqa: F401 (a fixture)
+    assert_same_losses,
+    finetune_command,
+    launcher,
+    log_of,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 
@@ -32,14 +38,10 @@ TOLERANCE = {"plain": 1e-4, "bf16": 2**-7}
 
 
 def start(engine: str | None, processes: int, options: dict[str, Any]) -> subprocess.Popen:
-    flags = [f"--{name}={value}" for name, value in options.items() if not isinstance(value, list)]
-    command = ["-m", "gralora.tool.cli", "finetune", *flags, "--lora_target_modules", "all-linear"]
-    if engine is not None:
-        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{engine}.yaml")]
-        command = [*launcher, "--num_processes", str(processes), "--main_process_port", "0", *command]
+    command = [sys.executable] if engine is None else launcher(engine, processes)
     gpus = ",".join(map(str, range(processes)))
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen([sys.executable, *command], env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*command, *finetune_command(options)], env=environment, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module", params=TOLERANCE)
