@@ -81,12 +81,28 @@ def test_conv1d_layout_on_gpu():
 
 @pytest.mark.gpu
 @needs_gpu
-def test_deterministic_on_gpu():
-    """The same input gives the same bits, forward and backward."""
+def test_streams_and_graphs_on_gpu():
+    """Launches on two streams at once, and replays of a CUDA graph, give the bits of launches one after the other."""
     tensors = make(SHAPES[0], torch.bfloat16, "cuda")
     dy = torch.randn(SHAPES[0][0], SHAPES[0][2], device="cuda", dtype=torch.bfloat16)
-    first, second = (gradients(gralora_linear, tensors, dy) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    expected = gradients(gralora_linear, tensors, dy)
+    streams, results = [torch.cuda.Stream() for _ in range(2)], []
+    torch.cuda.synchronize()
+    for _ in range(8):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(gradients(gralora_linear, tensors, dy))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(gralora_linear, tensors, dy)
+    for _ in range(3):
+        for t in captured:
+            t.zero_()
+        graph.replay()
+        results.append([t.clone() for t in captured])
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 @pytest.mark.gpu

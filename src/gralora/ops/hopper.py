@@ -21,6 +21,7 @@ from .launch import Launcher
 BLOCK_T, BLOCK_N, BLOCK_K = 128, 256, 64
 SLOTS = 3
 GROUP = 8  # row tiles that share columns of W while they are in L2
+GRADIENT_BLOCKS = {64: (128, 128), 128: (64, 256)}  # of ranks -> tokens a step, and columns, that fill a slot
 LONG_ROW = 8192  # elements, above which cuBLAS reads rows of W faster: 4096 rows of 14336, 1183 us against 1352
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -30,6 +31,20 @@ _linear = Launcher(linear_kernel, num_warps=8, maxnreg=168)
 @functools.cache
 def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def _counter(device: int) -> Tensor:
+    """The counter of a stream, whose launches follow each other and leave it at 0; of its own in a CUDA graph."""
+    if torch._C._cuda_isCurrentStreamCapturing():
+        return torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))
+    key = device, torch._C._cuda_getCurrentRawStream(device)
+    counter = _counters.get(key)
+    if counter is None:
+        counter = _counters[key] = torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))
+    return counter
 
 
 @functools.cache
@@ -95,15 +110,17 @@ def linear_up(
         y `[T, O]`, dtype of x.
     """
     (T, K), N, (k, _, r) = x.shape, weight.shape[0], g.shape
+    device = x.device.index
     y = x.new_empty(T, N)
     w_transposed, b_transposed = weight.stride(1) == 1, B.stride(2) != 1
     b_block = (BLOCK_N, BLOCK_K) if b_transposed else (BLOCK_K, BLOCK_N)
     x_desc, g_desc = _descriptor(x, (BLOCK_T, BLOCK_K)), _descriptor(g, (1, BLOCK_T, BLOCK_K))
     read, written, strides, tiles, h_layout, z_layout = (x_desc, g_desc) * 2, (y, y), (0,) * 4, (0, 0), None, None
-    block_r = 64 if r <= 64 else 128
+    spread, block_r = 0, 64 if r <= 64 else 128
     if gradients is not None:
         z, h, *written = gradients
-        z_block, h_block = (BLOCK_K, BLOCK_N), (BLOCK_K, block_r)
+        z_block = GRADIENT_BLOCKS[block_r]
+        h_block = z_block[0], block_r
         read = (
             _descriptor(z, z_block),
             _descriptor(h, (1, *h_block)),
@@ -111,7 +128,9 @@ def linear_up(
             _descriptor(g, (1, *h_block)),
         )
         strides = (*written[0].stride()[1:], *written[1].stride()[1:])
-        tiles = [k * -(-(n // k) // BLOCK_N) * -(-r // block_r) for n in (N, K)]
+        tiles = [k * -(-(n // k) // z_block[1]) * -(-r // block_r) for n in (N, K)]
+        # a quarter of a round at the end: more, and that end would wait for memory; tiles of 128 ranks are too long
+        spread = sum(tiles) if block_r > 64 else max(sum(tiles) - _processors(device) // 4, 0)
         h_layout, z_layout = _layout(h_block, x.dtype), _layout(z_block, x.dtype)
     key = (
         x.dtype,
@@ -122,7 +141,7 @@ def linear_up(
     )
     _linear(
         key,
-        (_processors(x.device.index), 1, 1),
+        (_processors(device), 1, 1),
         x,
         x_desc,
         _descriptor(*((weight, (BLOCK_N, BLOCK_K)) if w_transposed else (weight.t(), (BLOCK_K, BLOCK_N)))),
@@ -131,7 +150,7 @@ def linear_up(
         _descriptor(y, (BLOCK_T, BLOCK_N)),
         *read,
         y if bias is None else bias,
-        torch.zeros(1, dtype=torch.int32, device=x.device),  # places of the list that are taken
+        _counter(device),
         *written,
         *strides,
         T,
@@ -140,6 +159,7 @@ def linear_up(
         k,
         r,
         *tiles,
+        spread,
         _layout(b_block, x.dtype),
         h_layout,
         z_layout,

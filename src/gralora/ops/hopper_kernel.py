@@ -1,7 +1,7 @@
 """The device code of `hopper`: two kinds of tiles through one ring of shared-memory slots.
 
     product      y = x W^T + bias + up(g, B)    [BLOCK_T, BLOCK_N] of y: all of K, then g_j and B_j
-    gradient     out_i = z_i^T h_i              [BLOCK_R, BLOCK_N] of one block, transposed: all tokens
+    gradient     out_i = z_i^T h_i              [BLOCK_R, BLOCK_C] of one block, transposed: all tokens
 
 Persistent programs take one tile after the other from a list, by a counter in global memory: tiles differ in length,
 and another kernel may hold a part of the GPU. In a program one warp loads, and two warpgroups multiply.
@@ -21,14 +21,17 @@ TURNS = gl.constexpr(8)  # entries of the queue from the loading warp: more than
 
 
 @gluon.jit
-def _tile(place, places, gradients):
+def _tile(place, products, spread):
     """Whether the tile at a place of the list is of a gradient, and its number among those of its kind.
 
-    Gradients read memory and products do not wait for it: they are spread evenly.
+    Gradients read memory and products do not wait for it: the first `spread` of them are spread among the products.
+    The others come last: they are shorter than products, so that programs end nearer to each other.
     """
-    every = places // gl.maximum(gradients, 1)
-    is_gradient = (place % every == 0) & (place // every < gradients)
-    return is_gradient, gl.where(is_gradient, place // every, place - gl.minimum(gl.cdiv(place, every), gradients))
+    every = (products + spread) // gl.maximum(spread, 1)
+    before = gl.minimum(gl.cdiv(place, every), spread)
+    is_last = place >= products + spread
+    is_gradient = is_last | ((place % every == 0) & (place // every < spread))
+    return is_gradient, gl.where(is_last, place - products, gl.where(is_gradient, before, place - before))
 
 
 @gluon.jit
@@ -42,11 +45,11 @@ def _product_at(tile, T, N, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, GROUP:
 
 
 @gluon.jit
-def _gradient_at(tile, r, chunk, BLOCK_N: gl.constexpr, BLOCK_R: gl.constexpr):
+def _gradient_at(tile, r, chunk, BLOCK_C: gl.constexpr, BLOCK_R: gl.constexpr):
     """Block, first column in it and first rank of a tile of a gradient."""
     tiles_r = gl.cdiv(r, BLOCK_R)
-    in_block = gl.cdiv(chunk, BLOCK_N) * tiles_r
-    return tile // in_block, tile % in_block // tiles_r * BLOCK_N, tile % tiles_r * BLOCK_R
+    in_block = gl.cdiv(chunk, BLOCK_C) * tiles_r
+    return tile // in_block, tile % in_block // tiles_r * BLOCK_C, tile % tiles_r * BLOCK_R
 
 
 @gluon.jit
@@ -122,28 +125,31 @@ def _load_tiles(
     GROUP: gl.constexpr,
 ):
     """The loading warp: take tiles from the list and load what they multiply."""
-    T, N, K, k, r, from_z, from_x = sizes
+    T, N, K, k, r, from_z, from_x, spread = sizes
     BLOCK_T: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     chunk = N // k
-    places = gl.cdiv(T, BLOCK_T) * gl.cdiv(N, BLOCK_N) + from_z + from_x
+    products = gl.cdiv(T, BLOCK_T) * gl.cdiv(N, BLOCK_N)
+    places = products + from_z + from_x
     step, turn = 0, 0
     place = gl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
     while place < places:
         _send(place, queue, turn)
         turn += 1
-        is_gradient, tile = _tile(place, places, from_z + from_x)
+        is_gradient, tile = _tile(place, products, spread)
         if MAKES_GRADIENTS:
             z_desc, h_desc, x_wide_desc, g_wide_desc, _, _, _, _ = gradients
+            BLOCK_S: gl.constexpr = z_desc.block_type.shape[0]
+            BLOCK_C: gl.constexpr = z_desc.block_type.shape[1]
             BLOCK_R: gl.constexpr = h_desc.block_type.shape[2]
             if is_gradient:
                 if tile < from_z:
-                    i, c, n = _gradient_at(tile, r, chunk, BLOCK_N, BLOCK_R)
-                    for t in range(0, T, BLOCK_K):
+                    i, c, n = _gradient_at(tile, r, chunk, BLOCK_C, BLOCK_R)
+                    for t in range(0, T, BLOCK_S):
                         step = _load(g_wide_desc, [i, t, n], z_desc, [t, i * chunk + c], ring, step)
                 else:
-                    i, c, n = _gradient_at(tile - from_z, r, K // k, BLOCK_N, BLOCK_R)
-                    for t in range(0, T, BLOCK_K):
+                    i, c, n = _gradient_at(tile - from_z, r, K // k, BLOCK_C, BLOCK_R)
+                    for t in range(0, T, BLOCK_S):
                         step = _load(h_desc, [i, t, n], x_wide_desc, [t, i * (K // k) + c], ring, step)
         if not is_gradient:
             t, n = _product_at(tile, T, N, BLOCK_T, BLOCK_N, GROUP)
@@ -154,6 +160,8 @@ def _load_tiles(
                 for c in range(0, r, BLOCK_K):
                     step = _load(g_desc, [j, t, c], b_desc, [j, o, c] if B_TRANSPOSED else [j, c, o], ring, step)
         place = gl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
+    if place == places + gl.num_programs(0) - 1:  # the last of the programs to find no tile: for the next launch
+        gl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")
     _send(place, queue, turn)
 
 
@@ -170,7 +178,7 @@ def _multiply_gradient(
     H_LAYOUT: gl.constexpr,
     Z_LAYOUT: gl.constexpr,
     BLOCK_S: gl.constexpr,
-    BLOCK_N: gl.constexpr,
+    BLOCK_C: gl.constexpr,
     BLOCK_R: gl.constexpr,
     WARPS: gl.constexpr,
 ):
@@ -181,17 +189,17 @@ def _multiply_gradient(
     SLOTS: gl.constexpr = small_slots.type.shape[0]
     WARPS_R: gl.constexpr = BLOCK_R // 16
     layout: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [WARPS_R, WARPS // WARPS_R], [16, BLOCK_N * WARPS_R // WARPS, 16]
+        [3, 0], [WARPS_R, WARPS // WARPS_R], [16, BLOCK_C * WARPS_R // WARPS, 16]
     )
-    i, c, n = _gradient_at(tile, r, chunk, BLOCK_N, BLOCK_R)
-    acc = gl.zeros((BLOCK_R, BLOCK_N), dtype=gl.float32, layout=layout)
+    i, c, n = _gradient_at(tile, r, chunk, BLOCK_C, BLOCK_R)
+    acc = gl.zeros((BLOCK_R, BLOCK_C), dtype=gl.float32, layout=layout)
     for t in range(0, T, BLOCK_S):
         h = small_slots.index(step % SLOTS)._reinterpret(dtype, [BLOCK_S, BLOCK_R], H_LAYOUT)
-        z = large_slots.index(step % SLOTS)._reinterpret(dtype, [BLOCK_S, BLOCK_N], Z_LAYOUT)
+        z = large_slots.index(step % SLOTS)._reinterpret(dtype, [BLOCK_S, BLOCK_C], Z_LAYOUT)
         acc, step = _multiply(h.permute((1, 0)), z, acc, ring, step, t == 0)
     acc = _finish(acc, ring, step)
     ranks = n + gl.arange(0, BLOCK_R, gl.SliceLayout(1, layout))[:, None]
-    columns = c + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))[None, :]
+    columns = c + gl.arange(0, BLOCK_C, gl.SliceLayout(0, layout))[None, :]
     pointers = out_ptr + i * chunk * r + columns * stride_c + ranks * stride_r
     gl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=(ranks < r) & (columns < chunk))
     return step
@@ -219,18 +227,19 @@ def _multiply_tiles(
 ):
     """The warpgroups: multiply what is loaded, and store."""
     small_slots, large_slots, ready, empty = ring
-    T, N, K, k, r, from_z, from_x = sizes
+    T, N, K, k, r, from_z, from_x, spread = sizes
     dtype: gl.constexpr = y_desc.dtype
     SLOTS: gl.constexpr = small_slots.type.shape[0]
     BLOCK_T: gl.constexpr = y_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = y_desc.block_type.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     chunk = N // k
-    places = gl.cdiv(T, BLOCK_T) * gl.cdiv(N, BLOCK_N) + from_z + from_x
+    products = gl.cdiv(T, BLOCK_T) * gl.cdiv(N, BLOCK_N)
+    places = products + from_z + from_x
     step, turn = 0, 0
     place = _receive(queue, turn)
     while place < places:
-        is_gradient, tile = _tile(place, places, from_z + from_x)
+        is_gradient, tile = _tile(place, products, spread)
         if not is_gradient:
             t, n = _product_at(tile, T, N, BLOCK_T, BLOCK_N, GROUP)
             acc = gl.zeros((BLOCK_T, BLOCK_N), dtype=gl.float32, layout=layout)
@@ -256,7 +265,9 @@ def _multiply_tiles(
             fence_async_shared()
             tma.async_copy_shared_to_global(y_desc, [t, n], y_tile)
         if MAKES_GRADIENTS:
-            _, h_desc, _, _, z_grad_ptr, x_grad_ptr, z_strides, x_strides = gradients
+            z_desc, h_desc, _, _, z_grad_ptr, x_grad_ptr, z_strides, x_strides = gradients
+            BLOCK_S: gl.constexpr = z_desc.block_type.shape[0]
+            BLOCK_C: gl.constexpr = z_desc.block_type.shape[1]
             BLOCK_R: gl.constexpr = h_desc.block_type.shape[2]
             # not as if and else: ptxas would then wait for every product before the next
             if is_gradient & (tile < from_z):
@@ -271,8 +282,8 @@ def _multiply_tiles(
                     r,
                     H_LAYOUT,
                     Z_LAYOUT,
-                    BLOCK_K,
-                    BLOCK_N,
+                    BLOCK_S,
+                    BLOCK_C,
                     BLOCK_R,
                     WARPS,
                 )
@@ -288,8 +299,8 @@ def _multiply_tiles(
                     r,
                     H_LAYOUT,
                     Z_LAYOUT,
-                    BLOCK_K,
-                    BLOCK_N,
+                    BLOCK_S,
+                    BLOCK_C,
                     BLOCK_R,
                     WARPS,
                 )
@@ -298,7 +309,7 @@ def _multiply_tiles(
     tma.store_wait(pendings=0)
 
 
-_SIZES = ["T", "N", "K", "k", "r", "from_z", "from_x"]
+_SIZES = ["T", "N", "K", "k", "r", "from_z", "from_x", "spread"]
 _STRIDES = ["z_stride_c", "z_stride_r", "x_stride_c", "x_stride_r"]
 
 
@@ -328,6 +339,7 @@ def linear_kernel(
     r,
     from_z,
     from_x,
+    spread,
     B_LAYOUT: gl.constexpr,
     H_LAYOUT: gl.constexpr,
     Z_LAYOUT: gl.constexpr,
@@ -341,7 +353,8 @@ def linear_kernel(
 ):
     """See `hopper.linear_up` for the arguments; what is not used is any other tensor or descriptor.
 
-    `from_z` and `from_x` are the numbers of tiles of the two gradients.
+    `from_z` and `from_x` are the numbers of tiles of the two gradients, of which `spread` are among the products. The
+    counter, of the places of the list that are taken, is 0 before and after.
     """
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     BLOCK_N: gl.constexpr = y_desc.block_type.shape[1]
@@ -359,7 +372,7 @@ def linear_kernel(
         mbarrier.init(sent.index(turn), count=1)
     queue = (places, sent)
     ring = (small_slots, large_slots, ready, empty)
-    sizes = (T, N, K, k, r, from_z, from_x)
+    sizes = (T, N, K, k, r, from_z, from_x, spread)
     z_strides, x_strides = (z_stride_c, z_stride_r), (x_stride_c, x_stride_r)
     gradients = (z_desc, h_desc, x_wide_desc, g_wide_desc, z_grad_ptr, x_grad_ptr, z_strides, x_strides)
     gl.warp_specialize(
