@@ -3,8 +3,10 @@
 import json
 import math
 import multiprocessing
+import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import quality_report
 from quality_data import Task
 from quality_generate import Generator
 from quality_plan import Results, Stage
+from quality_report import Difference
 from quality_train import Cell, Job, Trainer, schedule
 
 RUN = {"steps": 4, "tokens_per_step": 32}
@@ -382,7 +385,7 @@ def test_scores_are_better_when_higher(tmp_path: Path) -> None:
             score = 0.5 + each["seed"] / 100 + (0.1 + each["seed"] / 1000) * (each["method"] == "gralora")
             results.add(each | {"exact_match": score, "start_exact_match": 0.25})
     text = quality_report.write(results, tmp_path / "q.md")
-    assert "**better**, -0.1333 ± 0.1434" not in text and "**tie**, -0.1333 ± 0.1434 (3 seeds)" in text
+    assert "**better**, -0.1333 ± 0.1434" not in text and "**tie**, -0.1333 ± 0.1434 (3 seeds, p = 0.057)" in text
     assert "exact match +0.1020 ± 0.0025, better" in text and "exact match 0.2500" in text
 
 
@@ -426,6 +429,43 @@ def test_intervals_are_students() -> None:
     """Three values 1, 2, 3: 4.303 / sqrt(3) times their deviation of 1."""
     assert quality_report.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
     assert quality_report.half_width([1.0]) is None and quality_report.half_width([1.0, math.inf]) is None
+
+
+def shifted(t: float, pairs: int) -> Difference:
+    """A difference whose mean is t standard errors from 0."""
+    values = [float(number) for number in range(pairs)]
+    error = statistics.stdev(values) / math.sqrt(pairs)
+    return Difference(tuple(value - statistics.mean(values) + t * error for value in values))
+
+
+@pytest.mark.parametrize("degrees", range(1, 10))
+def test_p_is_students(degrees: int) -> None:
+    """5% at the ends of the 95% interval."""
+    end = quality_report.T95[degrees - 1]
+    for sign in (-1, 1):
+        assert shifted(sign * end, degrees + 1).p == pytest.approx(0.05, abs=1e-4)
+    assert Difference((0.25, 0.25)).p == 0 and Difference((0.0, 0.0)).p == 1
+
+
+def test_what_holds_together_is_holms() -> None:
+    """Of three at 5%, the first needs a third of it, the second half: one that does not hold ends it."""
+    small, middle, large = (shifted(t, 4) for t in (-20, 4, 3.3))
+    assert small.p < 0.05 / 3 and 0.05 / 2 < middle.p < large.p < 0.05
+    assert quality_report.holds_together([large, small, middle]) == [small]
+    assert quality_report.holds_together([middle, small]) == [small, middle]
+    assert quality_report.holds_together([middle, large]) == []
+    assert quality_report.holds_together([small, Difference((-9.0,))]) == [small]
+
+
+def test_fewer_rows_are_beside_all(tmp_path: Path) -> None:
+    """With fewer rows 2.5e-4 is best; all rows' best, 1e-3, was tried with LoRA, for the grid 5e-4 is nearest."""
+    results = results_with([], [])
+    for cell, exponents in ((LORA, (-3, -2, -1, 0)), (GRID, (-3, -2, -1))):
+        for e in exponents:
+            results.add(record(quality_plan.job(replace(cell, task="python-800"), e, 0, RUN), 1 + abs(e + 2)))
+    lines = quality_report.write(results, tmp_path / "q.md").splitlines()
+    assert "| python-800 | LoRA r=8 | 0.001 | 0.00025 | 1.0000 | 3.0000 |" in lines
+    assert "| python-800 | GraLoRA k=2 r=8 | 0.001 | 0.00025 | 1.0000 | 2.0000 at 0.0005, the nearest tried |" in lines
 
 
 def test_tuning_seed_decides_nothing(tmp_path: Path) -> None:
