@@ -152,7 +152,7 @@ class Difference:
 
 def holds_together(differences: list[Difference], level: float = 0.05) -> list[Difference]:
     """Those that are not 0 by Holm's test, which names any wrongly with at most this probability."""
-    ordered = sorted((d for d in differences if d.half is not None), key=lambda d: d.p)
+    ordered = sorted(differences, key=lambda d: d.p)
     for number, d in enumerate(ordered):
         if d.p > level / (len(ordered) - number):
             return ordered[:number]
@@ -255,6 +255,7 @@ def summary(runs: dict[Cell, Runs], tasks: Iterable[str]) -> list[str]:
     """Where GraLoRA is better, ties and is worse: against LoRA of the same rank as a list, against others a table."""
     texts: dict[str, list[str]] = defaultdict(list)
     equal: dict[Difference, str] = {}
+    others: dict[Difference, str] = {}
     rows = [["task", "GraLoRA", "against", "its parameters", "loss", "verdict", "score"]]
     for task in tasks:
         own = [r for cell, r in runs.items() if cell.task == task]
@@ -274,19 +275,25 @@ def summary(runs: dict[Cell, Runs], tasks: Iterable[str]) -> list[str]:
                     more = other.records[0]["parameters"] / grid.records[0]["parameters"]
                     row = [task, grid.name, other.name, f"x{more:.1f}", f"{d} ({d.pairs})", d.verdict]
                     rows.append([*row, "; ".join(scores)])
+                    others[d] = f"{grid.name} against {other.name}, {task}"
     if not texts:
         return ["No cell has been run with more than the seed that chose its learning rate, so nothing is decided."]
     counts = ", ".join(f"{len(texts[verdict])} {verdict}" for verdict in ("better", "tie", "worse"))
-    together = "; ".join(equal[d] for d in holds_together(list(equal))) or "none"
     total = (
         "Held-out loss of GraLoRA against LoRA at equal trainable parameters, each at its own best learning rate: "
-        f"{counts}. Still not 0 with all of these taken together, at 5% (Holm): {together}."
+        f"{counts}. {_together(equal)}"
     )
     lines = [total, "", *(f"- {text}" for verdict in ("better", "tie", "worse", "open") for text in texts[verdict])]
     if len(rows) > 1:
         words = "Against rsLoRA, LoRA of the rank that dW has after export (hybrid_r + k * r_g), and full fine-tuning:"
-        lines += ["", words, "", *_table(rows)]
+        lines += ["", words, "", *_table(rows), "", _together(others)]
     return lines
+
+
+def _together(named: dict[Difference, str]) -> str:
+    known = [d for d in named if d.half is not None]
+    words = "; ".join(named[d] for d in holds_together(known)) or "none"
+    return f"Still not 0 with all {len(known)} taken together, at 5% (Holm): {words}."
 
 
 def comparable(grid: Cell, other: Cell) -> bool:
