@@ -1,8 +1,10 @@
 """The quality benchmark: what it runs, that it goes on where it stopped, what it trains, and what it concludes."""
 
+import itertools
 import json
 import math
 import multiprocessing
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from quality_plan import Results, Stage
 from quality_report import Difference
 from quality_train import Cell, Job, Trainer, schedule
 
+ROOT = Path(__file__).parents[1]
 RUN = {"steps": 4, "tokens_per_step": 32}
 LORA, GRID = Cell("python", "lora", 8), Cell("python", "gralora", 8, 2)
 
@@ -472,3 +475,32 @@ def test_fewer_rows_are_beside_all(tmp_path: Path) -> None:
 def test_tuning_seed_decides_nothing(tmp_path: Path) -> None:
     text = quality_report.write(results_with([], []), tmp_path / "q.md")
     assert "nothing is decided" in text
+
+
+# The documentation
+
+
+@pytest.fixture(scope="module")
+def published() -> Results:
+    return Results(quality.read(ROOT / "benchmarks" / "results" / "quality-h100.jsonl"))
+
+
+def test_page_is_that_of_the_results(published: Results, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    assert quality_report.write(published, tmp_path / "quality.md") == page
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md", "docs/scaling.md"])
+def test_quoted_differences_are_in_the_results(published: Results, page: str) -> None:
+    """Each "-0.0094 ± 0.0018" is a difference of two methods on one task, at some learning rates; the sign may be in
+    words, as in "0.0070 ± 0.0011 below"."""
+    runs = quality_report.collect(published).values()
+    pairs = [(a, b) for a, b in itertools.permutations(runs, 2) if a.cell.task == b.cell.task]
+    rates = {own.cell: {r["lr"] for r in own.records if r["seed"] != quality_plan.TUNING_SEED} for own in runs}
+    known = {
+        str(quality_report.difference(a, b, at=at))
+        for a, b in pairs
+        for at in itertools.product(rates[a.cell], rates[b.cell])
+    }
+    quoted = re.findall(r"[-+]?\d\.\d{4} ± \d\.\d{4}", (ROOT / page).read_text(encoding="utf-8"))
+    assert quoted and not {q if q[0] in "-+" else f"-{q}" for q in quoted} - known
