@@ -149,6 +149,7 @@ def draw(results: dict, path: Path) -> None:
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "outlier"
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     import matplotlib.pyplot as plt
 
     rows = [("synthetic\none channel x30", results["synthetic"]["maps_at_30"])]

@@ -169,7 +169,7 @@ def stages(tasks: Iterable[str]) -> list[Stage]:
             seeds_at_loras=4,
         ),
         Stage(
-            "an eighth of the rows",
+            "fewer rows",
             (lora(fewer, 16), grid(fewer, 16, 2, power=0.5), lora(fewer, 64), grid(fewer, 64, 4, power=0.5)),
             seeds=4,
         ),

@@ -3,25 +3,31 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import mpmath  # which torch brings along
 from quality_plan import TUNING_SEED, Results
 from quality_train import Cell
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's, two-sided, 1 to 9 degrees
 TASKS = {
     "python": "Python source, held out by package",
-    "python-800": "Python source, an eighth of the rows",
+    "python-800": "Python source, 800 training rows",
     "gsm8k": "GSM8K, loss on answers",
     "choice": "Multiple choice (OpenBookQA)",
 }
 NOTES = {
-    "gsm8k": "Exact match: greedy answers of at most 192 tokens, adapters merged in bfloat16, on the test problems "
-    "that fit into a row of 256 tokens with their answer; right is one with the number after `####`.",
-    "choice": "Accuracy: the likeliest of the four answers offered; chance is 0.25.",
+    "python": "6400 training rows of 512 tokens; a run reads 3200 of them, each once.",
+    "python-800": "800 of the task's 6400 training rows, drawn at random, and the same test. A run reads each of them "
+    "four times, where one on all rows reads 3200 once.",
+    "gsm8k": "6309 training problems, in rows of 256 tokens, filled up; a run reads each once, 91 of them twice. "
+    "Exact match: greedy answers of at most 192 tokens, adapters merged in bfloat16, on the 1098 of 1319 test "
+    "problems that fit into such a row with their answer; right is one with the number after `####`.",
+    "choice": "7208 training questions, in rows of 256 tokens, filled up; a run reads 6400 of them, each once. "
+    "Accuracy: the likeliest of the four answers offered; chance is 0.25.",
 }
 SCORES = ("exact_match", "accuracy")  # the higher, the better
 
@@ -105,12 +111,32 @@ def collect(results: Results) -> dict[Cell, Runs]:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of what two methods reach, paired by seed, with its 95% interval; `half` is None for fewer than two pairs."""
+    """Of what two methods reach, by seed; `half` of the mean's 95% interval is None for fewer than two pairs."""
 
-    mean: float
-    half: float | None
-    pairs: int
+    values: tuple[float, ...]
     higher_is_better: bool = False
+
+    @property
+    def pairs(self) -> int:
+        return len(self.values)
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.values)
+
+    @property
+    def half(self) -> float | None:
+        return half_width(self.values)
+
+    @property
+    def p(self) -> float:
+        """Of a mean this far from 0 if there were no difference, two-sided, by Student's distribution."""
+        spread = statistics.stdev(self.values)
+        if not spread:
+            return 0.0 if self.mean else 1.0
+        degrees = self.pairs - 1
+        t = self.mean / spread * math.sqrt(self.pairs)
+        return float(mpmath.betainc(degrees / 2, 0.5, 0, degrees / (degrees + t * t), regularized=True))
 
     @property
     def verdict(self) -> str:
@@ -124,6 +150,15 @@ class Difference:
         return f"{self.mean:+.4f}{_plus_minus(self.half)}"
 
 
+def holds_together(differences: list[Difference], level: float = 0.05) -> list[Difference]:
+    """Those that are not 0 by Holm's test, which names any wrongly with at most this probability."""
+    ordered = sorted(differences, key=lambda d: d.p)
+    for number, d in enumerate(ordered):
+        if d.p > level / (len(ordered) - number):
+            return ordered[:number]
+    return ordered
+
+
 def difference(
     own: Runs, other: Runs, key: str = "test_loss", at: tuple[float | None, float | None] = (None, None)
 ) -> Difference | None:
@@ -133,13 +168,11 @@ def difference(
         at: the learning rate of each, None for its best.
     """
     a, b = (runs.measured(key, lr) for runs, lr in zip((own, other), at, strict=True))
-    pairs = [a[seed] - b[seed] for seed in a if seed in b]
-    if not pairs:
-        return None
-    return Difference(statistics.mean(pairs), half_width(pairs), len(pairs), key != "test_loss")
+    pairs = tuple(a[seed] - b[seed] for seed in a if seed in b)
+    return Difference(pairs, key != "test_loss") if pairs else None
 
 
-def half_width(values: list[float]) -> float | None:
+def half_width(values: Sequence[float]) -> float | None:
     """Of the 95% interval of their mean, by Student's distribution; None if there are too few, or one diverged."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
@@ -181,13 +214,13 @@ def write(results: Results, out: Path) -> str:
         "layers, in float32 (on a GPU under bf16 autocast), no dropout, lora_alpha = r, AdamW without weight decay, "
         "warm-up over 5% of the steps, then a cosine to zero. For one seed all methods see the same rows in the same "
         "order. A method's learning rate is the best, for one seed, of 1e-3 times powers of two, tried until it lies "
-        "between two worse ones; the other seeds are run at that learning rate alone, and only they are in the means "
-        "and intervals. A difference is to LoRA of the same rank (full fine-tuning, and a LoRA whose rank no grid "
-        "has: LoRA r=64), paired by seed, with its 95% interval over seeds; a tie is an interval that contains 0. The "
-        "intervals hold one by one, not all at once, and for these test rows. `between`: how far below the best of "
-        "its learning rates a parabola through it and its neighbours goes, for the tuning seed, which is "
-        "too far where one neighbour is much worse; a difference that is no larger may come from the steps between "
-        "learning rates.",
+        "between two worse ones (`edge`: not tried that far yet); the other seeds are run at that learning rate, and "
+        "grids at LoRA's best too, and only they are in the means and intervals. A difference is to LoRA of the same "
+        "rank (full fine-tuning, and a LoRA whose rank no grid has: LoRA r=64), paired by seed, with its 95% interval "
+        "over seeds; a tie is an interval that contains 0. The intervals hold one by one, not all at once, and for "
+        "these test rows; the summary says what holds all at once. `between`: how far below the best of its learning "
+        "rates a parabola through it and its neighbours goes, for the tuning seed, which is too far where one "
+        "neighbour is much worse; a difference that is no larger may come from the steps between learning rates.",
         "",
         "## Summary",
         "",
@@ -209,6 +242,7 @@ def write(results: Results, out: Path) -> str:
         plot = out.with_name(f"{out.stem}-{task}.svg")
         draw(task, runs, plot)
         lines += ["", f"![Held-out loss by learning rate]({plot.name})"]
+    lines += ["", "## Amount of data", "", *fewer_rows(runs)]
     lines += ["", "## k and rank", "", *one_apart(runs)]
     lines += ["", "## Keeping LoRA's learning rate", "", *transfer(runs)]
     lines += ["", "## Size of the update", "", *sizes(runs)]
@@ -220,7 +254,9 @@ def write(results: Results, out: Path) -> str:
 def summary(runs: dict[Cell, Runs], tasks: Iterable[str]) -> list[str]:
     """Where GraLoRA is better, ties and is worse: against LoRA of the same rank as a list, against others a table."""
     texts: dict[str, list[str]] = defaultdict(list)
-    rows = [["task", "GraLoRA", "against", "its parameters", "loss", "verdict"]]
+    equal: dict[Difference, str] = {}
+    others: dict[Difference, str] = {}
+    rows = [["task", "GraLoRA", "against", "its parameters", "loss", "verdict", "score"]]
     for task in tasks:
         own = [r for cell, r in runs.items() if cell.task == task]
         for grid in sorted((r for r in own if r.cell.method == "gralora"), key=_order):
@@ -228,24 +264,36 @@ def summary(runs: dict[Cell, Runs], tasks: Iterable[str]) -> list[str]:
                 d = difference(grid, other)
                 if d is None or not comparable(grid.cell, other.cell):
                     continue
+                scores = ((key.replace("_", " "), difference(grid, other, key)) for key in SCORES)
+                scores = [f"{key} {score}, {score.verdict}" for key, score in scores if score is not None]
                 if other.cell.method == "lora" and other.cell.r == grid.cell.r:
-                    text = f"{TASKS[task]}: {grid.name} against {other.name}: **{d.verdict}**, {d} ({d.pairs} seeds)"
-                    for key in SCORES:
-                        if (score := difference(grid, other, key)) is not None:
-                            text += f"; {key.replace('_', ' ')} {score}, {score.verdict}"
-                    texts[d.verdict].append(text)
+                    seeds = f"{d.pairs} seeds" + ("" if d.half is None else f", p = {d.p:.2g}")
+                    text = f"{TASKS[task]}: {grid.name} against {other.name}: **{d.verdict}**, {d} ({seeds})"
+                    texts[d.verdict].append("; ".join([text, *scores]))
+                    equal[d] = f"{grid.name}, {task}"
                 else:
                     more = other.records[0]["parameters"] / grid.records[0]["parameters"]
-                    rows.append([task, grid.name, other.name, f"x{more:.1f}", f"{d} ({d.pairs})", d.verdict])
+                    row = [task, grid.name, other.name, f"x{more:.1f}", f"{d} ({d.pairs})", d.verdict]
+                    rows.append([*row, "; ".join(scores)])
+                    others[d] = f"{grid.name} against {other.name}, {task}"
     if not texts:
         return ["No cell has been run with more than the seed that chose its learning rate, so nothing is decided."]
     counts = ", ".join(f"{len(texts[verdict])} {verdict}" for verdict in ("better", "tie", "worse"))
-    total = f"GraLoRA against LoRA at equal trainable parameters, each at its own best learning rate: {counts}."
+    total = (
+        "Held-out loss of GraLoRA against LoRA at equal trainable parameters, each at its own best learning rate: "
+        f"{counts}. {_together(equal)}"
+    )
     lines = [total, "", *(f"- {text}" for verdict in ("better", "tie", "worse", "open") for text in texts[verdict])]
     if len(rows) > 1:
         words = "Against rsLoRA, LoRA of the rank that dW has after export (hybrid_r + k * r_g), and full fine-tuning:"
-        lines += ["", words, "", *_table(rows)]
+        lines += ["", words, "", *_table(rows), "", _together(others)]
     return lines
+
+
+def _together(named: dict[Difference, str]) -> str:
+    known = [d for d in named if d.half is not None]
+    words = "; ".join(named[d] for d in holds_together(known)) or "none"
+    return f"Still not 0 with all {len(known)} taken together, at 5% (Holm): {words}."
 
 
 def comparable(grid: Cell, other: Cell) -> bool:
@@ -292,7 +340,8 @@ def table(own: list[Runs], runs: dict[Cell, Runs]) -> list[str]:
             d.verdict if d else "",
         ]
         for name in scores:
-            row += [_mean(o.measured(name)), str((base and difference(o, base, name)) or "")]
+            score = base and difference(o, base, name)
+            row += [_mean(o.measured(name)), f"{score}, {score.verdict}" if score else ""]
         rows.append(row)
     return _table(rows)
 
@@ -302,6 +351,20 @@ def _mean(values: dict[int, float]) -> str:
         return ""
     known = list(values.values())
     return f"{statistics.mean(known):.4f}{_plus_minus(half_width(known))} ({len(known)})"
+
+
+def fewer_rows(runs: dict[Cell, Runs]) -> list[str]:
+    """What fewer training rows do to the best learning rate, and what keeping it costs."""
+    rows = [["task", "method", "best lr, all rows", "best lr", "loss", "loss at all rows' best lr"]]
+    for cell, own in sorted(runs.items(), key=lambda item: (item[0].task, *_order(item[1]))):
+        whole = runs.get(replace(cell, task=cell.task.rpartition("-")[0]))
+        if whole is not None:
+            near = min(own.tuning, key=lambda lr: abs(math.log(lr / whole.lr)))
+            kept = f"{own.tuning[near]:.4f}" + ("" if near == whole.lr else f" at {near:.3g}, the nearest tried")
+            rows.append([cell.task, own.name, f"{whole.lr:.3g}", f"{own.lr:.3g}", f"{own.tuning[own.lr]:.4f}", kept])
+    if len(rows) == 1:
+        return ["No method was run with all rows of a task and with fewer."]
+    return ["Losses are of the seed that chooses the learning rate.", "", *_table(rows)]
 
 
 def one_apart(runs: dict[Cell, Runs]) -> list[str]:
@@ -372,8 +435,8 @@ def transfer(runs: dict[Cell, Runs]) -> list[str]:
 def sizes(runs: dict[Cell, Runs]) -> list[str]:
     """Root mean square of dW's entries, against LoRA's of the same rank, learning rate, seed and step."""
     steps = sorted({int(step) for own in runs.values() for r in own.records for step in r["update_rms"]})
-    rows = [["method", "pairs of runs", *(f"after {step}" for step in steps)]]
-    for cell, own in runs.items():
+    rows = [["task", "method", "pairs of runs", *(f"after {step}" for step in steps)]]
+    for cell, own in sorted(runs.items(), key=lambda item: (item[0].task, *_order(item[1]))):
         base = baseline(cell, runs)
         if base is None or cell.method not in ("gralora", "rslora"):
             continue
@@ -384,13 +447,14 @@ def sizes(runs: dict[Cell, Runs]) -> list[str]:
             known = [a[step] / b[step] for a, b in pairs if a.get(step) and b.get(step)]
             ratios.append(f"{statistics.median(known):.3f}" if known else "")
         if pairs:
-            rows.append([f"{own.name}, {cell.task}", str(len(pairs)), *ratios])
+            rows.append([cell.task, own.name, str(len(pairs)), *ratios])
     if len(rows) == 1:
         return ["No grid was run at a learning rate and with a seed that LoRA was run with."]
     words = (
         "Root mean square of dW's entries over LoRA's of the same rank, learning rate and seed; median over pairs. "
+        "What to expect is derived in [scaling](scaling.md)."
     )
-    return [words + "What to expect is derived in [scaling](scaling.md).", "", *_table(rows)]
+    return [words, "", *_table(rows)]
 
 
 def draw(task: str, runs: dict[Cell, Runs], path: Path) -> None:
@@ -416,18 +480,20 @@ def draw(task: str, runs: dict[Cell, Runs], path: Path) -> None:
     for axis, (rank, scaled) in zip(axes.flat, panels, strict=False):
         here = [r for r in own if r.cell.r == rank]
         low = min(r.tuning[r.lr] for r in here)
+        here = [r for r in here if r.cell.method == "lora" or (r.cell.scale != 1) == scaled]
         for r in here:
-            if r.cell.method == "lora" or (r.cell.scale != 1) == scaled:
-                points = [(lr, loss) for lr, loss in sorted(r.tuning.items()) if math.isfinite(loss)]
-                style = {"lw": 3, "color": "black"} if r.cell.method == "lora" else {"lw": 1.3}
-                axis.plot(*zip(*points, strict=True), marker="o", ms=4, label=r.name, **style)
+            points = [(lr, loss) for lr, loss in sorted(r.tuning.items()) if math.isfinite(loss)]
+            style = {"lw": 3, "color": "black"} if r.cell.method == "lora" else {"lw": 1.3}
+            label = r.name.replace(f" r={rank}", "")
+            axis.plot(*zip(*points, strict=True), marker="o", ms=4, label=label, **style)
         rates = sorted({lr for r in here for lr in r.tuning})
-        title = f"r = {rank}, {'other scalings, and LoRA' if scaled else 'lora_alpha / r'}"
+        unscaled = "lora_alpha / r" + (", and rsLoRA" if any(r.cell.method == "rslora" for r in here) else "")
+        title = f"r = {rank}, {'other scalings, and LoRA' if scaled else unscaled}"
         axis.set(xscale="log", xlabel="learning rate", ylabel="held-out loss", title=title)
         axis.set(ylim=(low - 0.004, low + 0.045))
         axis.set_xticks(rates, [f"{lr:.3g}" for lr in rates])
         axis.minorticks_off()
-        axis.legend(fontsize=7, loc="upper left")
+        axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

@@ -1,10 +1,14 @@
 """The quality benchmark: what it runs, that it goes on where it stopped, what it trains, and what it concludes."""
 
+import itertools
 import json
 import math
 import multiprocessing
+import re
+import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +26,10 @@ import quality_report
 from quality_data import Task
 from quality_generate import Generator
 from quality_plan import Results, Stage
+from quality_report import Difference
 from quality_train import Cell, Job, Trainer, schedule
 
+ROOT = Path(__file__).parents[1]
 RUN = {"steps": 4, "tokens_per_step": 32}
 LORA, GRID = Cell("python", "lora", 8), Cell("python", "gralora", 8, 2)
 
@@ -371,6 +377,8 @@ def test_verdicts_are_paired_by_seed(tmp_path: Path, shift: list[float], verdict
     assert quality_report.difference(runs[GRID], runs[LORA]).verdict == verdict
     text = quality_report.write(results, tmp_path / "q.md")
     assert f"GraLoRA k=2 r=8 against LoRA r=8: **{verdict}**" in text == (tmp_path / "q.md").read_text()
+    holds = "GraLoRA k=2 r=8, python" if verdict in ("better", "worse") else "none"
+    assert f"all {int(verdict != 'open')} taken together, at 5% (Holm): {holds}." in text
     assert (tmp_path / "q-python.svg").stat().st_size > 1000
 
 
@@ -382,7 +390,7 @@ def test_scores_are_better_when_higher(tmp_path: Path) -> None:
             score = 0.5 + each["seed"] / 100 + (0.1 + each["seed"] / 1000) * (each["method"] == "gralora")
             results.add(each | {"exact_match": score, "start_exact_match": 0.25})
     text = quality_report.write(results, tmp_path / "q.md")
-    assert "**better**, -0.1333 ± 0.1434" not in text and "**tie**, -0.1333 ± 0.1434 (3 seeds)" in text
+    assert "**better**, -0.1333 ± 0.1434" not in text and "**tie**, -0.1333 ± 0.1434 (3 seeds, p = 0.057)" in text
     assert "exact match +0.1020 ± 0.0025, better" in text and "exact match 0.2500" in text
 
 
@@ -428,6 +436,71 @@ def test_intervals_are_students() -> None:
     assert quality_report.half_width([1.0]) is None and quality_report.half_width([1.0, math.inf]) is None
 
 
+def shifted(t: float, pairs: int) -> Difference:
+    """A difference whose mean is t standard errors from 0."""
+    values = [float(number) for number in range(pairs)]
+    error = statistics.stdev(values) / math.sqrt(pairs)
+    return Difference(tuple(value - statistics.mean(values) + t * error for value in values))
+
+
+@pytest.mark.parametrize("degrees", range(1, 10))
+def test_p_is_students(degrees: int) -> None:
+    """5% at the ends of the 95% interval."""
+    end = quality_report.T95[degrees - 1]
+    for sign in (-1, 1):
+        assert shifted(sign * end, degrees + 1).p == pytest.approx(0.05, abs=1e-4)
+    assert Difference((0.25, 0.25)).p == 0 and Difference((0.0, 0.0)).p == 1
+
+
+def test_what_holds_together_is_holms() -> None:
+    """Of three at 5%, the first needs a third of it, the second half: one that does not hold ends it."""
+    small, middle, large = (shifted(t, 4) for t in (-20, 4, 3.3))
+    assert small.p < 0.05 / 3 and 0.05 / 2 < middle.p < large.p < 0.05
+    assert quality_report.holds_together([large, small, middle]) == [small]
+    assert quality_report.holds_together([middle, small]) == [small, middle]
+    assert quality_report.holds_together([middle, large]) == []
+
+
+def test_fewer_rows_are_beside_all(tmp_path: Path) -> None:
+    """With fewer rows 2.5e-4 is best; all rows' best, 1e-3, was tried with LoRA, for the grid 5e-4 is nearest."""
+    results = results_with([], [])
+    for cell, exponents in ((LORA, (-3, -2, -1, 0)), (GRID, (-3, -2, -1))):
+        for e in exponents:
+            results.add(record(quality_plan.job(replace(cell, task="python-800"), e, 0, RUN), 1 + abs(e + 2)))
+    lines = quality_report.write(results, tmp_path / "q.md").splitlines()
+    assert "| python-800 | LoRA r=8 | 0.001 | 0.00025 | 1.0000 | 3.0000 |" in lines
+    assert "| python-800 | GraLoRA k=2 r=8 | 0.001 | 0.00025 | 1.0000 | 2.0000 at 0.0005, the nearest tried |" in lines
+
+
 def test_tuning_seed_decides_nothing(tmp_path: Path) -> None:
     text = quality_report.write(results_with([], []), tmp_path / "q.md")
     assert "nothing is decided" in text
+
+
+# The documentation
+
+
+@pytest.fixture(scope="module")
+def published() -> Results:
+    return Results(quality.read(ROOT / "benchmarks" / "results" / "quality-h100.jsonl"))
+
+
+def test_page_is_that_of_the_results(published: Results, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    assert quality_report.write(published, tmp_path / "quality.md") == page
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md", "docs/scaling.md"])
+def test_quoted_differences_are_in_the_results(published: Results, page: str) -> None:
+    """Each "-0.0094 ± 0.0018" is a difference of two methods on one task, at some learning rates; the sign may be in
+    words, as in "0.0070 ± 0.0011 below"."""
+    runs = quality_report.collect(published).values()
+    pairs = [(a, b) for a, b in itertools.permutations(runs, 2) if a.cell.task == b.cell.task]
+    rates = {own.cell: {r["lr"] for r in own.records if r["seed"] != quality_plan.TUNING_SEED} for own in runs}
+    known = {
+        str(quality_report.difference(a, b, at=at))
+        for a, b in pairs
+        for at in itertools.product(rates[a.cell], rates[b.cell])
+    }
+    quoted = re.findall(r"[-+]?\d\.\d{4} ± \d\.\d{4}", (ROOT / page).read_text(encoding="utf-8"))
+    assert quoted and not {q if q[0] in "-+" else f"-{q}" for q in quoted} - known
