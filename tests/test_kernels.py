@@ -114,8 +114,20 @@ def test_hopper_kernel_is_used():
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("not a Hopper GPU")
     x, weight, _, A, B, *_ = make(SHAPES[0], torch.bfloat16, "cuda")
-    matmul = dispatch.linear_kernel(x, weight, B)
+    matmul = dispatch.linear_kernel(x, weight, B, False)
     assert dispatch.factor_kernels(x) and matmul and matmul.readable(x)
+
+
+def test_hopper_kernel_leaves_half_a_round_to_cublas(monkeypatch):
+    """Unless the factors' gradients fill the rest of it."""
+    pytest.importorskip("triton.experimental.gluon")
+    from gralora.ops import hopper
+
+    monkeypatch.setattr(hopper, "_processors", lambda device: 4)
+    weight, B = torch.zeros(256, 64, dtype=torch.bfloat16), torch.zeros(4, 16, 64, dtype=torch.bfloat16)
+    for tiles, alone, beside_gradients in [(3, False, False), (4, True, True), (5, False, True), (8, True, True)]:
+        x = torch.zeros(128 * tiles, 64, dtype=torch.bfloat16)
+        assert hopper.wins(x, weight, B) == alone and hopper.wins(x, weight, B, True) == beside_gradients, tiles
 
 
 def test_hopper_kernel_leaves_what_tma_cannot_read(monkeypatch):

@@ -41,15 +41,29 @@ def gralora_linear(
         return _linear_op(*args)[0]
     if not torch.is_grad_enabled():
         return fused.forward(*args)[0]
-    return GraloraLinearFunction.apply(*args)
+    if not dispatch.is_large(x):
+        return GraloraLinearFunction.apply(*args, None)
+    with torch.no_grad():
+        g = fused.sub_ranks(x, A, hybrid_A, scaling, p, seed)
+    y = GraloraLinearFunction.apply(*args, g)
+    with torch.no_grad():
+        fused.write_linear(y, x, weight, bias, g, fused.pack_up(B, hybrid_B))
+    return y
 
 
 class GraloraLinearFunction(torch.autograd.Function):
-    """`fused.forward` and `fused.backward` for eager mode, where the dispatch of a custom op would cost more."""
+    """`fused.forward` and `fused.backward` for eager mode, where the dispatch of a custom op would cost more.
+
+    With g given, y is not computed yet, only what the backward needs is saved: gradient checkpointing stops computing
+    a block anew where the last tensor is saved, and so never comes to the product of the block's last layer.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed):
-        y, g = fused.forward(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed)
+    def forward(ctx, x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed, g):
+        if g is None:
+            y, g = fused.forward(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed)
+        else:
+            y = fused.output(x, weight)
         ctx.save_for_backward(x, weight, A, B, hybrid_A, hybrid_B, g, seed)
         ctx.scaling, ctx.p = scaling, p
         return y
@@ -60,10 +74,10 @@ class GraloraLinearFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             inputs = x, weight, None, A, B, hybrid_A, hybrid_B, ctx.scaling
             y = reference.linear(*inputs, None if seed is None else _kept(x, ctx.p, seed))
-            return *_differentiable(y, inputs, ctx.needs_input_grad[:8], dy), None, None
+            return *_differentiable(y, inputs, ctx.needs_input_grad[:8], dy), None, None, None
         needs = _needs(ctx.needs_input_grad)
         grads = fused.backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, ctx.scaling, ctx.p, seed, needs)
-        return _in_place_of_inputs(grads)
+        return *_in_place_of_inputs(grads), None
 
 
 def _needs(needs_input_grad):

@@ -76,11 +76,11 @@ def is_large(x: Tensor) -> bool:
     return x.is_cuda and x.numel() >= MIN_SIZE
 
 
-def linear_kernel(x: Tensor, weight: Tensor, B: Tensor) -> ModuleType | None:
+def linear_kernel(x: Tensor, weight: Tensor, B: Tensor, makes_gradients: bool) -> ModuleType | None:
     """The kernel that computes base and adapter in one, or None where it does not apply or win; x `[T, I]`."""
     if choice in ("auto", "triton"):
         module = hopper(x.device.index)
-        if module is not None and module.wins(x, weight, B):
+        if module is not None and module.wins(x, weight, B, makes_gradients):
             return module
     return None
 

@@ -9,8 +9,8 @@ Both directions are the same three operations, because the exchange is its own m
     g  = down(x, A)          y  = x W^T + up(g, B)          dB = g^T dy, block by block
     dh = down(dy, B^T)       dx = dy W  + up(dh, A^T)       dA = x^T dh, block by block
 
-The plain LoRA part of a hybrid adapter rides along as `h` more columns of every block of A and rows of B (`pack`):
-where a grid's sub-ranks are exchanged, its columns are the same for all blocks.
+The plain LoRA part of a hybrid adapter rides along as `h` more columns of every block of A and rows of B (`pack_down`,
+`pack_up`): where a grid's sub-ranks are exchanged, its columns are the same for all blocks.
 """
 
 import torch
@@ -37,14 +37,16 @@ def exchange(h: Tensor) -> Tensor:
     return h if k == 1 else h.as_strided((k, T, k, q), (q, r, T * r, 1)).contiguous().view(k, T, r)
 
 
-def pack(A: Tensor, B: Tensor, hybrid_A: Tensor | None, hybrid_B: Tensor | None) -> tuple[Tensor, Tensor, int]:
-    """Grid and hybrid factors as one pair `[k, I/k, R]`, `[k, R, O/k]` with R = r + h; and h."""
-    if hybrid_A is None or hybrid_B is None:
-        return A, B, 0
-    k = A.shape[0]
-    tail_A = hybrid_A.unflatten(1, (k, A.shape[1])).permute(1, 2, 0)
-    tail_B = hybrid_B.unflatten(0, (k, B.shape[2])).mT
-    return torch.cat([A, tail_A], dim=2), torch.cat([B, tail_B], dim=1), hybrid_A.shape[0]
+def pack_down(A: Tensor, hybrid_A: Tensor | None) -> tuple[Tensor, int]:
+    """Grid and hybrid down-projections as one, `[k, I/k, R]` with R = r + h; and h."""
+    if hybrid_A is None:
+        return A, 0
+    return torch.cat([A, hybrid_A.unflatten(1, A.shape[:2]).permute(1, 2, 0)], dim=2), hybrid_A.shape[0]
+
+
+def pack_up(B: Tensor, hybrid_B: Tensor | None) -> Tensor:
+    """Grid and hybrid up-projections as one, `[k, R, O/k]` with R = r + h."""
+    return B if hybrid_B is None else torch.cat([B, hybrid_B.unflatten(0, (B.shape[0], B.shape[2])).mT], dim=1)
 
 
 def down(x: Tensor, A: Tensor, hybrid_r: int, scaling: float) -> Tensor:
@@ -68,43 +70,47 @@ def down(x: Tensor, A: Tensor, hybrid_r: int, scaling: float) -> Tensor:
     return torch.cat([g, (scaling * (x @ A[..., r:].flatten(0, 1))).expand(k, -1, -1)], dim=2)
 
 
-def linear(
+def sub_ranks(x: Tensor, A: Tensor, hybrid_A: Tensor | None, scaling: float, p: float, seed: Tensor | None) -> Tensor:
+    """`down` of what the adapter sees of x `[..., I]`, after dropout if there is a seed."""
+    A, hybrid_r = pack_down(A, hybrid_A)
+    return down(_contiguous_or_rows(x) if seed is None else dropout(_rows(x), p, seed), A, hybrid_r, scaling)
+
+
+def write_linear(
+    y: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    A: Tensor,
+    g: Tensor,
     B: Tensor,
-    hybrid_r: int,
-    scaling: float,
-    g: Tensor | None = None,
     gradients: Gradients | None = None,
-) -> tuple[Tensor, Tensor, bool]:
-    """y = x W^T + bias + up(g, B), dtype of x, in one launch where that wins; g = down(x, A) unless it is given.
+) -> bool:
+    """y = x W^T + bias + up(g, B), for large x: in one launch where that wins.
 
     Args:
+        y: written: `[..., O]`, contiguous, dtype of x.
         x: `[..., I]`.
         weight, bias: `[O, I]`, and `[O]` or None.
-        A, B, hybrid_r, scaling: see `pack` and `down`.
-        g: `[k, T, R]`.
+        g, B: `[k, T, R]` and `[k, R, O/k]`.
         gradients: `(z, h, z_grad, x_grad)`: z `[T, O]`, h as g; z_i^T g_i `[k, O/k, R]` and x_i^T h_i `[k, I/k, R]`
             are written where the launch can do that.
 
     Returns:
-        y, `[..., O]` or `[T, O]`, never a view; g; and whether the gradients are written.
+        Whether the gradients are written.
     """
-    large = dispatch.is_large(x)
-    x = _rows(x) if large or bias is not None else x  # with a bias, what torch makes of more dimensions is a view
-    matmul = dispatch.linear_kernel(x, weight, B) if large else None
-    g = down(x, A, hybrid_r, scaling) if g is None else g
-    if matmul is not None:
-        gradients = gradients if gradients is not None and matmul.readable(gradients[0]) else None
-        return matmul.linear_up(x, weight, bias, g, B.to(x.dtype), gradients), g, gradients is not None
-    if large and bias is None:
+    y, x = _rows(y), _rows(x)
+    kernel = dispatch.linear_kernel(x, weight, B, gradients is not None)
+    if kernel is not None:
+        gradients = gradients if gradients is not None and kernel.readable(gradients[0]) else None
+        kernel.linear_up(y, x, weight, bias, g, B.to(x.dtype), gradients)
+        return gradients is not None
+    if bias is None:
         # the product with W reads the adapter's output while it multiplies: cheaper than a pass of its own
-        y = x.new_empty(x.shape[0], weight.shape[0])
         chunks(y, B.shape[0]).baddbmm_(g, B.to(x.dtype), beta=0)
-        return y.addmm_(x, weight.t()), g, False
-    return add_up(torch.nn.functional.linear(x, weight, bias), g, B), g, False
+        y.addmm_(x, weight.t())
+    else:
+        add_up(torch.addmm(bias, x, weight.t(), out=y), g, B)
+    return False
 
 
 def add_up(y: Tensor, g: Tensor, B: Tensor) -> Tensor:
@@ -141,6 +147,11 @@ def factor_grad(x: Tensor, h: Tensor, out: Tensor) -> None:
         out.copy_(torch.bmm(a, b))
 
 
+def output(x: Tensor, weight: Tensor) -> Tensor:
+    """Memory for y `[..., O]`."""
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -154,9 +165,13 @@ def forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y `[..., O]`, and the exchanged sub-ranks g `[k, T, R]` for the backward. Factors are cast to the dtype of x."""
-    A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
-    g = None if seed is None else down(dropout(_rows(x), p, seed), A, hybrid_r, scaling)
-    y, g, _ = linear(_contiguous_or_rows(x), weight, bias, A, B, hybrid_r, scaling, g)
+    g, B = sub_ranks(x, A, hybrid_A, scaling, p, seed), pack_up(B, hybrid_B)
+    if dispatch.is_large(x):
+        y = output(x, weight)
+        write_linear(y, x, weight, bias, g, B)
+        return y, g
+    # with a bias, what torch makes of more than two dimensions is a view
+    y = add_up(torch.nn.functional.linear(_contiguous_or_rows(x) if bias is None else _rows(x), weight, bias), g, B)
     # as matmul does: to autograd y is no view, so that callers may change it in place
     return y if y.dim() == x.dim() else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1])), g
 
@@ -173,9 +188,8 @@ def add_update(
     seed: Tensor | None,
 ) -> Tensor:
     """Add the adapter's output to y `[..., O]`, contiguous, any dtype; returns g `[k, T, R]` for the backward."""
-    A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
-    g = down(_contiguous_or_rows(x) if seed is None else dropout(_rows(x), p, seed), A, hybrid_r, scaling)
-    add_up(y, g, B)
+    g = sub_ranks(x, A, hybrid_A, scaling, p, seed)
+    add_up(y, g, pack_up(B, hybrid_B))
     return g
 
 
@@ -198,27 +212,29 @@ def backward(
     `needs` says which of those of x, of (hybrid_)A and of (hybrid_)B; the others are None.
     """
     needs_x, needs_A, needs_B = needs
-    A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
+    (A, hybrid_r), B = pack_down(A, hybrid_A), pack_up(B, hybrid_B)
     r, shape = A.shape[2] - hybrid_r, x.shape
     dy, x = _contiguous_or_rows(dy), _contiguous_or_rows(x)
     kernels = dispatch.gradient_kernels(x, dy, g)
     dA, dB = A.new_empty(A.shape) if needs_A else None, B.new_empty(B.shape) if needs_B else None
+    dh = down(dy, B.mT, hybrid_r, scaling) if needs_x or needs_A else g
     dx = added = d_hybrid_A = d_hybrid_B = None
     done = False
-    if needs_x and seed is None and weight is not None:
-        if kernels is not None and not dispatch.is_large(dy):
-            dh = down(dy, B.mT, hybrid_r, scaling)
-            dx = added = dy @ weight
+    if needs_x and (seed is not None or weight is None):
+        dx = x.new_empty(g.shape[1], shape[-1])
+        chunks(dx, A.shape[0]).baddbmm_(dh, A.mT.to(x.dtype), beta=0)
+        dx = dx if seed is None else dropout(dx, p, seed)
+        dx = dx if weight is None else dx.addmm_(_rows(dy), weight)
+    elif needs_x and dispatch.is_large(dy):
+        dx = x.new_empty(shape)
+        gradients = None if dA is None or dB is None else (_rows(x), g, dA, dB.mT)
+        done = write_linear(dx, dy, weight.t(), None, dh, A.mT, gradients)
+    elif needs_x:
+        dx = dy @ weight
+        if kernels is not None:
+            added = dx
         else:
-            gradients = None if dA is None or dB is None else (_rows(x), g, dA, dB.mT)
-            dx, dh, done = linear(dy, weight.t(), None, B.mT, A.mT, hybrid_r, scaling, gradients=gradients)
-    else:
-        dh = down(dy, B.mT, hybrid_r, scaling) if needs_x or needs_A else g
-        if needs_x:
-            dx = x.new_empty(g.shape[1], shape[-1])
-            chunks(dx, A.shape[0]).baddbmm_(dh, A.mT.to(x.dtype), beta=0)
-            dx = dx if seed is None else dropout(dx, p, seed)
-            dx = dx if weight is None else dx.addmm_(_rows(dy), weight)
+            add_up(dx, dh, A.mT)
     if not done:
         seen = x if seed is None or not needs_A else dropout(_rows(x), p, seed)
         if kernels is not None:

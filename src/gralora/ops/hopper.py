@@ -9,6 +9,7 @@ Written in Gluon, Triton's lower level (Triton >= 3.6); the device code is in ho
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -16,16 +17,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper_kernel import linear_kernel
-from .launch import Launcher
+from .launch import Block, Launcher, Tiled
 
 BLOCK_T, BLOCK_N, BLOCK_K = 128, 256, 64
 SLOTS = 3
 GROUP = 8  # row tiles that share columns of W while they are in L2
 GRADIENT_BLOCKS = {64: (128, 128), 128: (64, 256)}  # of ranks -> tokens a step, and columns, that fill a slot
+GRADIENT_STEPS = {64: 0.7, 128: 1.0}  # of ranks -> how long a step takes, a product's being 1
+FULL = 0.82  # part of the last round that must have tiles: with 0.85 9% faster than cuBLAS, with 0.81 7% slower
 LONG_ROW = 8192  # elements, above which cuBLAS reads rows of W faster: 4096 rows of 14336, 1183 us against 1352
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-
-_linear = Launcher(linear_kernel, num_warps=8, maxnreg=168)
 
 
 @functools.cache
@@ -48,19 +49,20 @@ def _counter(device: int) -> Tensor:
 
 
 @functools.cache
-def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+def _layout(block: Block, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(list(block), GLUON_DTYPES[dtype])
+
+
+def _descriptor(tiled: Tiled) -> TensorDescriptor:
+    tensor, block = tiled
+    return TensorDescriptor.from_tensor(tensor, list(block), _layout(block, tensor.dtype))
+
+
+_linear = Launcher(linear_kernel, _descriptor, num_warps=8, maxnreg=168)
 
 
 def _tiles(T: int, N: int) -> int:
     return -(-T // BLOCK_T) * -(-N // BLOCK_N)
-
-
-def _descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
-    descriptor = TensorDescriptor.__new__(TensorDescriptor)  # its constructor checks again what `wins` has
-    descriptor.base, descriptor.shape, descriptor.strides = tensor, tensor.shape, tensor.stride()
-    descriptor.block_shape, descriptor.layout, descriptor.padding = list(block), _layout(block, tensor.dtype), "zero"
-    return descriptor
 
 
 def readable(x: Tensor) -> bool:
@@ -68,35 +70,53 @@ def readable(x: Tensor) -> bool:
     return x.stride(1) == 1 and not x.stride(0) % 8 and not x.data_ptr() % 16
 
 
-def wins(x: Tensor, weight: Tensor, B: Tensor) -> bool:
+def wins(x: Tensor, weight: Tensor, B: Tensor, makes_gradients: bool = False) -> bool:
     """Whether the kernel can take these tensors and is faster than cuBLAS and a separate up-projection.
+
+    cuBLAS has smaller tiles for what leaves much of the last round idle, but gradients have tiles for it, too.
 
     B is `[k, r, O/k]`, as `readable` says in either of its last two dimensions; g `[k, T, r]` and y are contiguous.
     """
+    (_, r, chunk), (stride_k, stride_r, stride_c) = B.shape, B.stride()
+    rounds = _tiles(x.shape[0], weight.shape[0]) / _processors(x.device.index)
     return (
-        _tiles(x.shape[0], weight.shape[0]) >= _processors(x.device.index)
+        rounds >= FULL * (1 if makes_gradients else math.ceil(rounds))
         and not (weight.stride(1) == 1 and weight.stride(0) > LONG_ROW)
         and x.dtype in GLUON_DTYPES
         and weight.dtype == x.dtype
         and readable(x)
         and readable(weight if weight.stride(1) == 1 else weight.t())
-        and 1 in B.stride()[1:]
-        and not (B.shape[1] | B.shape[2] | B.stride(0) | B.stride(1) * B.stride(2)) % 8
+        and 1 in (stride_r, stride_c)
+        and not (r | chunk | stride_k | stride_r * stride_c) % 8
         and not B.data_ptr() % 16
     )
 
 
+def _order(products: int, length: int, gradients: int, gradient_length: float, processors: int) -> tuple[int, int]:
+    """How many gradient tiles are spread among the product tiles, and one in how many; the others come last.
+
+    Lengths are those of a tile, in steps of a product. The spread ones begin early enough to end with the products:
+    all programs wait for one that begins late. Where gradients are the shorter tiles, a quarter of a round of them
+    comes last, in the places that the last round of products leaves; more would wait for memory.
+    """
+    spread = gradients if 4 * gradient_length > 3 * length else max(gradients - processors // 4, 0)
+    begun_by = 1 - gradient_length * processors / (length * products)
+    return spread, max(int((products + spread) * begun_by) // max(spread, 1), 1)
+
+
 def linear_up(
+    y: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     g: Tensor,
     B: Tensor,
     gradients: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-) -> Tensor:
-    """x W^T + bias + up(g, B), summed in float32 and rounded once.
+) -> None:
+    """y = x W^T + bias + up(g, B), summed in float32 and rounded once.
 
     Args:
+        y: written: `[T, O]`, contiguous, dtype of x.
         x: `[T, I]`, bfloat16 or float16, unit stride along I.
         weight: `[O, I]`, dtype of x, unit stride along either side.
         bias: `[O]`, any float dtype, or None.
@@ -105,70 +125,47 @@ def linear_up(
         gradients: what else is computed, `(z, h, z_grad, x_grad)`: z `[T, O]` as x, h `[k, T, r]` as g, and what is
             written, of any float dtype, contiguous or the transpose of a contiguous tensor: `[k, O/k, r]` with
             z_i^T g_i and `[k, I/k, r]` with x_i^T h_i.
-
-    Returns:
-        y `[T, O]`, dtype of x.
     """
     (T, K), N, (k, _, r) = x.shape, weight.shape[0], g.shape
     device = x.device.index
-    y = x.new_empty(T, N)
     w_transposed, b_transposed = weight.stride(1) == 1, B.stride(2) != 1
     b_block = (BLOCK_N, BLOCK_K) if b_transposed else (BLOCK_K, BLOCK_N)
-    x_desc, g_desc = _descriptor(x, (BLOCK_T, BLOCK_K)), _descriptor(g, (1, BLOCK_T, BLOCK_K))
-    read, written, strides, tiles, h_layout, z_layout = (x_desc, g_desc) * 2, (y, y), (0,) * 4, (0, 0), None, None
-    spread, block_r = 0, 64 if r <= 64 else 128
+    x_tiles, g_tiles = (x, (BLOCK_T, BLOCK_K)), (g, (1, BLOCK_T, BLOCK_K))
+    read, written, strides, tiles, h_layout, z_layout = (x_tiles, g_tiles) * 2, (y, y), (0,) * 4, (0, 0), None, None
+    order, block_r = (0, 1), 64 if r <= 64 else 128
     if gradients is not None:
         z, h, *written = gradients
         z_block = GRADIENT_BLOCKS[block_r]
         h_block = z_block[0], block_r
-        read = (
-            _descriptor(z, z_block),
-            _descriptor(h, (1, *h_block)),
-            _descriptor(x, z_block),
-            _descriptor(g, (1, *h_block)),
-        )
+        read = (z, z_block), (h, (1, *h_block)), (x, z_block), (g, (1, *h_block))
         strides = (*written[0].stride()[1:], *written[1].stride()[1:])
         tiles = [k * -(-(n // k) // z_block[1]) * -(-r // block_r) for n in (N, K)]
-        # a quarter of a round at the end: more, and that end would wait for memory; tiles of 128 ranks are too long
-        spread = sum(tiles) if block_r > 64 else max(sum(tiles) - _processors(device) // 4, 0)
+        length, gradient_length = -(-K // BLOCK_K) + -(-r // BLOCK_K), -(-T // z_block[0]) * GRADIENT_STEPS[block_r]
+        order = _order(_tiles(T, N), length, sum(tiles), gradient_length, _processors(device))
         h_layout, z_layout = _layout(h_block, x.dtype), _layout(z_block, x.dtype)
-    key = (
-        x.dtype,
-        w_transposed,
-        b_transposed,
-        None if bias is None else (bias.dtype, bias.data_ptr() % 16),
-        None if gradients is None else (block_r, *[(t.dtype, t.data_ptr() % 16) for t in written]),
-    )
     _linear(
-        key,
+        (x.dtype, w_transposed, b_transposed, bias is None, gradients is None, block_r),
         (_processors(device), 1, 1),
-        x,
-        x_desc,
-        _descriptor(*((weight, (BLOCK_N, BLOCK_K)) if w_transposed else (weight.t(), (BLOCK_K, BLOCK_N)))),
-        g_desc,
-        _descriptor(B.mT if b_transposed else B, (1, *b_block)),
-        _descriptor(y, (BLOCK_T, BLOCK_N)),
-        *read,
-        y if bias is None else bias,
-        _counter(device),
-        *written,
-        *strides,
-        T,
-        N,
-        K,
-        k,
-        r,
-        *tiles,
-        spread,
-        _layout(b_block, x.dtype),
-        h_layout,
-        z_layout,
-        w_transposed,
-        b_transposed,
-        bias is not None,
-        gradients is not None,
-        SLOTS,
-        GROUP,
-        8,
+        (y if bias is None else bias, _counter(device), *written),
+        (*strides, T, N, K, k, r, *tiles, *order),
+        (
+            _layout(b_block, x.dtype),
+            h_layout,
+            z_layout,
+            w_transposed,
+            b_transposed,
+            bias is not None,
+            gradients is not None,
+            SLOTS,
+            GROUP,
+            8,
+        ),
+        (
+            x_tiles,
+            (weight, (BLOCK_N, BLOCK_K)) if w_transposed else (weight.t(), (BLOCK_K, BLOCK_N)),
+            g_tiles,
+            (B.mT if b_transposed else B, (1, *b_block)),
+            (y, (BLOCK_T, BLOCK_N)),
+            *read,
+        ),
     )
-    return y

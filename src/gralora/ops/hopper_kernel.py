@@ -21,13 +21,11 @@ TURNS = gl.constexpr(8)  # entries of the queue from the loading warp: more than
 
 
 @gluon.jit
-def _tile(place, products, spread):
+def _tile(place, products, spread, every):
     """Whether the tile at a place of the list is of a gradient, and its number among those of its kind.
 
-    Gradients read memory and products do not wait for it: the first `spread` of them are spread among the products.
-    The others come last: they are shorter than products, so that programs end nearer to each other.
+    One in `every` is, from the first place on, until there were `spread` of them; the others come last.
     """
-    every = (products + spread) // gl.maximum(spread, 1)
     before = gl.minimum(gl.cdiv(place, every), spread)
     is_last = place >= products + spread
     is_gradient = is_last | ((place % every == 0) & (place // every < spread))
@@ -125,7 +123,7 @@ def _load_tiles(
     GROUP: gl.constexpr,
 ):
     """The loading warp: take tiles from the list and load what they multiply."""
-    T, N, K, k, r, from_z, from_x, spread = sizes
+    T, N, K, k, r, from_z, from_x, spread, every = sizes
     BLOCK_T: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     chunk = N // k
@@ -136,7 +134,7 @@ def _load_tiles(
     while place < places:
         _send(place, queue, turn)
         turn += 1
-        is_gradient, tile = _tile(place, products, spread)
+        is_gradient, tile = _tile(place, products, spread, every)
         if MAKES_GRADIENTS:
             z_desc, h_desc, x_wide_desc, g_wide_desc, _, _, _, _ = gradients
             BLOCK_S: gl.constexpr = z_desc.block_type.shape[0]
@@ -196,8 +194,12 @@ def _multiply_gradient(
     for t in range(0, T, BLOCK_S):
         h = small_slots.index(step % SLOTS)._reinterpret(dtype, [BLOCK_S, BLOCK_R], H_LAYOUT)
         z = large_slots.index(step % SLOTS)._reinterpret(dtype, [BLOCK_S, BLOCK_C], Z_LAYOUT)
-        acc, step = _multiply(h.permute((1, 0)), z, acc, ring, step, t == 0)
-    acc = _finish(acc, ring, step)
+        mbarrier.wait(ready.index(step % SLOTS), step // SLOTS & 1)
+        acc = warpgroup_mma(h.permute((1, 0)), z, acc, is_async=True, use_acc=t != 0)
+        # at once, unlike a product's steps: this tile waits for memory, and an empty slot is one more load on its way
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index(step % SLOTS))
+        step += 1
     ranks = n + gl.arange(0, BLOCK_R, gl.SliceLayout(1, layout))[:, None]
     columns = c + gl.arange(0, BLOCK_C, gl.SliceLayout(0, layout))[None, :]
     pointers = out_ptr + i * chunk * r + columns * stride_c + ranks * stride_r
@@ -227,7 +229,7 @@ def _multiply_tiles(
 ):
     """The warpgroups: multiply what is loaded, and store."""
     small_slots, large_slots, ready, empty = ring
-    T, N, K, k, r, from_z, from_x, spread = sizes
+    T, N, K, k, r, from_z, from_x, spread, every = sizes
     dtype: gl.constexpr = y_desc.dtype
     SLOTS: gl.constexpr = small_slots.type.shape[0]
     BLOCK_T: gl.constexpr = y_desc.block_type.shape[0]
@@ -239,7 +241,7 @@ def _multiply_tiles(
     step, turn = 0, 0
     place = _receive(queue, turn)
     while place < places:
-        is_gradient, tile = _tile(place, products, spread)
+        is_gradient, tile = _tile(place, products, spread, every)
         if not is_gradient:
             t, n = _product_at(tile, T, N, BLOCK_T, BLOCK_N, GROUP)
             acc = gl.zeros((BLOCK_T, BLOCK_N), dtype=gl.float32, layout=layout)
@@ -309,7 +311,7 @@ def _multiply_tiles(
     tma.store_wait(pendings=0)
 
 
-_SIZES = ["T", "N", "K", "k", "r", "from_z", "from_x", "spread"]
+_SIZES = ["T", "N", "K", "k", "r", "from_z", "from_x", "spread", "every"]
 _STRIDES = ["z_stride_c", "z_stride_r", "x_stride_c", "x_stride_r"]
 
 
@@ -340,6 +342,7 @@ def linear_kernel(
     from_z,
     from_x,
     spread,
+    every,
     B_LAYOUT: gl.constexpr,
     H_LAYOUT: gl.constexpr,
     Z_LAYOUT: gl.constexpr,
@@ -372,7 +375,7 @@ def linear_kernel(
         mbarrier.init(sent.index(turn), count=1)
     queue = (places, sent)
     ring = (small_slots, large_slots, ready, empty)
-    sizes = (T, N, K, k, r, from_z, from_x, spread)
+    sizes = (T, N, K, k, r, from_z, from_x, spread, every)
     z_strides, x_strides = (z_stride_c, z_stride_r), (x_stride_c, x_stride_r)
     gradients = (z_desc, h_desc, x_wide_desc, g_wide_desc, z_grad_ptr, x_grad_ptr, z_strides, x_strides)
     gl.warp_specialize(

@@ -72,7 +72,7 @@ def down(x: Tensor, A: Tensor, scaling: float, g: Tensor) -> None:
     (k, T, r), chunk = g.shape, A.shape[1]
     block_t = 64 if r > 64 else 128
     constants = (chunk, r, r // k, _row_stride(x), *A.stride(), g.stride()[1], block_t, 64, _dot_size(r))
-    _down.launch((-(-T // block_t), k, 1), (x, A, g), (float(scaling), T), constants)
+    _down(constants, (-(-T // block_t), k, 1), (x, A, g), (float(scaling), T), constants)
 
 
 @triton.jit
@@ -194,7 +194,7 @@ def up(g: Tensor, B: Tensor, y: Tensor) -> None:
     """
     (k, T, r), chunk = g.shape, B.shape[2]
     constants = (chunk, r, *B.stride(), _row_stride(y), 64, 64, min(64, _dot_size(r)))
-    _up.launch((-(-T // 64) * -(-chunk // 64) * k, 1, 1), (g, B, y), (T,), constants)
+    _up(constants, (-(-T // 64) * -(-chunk // 64) * k, 1, 1), (g, B, y), (T,), constants)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -272,7 +272,7 @@ def gradients(
     strides = _row_stride(x), _row_stride(dy), *A.stride(), chunk_i * k if dx is None else _row_stride(dx)
     constants = (chunk_i, chunk_o, r, *strides, tiles_A, tiles_B, block_r)
     tensors = (x, dy, g, dh, A, x if dx is None else dx, x if dA is None else dA, x if dB is None else dB)
-    _gradients.launch((tiles_A + tiles_B + tiles_x, 1, 1), tensors, (T,), constants)
+    _gradients(constants, (tiles_A + tiles_B + tiles_x, 1, 1), tensors, (T,), constants)
 
 
 @triton.jit(do_not_specialize=["WIDTH"])
@@ -300,7 +300,8 @@ def dropout(x: Tensor, p: float, scale: float, seed: Tensor) -> Tensor:
     """
     (T, width), y = x.shape, x.new_empty(x.shape)
     grid = (T, -(-width // 512), 1)
-    _dropout.launch(grid, (x, y, seed), (float(p), float(scale), width), (x.stride(0), 128))
+    constants = (x.stride(0), 128)
+    _dropout(constants, grid, (x, y, seed), (float(p), float(scale), width), constants)
     return y
 
 
@@ -356,5 +357,5 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     precision = "bf16x6" if A.is_cuda else "ieee"
     constants = (chunk_in, chunk_out, r, r // k, k * chunk_in, 64, 128, _dot_size(r // k), precision)
     grid = (k * -(-chunk_in // 128), k * -(-chunk_out // 64), 1)
-    _delta_weight.launch(grid, (A, B, dW), (float(scaling),), constants)
+    _delta_weight(constants, grid, (A, B, dW), (float(scaling),), constants)
     return dW

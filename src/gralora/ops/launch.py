@@ -10,85 +10,93 @@ from torch import Tensor
 from triton import knobs
 
 Grid = tuple[int, int, int]
-Launch = Callable[[Grid, int, tuple[Any, ...]], None]
+Block = tuple[int, ...]
+Tiled = tuple[Tensor, Block]  # a tensor that TMA copies in blocks; the tensor's last stride is 1
+Launch = Callable[[Grid, int, tuple[Tiled, ...], tuple[Any, ...]], None]
 
 
 class Launcher:
     """A JIT kernel whose compiled versions are looked up by the caller's key instead of by inspecting every argument.
 
-    The key must determine whatever Triton would specialise on: dtypes, constants, alignment of addresses; integers
-    that are not in the key are to be declared `do_not_specialize`.
+    Its parameters are descriptors of tiled tensors, then pointers, then numbers that it does not specialise on
+    (`do_not_specialize`), then constants.
     """
 
-    def __init__(self, kernel: Any, **options: Any) -> None:
-        self.kernel, self.options = kernel, options
+    def __init__(self, kernel: Any, describe: Any = None, **options: Any) -> None:
+        self.kernel, self.describe, self.options = kernel, describe, options
         self.launches: dict[Hashable, Launch] = {}
 
-    def __call__(self, key: Hashable, grid: Grid, tensor: Tensor, *args: Any) -> None:
-        """Launch on the device and current stream of `tensor`; `args` are all of the kernel's, constants included."""
-        device = tensor.device.index  # None on a CPU, in Triton's interpreter
-        if device is not None and device != torch._C._cuda_getDevice():
-            with torch.cuda.device(device):
-                return self(key, grid, tensor, *args)
-        launch = self.launches.get((key, device))
-        if launch is not None:
-            return launch(grid, device, args)
-        compiled = self.kernel[grid](*args, **self.options)
-        if compiled is not None:  # None in the interpreter
-            self.launches[key, device] = _launch_of(compiled)
-
-    def launch(
-        self, grid: Grid, tensors: tuple[Tensor, ...], numbers: tuple[Any, ...], constants: tuple[Any, ...]
+    def __call__(
+        self,
+        key: Hashable,
+        grid: Grid,
+        tensors: tuple[Tensor, ...],
+        numbers: tuple[Any, ...],
+        constants: tuple[Any, ...],
+        tiled: tuple[Tiled, ...] = (),
     ) -> None:
-        """Launch a kernel that takes pointers, then numbers that are not specialised on, then constants.
+        """Launch on the device and current stream of the tensors, all of one device.
 
-        On the device and current stream of the tensors. Addresses are passed as integers, which spares Triton's C
-        function asking every tensor and the driver for them.
+        Args:
+            key: determines the constants, and the dtypes and blocks of what is tiled.
+            grid: of programs.
+            tensors: passed as pointers; their dtypes and the alignment of their addresses need not be in the key.
+            numbers, constants: passed as they are.
+            tiled: passed as descriptors.
         """
         device = tensors[0].get_device()  # -1 on a CPU, in Triton's interpreter
         if device >= 0 and device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
-                return self.launch(grid, tensors, numbers, constants)
+                return self(key, grid, tensors, numbers, constants, tiled)
         addresses = [t.data_ptr() for t in tensors]
-        key = (device, constants, *[t.dtype for t in tensors], *[address % 16 for address in addresses])
+        key = (device, key, *[t.dtype for t in tensors], *[address % 16 for address in addresses])
         launch = self.launches.get(key)
         if launch is not None:
-            return launch(grid, device, (*addresses, *numbers, *constants))
-        compiled = self.kernel[grid](*tensors, *numbers, *constants, **self.options)
+            # as integers, which spares Triton's C function asking every tensor and the driver for its address
+            return launch(grid, device, tiled, (*addresses, *numbers, *constants))
+        compiled = self.kernel[grid](*map(self.describe, tiled), *tensors, *numbers, *constants, **self.options)
         if compiled is not None:  # None in the interpreter
-            self.launches[key] = _launch_of(compiled)
+            self.launches[key] = _launch_of(compiled, self.describe)
 
 
-def _launch_of(compiled: Any) -> Launch:
+def _launch_of(compiled: Any, describe: Any) -> Launch:
     """How to launch a compiled kernel: by Triton's C function, at an eighth of the cost of the Python around it.
 
     What Python does there: hooks for profilers, scratch memory, tensor descriptors. Where one of the first two is
     used, or Triton is not the version whose C function is known here, the kernel is launched as Triton does.
     """
+
+    def launch_by_triton(grid: Grid, device: int, tiled: tuple[Tiled, ...], args: tuple[Any, ...]) -> None:
+        compiled[grid](*map(describe, tiled), *args)
+
     c_launch = _c_launch(compiled.run)
     if c_launch is None:
-        return lambda grid, device, args: compiled[grid](*args)
-    from triton.backends.nvidia.driver import make_tensordesc_arg
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+        return launch_by_triton
+    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
+    encode = triton.runtime.driver.active.utils.fill_tma_descriptor
+    encodings = [
+        (meta["swizzle"], meta["elem_size"], TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]], meta["block_size"])
+        for meta in compiled.metadata.tensordesc_meta or ()
+    ]
     function, metadata = compiled.function, compiled.packed_metadata
     flags = compiled.run.launch_cooperative_grid, compiled.run.launch_pdl
-    descriptors = compiled.metadata.tensordesc_meta or ()
     stream_of = torch._C._cuda_getCurrentRawStream
 
-    def launch(grid: Grid, device: int, args: tuple[Any, ...]) -> None:
+    def launch(grid: Grid, device: int, tiled: tuple[Tiled, ...], args: tuple[Any, ...]) -> None:
         if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
-            compiled[grid](*args)
-            return
-        if descriptors:
-            metas, expanded = iter(descriptors), []
-            for arg in args:
-                if type(arg) is TensorDescriptor:
-                    expanded += make_tensordesc_arg(arg, next(metas))
-                else:
-                    expanded.append(arg)
-            args = expanded
-        c_launch(*grid, stream_of(device), function, *flags, None, None, metadata, None, None, None, *args)
+            return launch_by_triton(grid, device, tiled, args)
+        described: dict[int, tuple[Any, ...]] = {}  # what is passed twice is encoded once
+        maps: list[Any] = []
+        for one, encoding in zip(tiled, encodings, strict=True):
+            arguments = described.get(id(one))
+            if arguments is None:
+                tensor = one[0]
+                shape, strides = tensor.shape, tensor.stride()
+                arguments = encode(tensor.data_ptr(), *encoding, shape, strides, 0), *shape, *strides
+                described[id(one)] = arguments
+            maps += arguments
+        c_launch(*grid, stream_of(device), function, *flags, None, None, metadata, None, None, None, *maps, *args)
 
     return launch
 
