@@ -229,6 +229,11 @@ for tokens, n_in, k, r in [(33, 40, 2, 4), (130, 96, 4, 8), (5, 63, 3, 3), (64, 
     kernels.down(x, A, 0.5, g)
     exact = 0.5 * reference.down(x.double(), A.double()).unflatten(1, (k, r)).transpose(0, 1)
     assert (g - exact).abs().max() < 1e-5 * exact.abs().max(), (tokens, n_in, k, r)
+    for other in (torch.randn(k, r, 700), torch.randn(k, 700, r).mT):  # converted beside it
+        converted = torch.full_like(other, torch.nan, dtype=torch.float16)
+        kernels.down(x, A, 0.5, g.fill_(torch.nan), other, converted)
+        assert torch.equal(converted, other.half())
+        assert (g - exact).abs().max() < 1e-5 * exact.abs().max(), (tokens, n_in, k, r)
     strided = torch.full((k, tokens, r + 2), torch.nan)[..., :r]
     kernels.down(x, A.transpose(1, 2).contiguous().transpose(1, 2), 0.5, strided)
     assert torch.equal(g, strided)

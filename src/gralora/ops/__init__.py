@@ -44,10 +44,10 @@ def gralora_linear(
     if not dispatch.is_large(x):
         return GraloraLinearFunction.apply(*args, None)
     with torch.no_grad():
-        g = fused.sub_ranks(x, A, hybrid_A, scaling, p, seed)
+        g, up = fused.sub_ranks(x, A, B, hybrid_A, hybrid_B, scaling, p, seed)
     y = GraloraLinearFunction.apply(*args, g)
     with torch.no_grad():
-        fused.write_linear(y, x, weight, bias, g, fused.pack_up(B, hybrid_B))
+        fused.write_linear(y, x, weight, bias, g, up)
     return y
 
 

@@ -77,7 +77,7 @@ def is_large(x: Tensor) -> bool:
 
 
 def linear_kernel(x: Tensor, weight: Tensor, B: Tensor, makes_gradients: bool) -> ModuleType | None:
-    """The kernel that computes base and adapter in one, or None where it does not apply or win; x `[T, I]`."""
+    """The kernel that computes base and adapter in one, or None where it does not apply or win; x as in `wins`."""
     if choice in ("auto", "triton"):
         module = hopper(x.device.index)
         if module is not None and module.wins(x, weight, B, makes_gradients):

@@ -9,8 +9,8 @@ Both directions are the same three operations, because the exchange is its own m
     g  = down(x, A)          y  = x W^T + up(g, B)          dB = g^T dy, block by block
     dh = down(dy, B^T)       dx = dy W  + up(dh, A^T)       dA = x^T dh, block by block
 
-The plain LoRA part of a hybrid adapter rides along as `h` more columns of every block of A and rows of B (`pack_down`,
-`pack_up`): where a grid's sub-ranks are exchanged, its columns are the same for all blocks.
+The plain LoRA part of a hybrid adapter rides along as `h` more columns of every block of A and rows of B (`pack`):
+where a grid's sub-ranks are exchanged, its columns are the same for all blocks.
 """
 
 import torch
@@ -37,43 +37,67 @@ def exchange(h: Tensor) -> Tensor:
     return h if k == 1 else h.as_strided((k, T, k, q), (q, r, T * r, 1)).contiguous().view(k, T, r)
 
 
-def pack_down(A: Tensor, hybrid_A: Tensor | None) -> tuple[Tensor, int]:
-    """Grid and hybrid down-projections as one, `[k, I/k, R]` with R = r + h; and h."""
-    if hybrid_A is None:
-        return A, 0
-    return torch.cat([A, hybrid_A.unflatten(1, A.shape[:2]).permute(1, 2, 0)], dim=2), hybrid_A.shape[0]
+def pack(A: Tensor, B: Tensor, hybrid_A: Tensor | None, hybrid_B: Tensor | None) -> tuple[Tensor, Tensor, int]:
+    """Grid and hybrid factors as one pair `[k, I/k, R]`, `[k, R, O/k]` with R = r + h; and h."""
+    if hybrid_A is None or hybrid_B is None:
+        return A, B, 0
+    k = A.shape[0]
+    tail_A = hybrid_A.unflatten(1, (k, A.shape[1])).permute(1, 2, 0)
+    tail_B = hybrid_B.unflatten(0, (k, B.shape[2])).mT
+    return torch.cat([A, tail_A], dim=2), torch.cat([B, tail_B], dim=1), hybrid_A.shape[0]
 
 
-def pack_up(B: Tensor, hybrid_B: Tensor | None) -> Tensor:
-    """Grid and hybrid up-projections as one, `[k, R, O/k]` with R = r + h."""
-    return B if hybrid_B is None else torch.cat([B, hybrid_B.unflatten(0, (B.shape[0], B.shape[2])).mT], dim=1)
+def down(x: Tensor, A: Tensor, hybrid_r: int, scaling: float, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The exchanged sub-ranks, times `scaling`, and the factor that is to project them up.
 
+    Args:
+        x: `[..., I]`.
+        A: `[k, I/k, R]`, any float dtype.
+        hybrid_r: how many of its last columns are not exchanged.
+        scaling: factor on the result.
+        B: `[k, R, O/k]`, any float dtype.
 
-def down(x: Tensor, A: Tensor, hybrid_r: int, scaling: float) -> Tensor:
-    """Exchanged sub-ranks, times `scaling`: x `[..., I]`, A `[k, I/k, R]` -> g `[k, T, R]`, dtype of x."""
+    Returns:
+        g `[k, T, R]`, dtype of x; and B, for large x in its dtype, converted in the same launch where there is one.
+    """
     k, chunk, R = A.shape
     T, r = x.numel() // (k * chunk), R - hybrid_r
     kernels = dispatch.factor_kernels(x)
+    source = None
+    if B.dtype != x.dtype and dispatch.is_large(x):
+        source, B = B, torch.empty_like(B, dtype=x.dtype)
+        if kernels is None or B.stride() != source.stride():  # which those of a tensor with gaps do not keep
+            B.copy_(source)
+            source = None
     if kernels is not None:
         g = x.new_empty(k, T, R)
         if not hybrid_r:
-            kernels.down(x, A, scaling, g)
-            return g
-        kernels.down(x, A[..., :r], scaling, g[..., :r])
+            kernels.down(x, A, scaling, g, source, B)
+            return g, B
+        kernels.down(x, A[..., :r], scaling, g[..., :r], source, B)
         g[..., r:] = scaling * (_rows(x) @ A[..., r:].flatten(0, 1).to(x.dtype))
-        return g
+        return g, B
     x, A = _rows(x), A.to(x.dtype)
     grid = A[..., :r] if hybrid_r else A
     g = exchange(x.new_empty(k, T, r).baddbmm_(chunks(x, k), grid, beta=0, alpha=scaling))
-    if not hybrid_r:
-        return g
-    return torch.cat([g, (scaling * (x @ A[..., r:].flatten(0, 1))).expand(k, -1, -1)], dim=2)
+    if hybrid_r:
+        g = torch.cat([g, (scaling * (x @ A[..., r:].flatten(0, 1))).expand(k, -1, -1)], dim=2)
+    return g, B
 
 
-def sub_ranks(x: Tensor, A: Tensor, hybrid_A: Tensor | None, scaling: float, p: float, seed: Tensor | None) -> Tensor:
-    """`down` of what the adapter sees of x `[..., I]`, after dropout if there is a seed."""
-    A, hybrid_r = pack_down(A, hybrid_A)
-    return down(_contiguous_or_rows(x) if seed is None else dropout(_rows(x), p, seed), A, hybrid_r, scaling)
+def sub_ranks(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    hybrid_A: Tensor | None,
+    hybrid_B: Tensor | None,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`down` of what the adapter sees of x `[..., I]`, by all of its factors: g `[k, T, R]` and B `[k, R, O/k]`."""
+    A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
+    return down(_contiguous_or_rows(x) if seed is None else dropout(_rows(x), p, seed), A, hybrid_r, scaling, B)
 
 
 def write_linear(
@@ -92,18 +116,19 @@ def write_linear(
         x: `[..., I]`.
         weight, bias: `[O, I]`, and `[O]` or None.
         g, B: `[k, T, R]` and `[k, R, O/k]`.
-        gradients: `(z, h, z_grad, x_grad)`: z `[T, O]`, h as g; z_i^T g_i `[k, O/k, R]` and x_i^T h_i `[k, I/k, R]`
-            are written where the launch can do that.
+        gradients: `(z, h, z_grad, x_grad)`: z of O columns as x, h as g; z_i^T g_i `[k, O/k, R]` and x_i^T h_i
+            `[k, I/k, R]` are written where the launch can do that.
 
     Returns:
         Whether the gradients are written.
     """
-    y, x = _rows(y), _rows(x)
+    x = _contiguous_or_rows(x)
     kernel = dispatch.linear_kernel(x, weight, B, gradients is not None)
     if kernel is not None:
         gradients = gradients if gradients is not None and kernel.readable(gradients[0]) else None
         kernel.linear_up(y, x, weight, bias, g, B.to(x.dtype), gradients)
         return gradients is not None
+    x, y = _rows(x), _rows(y)
     if bias is None:
         # the product with W reads the adapter's output while it multiplies: cheaper than a pass of its own
         chunks(y, B.shape[0]).baddbmm_(g, B.to(x.dtype), beta=0)
@@ -165,7 +190,7 @@ def forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y `[..., O]`, and the exchanged sub-ranks g `[k, T, R]` for the backward. Factors are cast to the dtype of x."""
-    g, B = sub_ranks(x, A, hybrid_A, scaling, p, seed), pack_up(B, hybrid_B)
+    g, B = sub_ranks(x, A, B, hybrid_A, hybrid_B, scaling, p, seed)
     if dispatch.is_large(x):
         y = output(x, weight)
         write_linear(y, x, weight, bias, g, B)
@@ -188,8 +213,8 @@ def add_update(
     seed: Tensor | None,
 ) -> Tensor:
     """Add the adapter's output to y `[..., O]`, contiguous, any dtype; returns g `[k, T, R]` for the backward."""
-    g = sub_ranks(x, A, hybrid_A, scaling, p, seed)
-    add_up(y, g, pack_up(B, hybrid_B))
+    g, B = sub_ranks(x, A, B, hybrid_A, hybrid_B, scaling, p, seed)
+    add_up(y, g, B)
     return g
 
 
@@ -212,29 +237,29 @@ def backward(
     `needs` says which of those of x, of (hybrid_)A and of (hybrid_)B; the others are None.
     """
     needs_x, needs_A, needs_B = needs
-    (A, hybrid_r), B = pack_down(A, hybrid_A), pack_up(B, hybrid_B)
+    A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
     r, shape = A.shape[2] - hybrid_r, x.shape
     dy, x = _contiguous_or_rows(dy), _contiguous_or_rows(x)
     kernels = dispatch.gradient_kernels(x, dy, g)
     dA, dB = A.new_empty(A.shape) if needs_A else None, B.new_empty(B.shape) if needs_B else None
-    dh = down(dy, B.mT, hybrid_r, scaling) if needs_x or needs_A else g
     dx = added = d_hybrid_A = d_hybrid_B = None
     done = False
+    dh, A_up = down(dy, B.mT, hybrid_r, scaling, A.mT) if needs_x or needs_A else (g, A.mT)
     if needs_x and (seed is not None or weight is None):
         dx = x.new_empty(g.shape[1], shape[-1])
-        chunks(dx, A.shape[0]).baddbmm_(dh, A.mT.to(x.dtype), beta=0)
+        chunks(dx, A.shape[0]).baddbmm_(dh, A_up.to(x.dtype), beta=0)
         dx = dx if seed is None else dropout(dx, p, seed)
         dx = dx if weight is None else dx.addmm_(_rows(dy), weight)
     elif needs_x and dispatch.is_large(dy):
         dx = x.new_empty(shape)
-        gradients = None if dA is None or dB is None else (_rows(x), g, dA, dB.mT)
-        done = write_linear(dx, dy, weight.t(), None, dh, A.mT, gradients)
+        gradients = None if dA is None or dB is None else (x, g, dA, dB.mT)
+        done = write_linear(dx, dy, weight.t(), None, dh, A_up, gradients)
     elif needs_x:
         dx = dy @ weight
         if kernels is not None:
             added = dx
         else:
-            add_up(dx, dh, A.mT)
+            add_up(dx, dh, A_up)
     if not done:
         seen = x if seed is None or not needs_A else dropout(_rows(x), p, seed)
         if kernels is not None:

@@ -17,6 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper_kernel import linear_kernel
+from .kernels import row_stride
 from .launch import Block, Launcher, Tiled
 
 BLOCK_T, BLOCK_N, BLOCK_K = 128, 256, 64
@@ -54,8 +55,8 @@ def _layout(block: Block, dtype: torch.dtype) -> gl.NVMMASharedLayout:
 
 
 def _descriptor(tiled: Tiled) -> TensorDescriptor:
-    tensor, block = tiled
-    return TensorDescriptor.from_tensor(tensor, list(block), _layout(block, tensor.dtype))
+    tensor, block, shape, strides = tiled
+    return TensorDescriptor(tensor, list(shape), list(strides), list(block), _layout(block, tensor.dtype))
 
 
 _linear = Launcher(linear_kernel, _descriptor, num_warps=8, maxnreg=168)
@@ -66,8 +67,11 @@ def _tiles(T: int, N: int) -> int:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether TMA can read x `[T, n]` row by row: one unit stride, the other and the address multiples of 16 bytes."""
-    return x.stride(1) == 1 and not x.stride(0) % 8 and not x.data_ptr() % 16
+    """Whether TMA can read x row by row: one unit stride, the other and the address multiples of 16 bytes.
+
+    x: `[T, n]`, or contiguous `[..., n]`.
+    """
+    return x.stride(-1) == 1 and not row_stride(x) % 8 and not x.data_ptr() % 16
 
 
 def wins(x: Tensor, weight: Tensor, B: Tensor, makes_gradients: bool = False) -> bool:
@@ -75,10 +79,10 @@ def wins(x: Tensor, weight: Tensor, B: Tensor, makes_gradients: bool = False) ->
 
     cuBLAS has smaller tiles for what leaves much of the last round idle, but gradients have tiles for it, too.
 
-    B is `[k, r, O/k]`, as `readable` says in either of its last two dimensions; g `[k, T, r]` and y are contiguous.
+    x is `[T, I]`, or contiguous `[..., I]`; B is `[k, r, O/k]`, in either of its last two dimensions as `readable` says.
     """
     (_, r, chunk), (stride_k, stride_r, stride_c) = B.shape, B.stride()
-    rounds = _tiles(x.shape[0], weight.shape[0]) / _processors(x.device.index)
+    rounds = _tiles(x.numel() // x.shape[-1], weight.shape[0]) / _processors(x.device.index)
     return (
         rounds >= FULL * (1 if makes_gradients else math.ceil(rounds))
         and not (weight.stride(1) == 1 and weight.stride(0) > LONG_ROW)
@@ -116,28 +120,34 @@ def linear_up(
     """y = x W^T + bias + up(g, B), summed in float32 and rounded once.
 
     Args:
-        y: written: `[T, O]`, contiguous, dtype of x.
-        x: `[T, I]`, bfloat16 or float16, unit stride along I.
+        y: written: `[..., O]`, contiguous, dtype of x.
+        x: `[T, I]`, bfloat16 or float16, unit stride along I, or contiguous `[..., I]`.
         weight: `[O, I]`, dtype of x, unit stride along either side.
         bias: `[O]`, any float dtype, or None.
         g: exchanged sub-ranks, `[k, T, r]`, contiguous.
         B: `[k, r, O/k]`, unit stride along r or O/k.
-        gradients: what else is computed, `(z, h, z_grad, x_grad)`: z `[T, O]` as x, h `[k, T, r]` as g, and what is
-            written, of any float dtype, contiguous or the transpose of a contiguous tensor: `[k, O/k, r]` with
+        gradients: what else is computed, `(z, h, z_grad, x_grad)`: z of O columns, as x; h `[k, T, r]`, as g; and what
+            is written, of any float dtype, contiguous or the transpose of a contiguous tensor: `[k, O/k, r]` with
             z_i^T g_i and `[k, I/k, r]` with x_i^T h_i.
     """
-    (T, K), N, (k, _, r) = x.shape, weight.shape[0], g.shape
+    K, N, (k, T, r), (b_stride_k, b_stride_r, b_stride_c) = x.shape[-1], weight.shape[0], g.shape, B.stride()
     device = x.device.index
-    w_transposed, b_transposed = weight.stride(1) == 1, B.stride(2) != 1
+    w_transposed, b_transposed = weight.stride(1) == 1, b_stride_c != 1
     b_block = (BLOCK_N, BLOCK_K) if b_transposed else (BLOCK_K, BLOCK_N)
-    x_tiles, g_tiles = (x, (BLOCK_T, BLOCK_K)), (g, (1, BLOCK_T, BLOCK_K))
+    x_shape, g_strides = ((T, K), (row_stride(x), 1)), (g.shape, (T * r, r, 1))
+    x_tiles, g_tiles = (x, (BLOCK_T, BLOCK_K), *x_shape), (g, (1, BLOCK_T, BLOCK_K), *g_strides)
     read, written, strides, tiles, h_layout, z_layout = (x_tiles, g_tiles) * 2, (y, y), (0,) * 4, (0, 0), None, None
     order, block_r = (0, 1), 64 if r <= 64 else 128
     if gradients is not None:
         z, h, *written = gradients
         z_block = GRADIENT_BLOCKS[block_r]
         h_block = z_block[0], block_r
-        read = (z, z_block), (h, (1, *h_block)), (x, z_block), (g, (1, *h_block))
+        read = (
+            (z, z_block, (T, N), (row_stride(z), 1)),
+            (h, (1, *h_block), *g_strides),
+            (x, z_block, *x_shape),
+            (g, (1, *h_block), *g_strides),
+        )
         strides = (*written[0].stride()[1:], *written[1].stride()[1:])
         tiles = [k * -(-(n // k) // z_block[1]) * -(-r // block_r) for n in (N, K)]
         length, gradient_length = -(-K // BLOCK_K) + -(-r // BLOCK_K), -(-T // z_block[0]) * GRADIENT_STEPS[block_r]
@@ -162,10 +172,14 @@ def linear_up(
         ),
         (
             x_tiles,
-            (weight, (BLOCK_N, BLOCK_K)) if w_transposed else (weight.t(), (BLOCK_K, BLOCK_N)),
+            (weight, (BLOCK_N, BLOCK_K), (N, K), (weight.stride(0), 1))
+            if w_transposed
+            else (weight, (BLOCK_K, BLOCK_N), (K, N), (weight.stride(1), 1)),
             g_tiles,
-            (B.mT if b_transposed else B, (1, *b_block)),
-            (y, (BLOCK_T, BLOCK_N)),
+            (B, (1, *b_block), (k, N // k, r), (b_stride_k, b_stride_c, 1))
+            if b_transposed
+            else (B, (1, *b_block), (k, r, N // k), (b_stride_k, b_stride_r, 1)),
+            (y, (BLOCK_T, BLOCK_N), (T, N), (N, 1)),
             *read,
         ),
     )

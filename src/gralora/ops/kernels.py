@@ -12,6 +12,8 @@ def _down_kernel(
     x_ptr,
     A_ptr,
     g_ptr,
+    factor_ptr,
+    converted_ptr,
     scaling,
     T,
     CHUNK: tl.constexpr,
@@ -25,8 +27,18 @@ def _down_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    CONVERTED: tl.constexpr,
 ):
-    """One tile of tokens times one block of A; the columns are stored where the exchange puts them."""
+    """One tile of tokens times one block of A; the columns are stored where the exchange puts them.
+
+    All programs together also convert the CONVERTED elements of another factor.
+    """
+    if CONVERTED:
+        first = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 1024
+        for m0 in range(first, CONVERTED, tl.num_programs(0) * tl.num_programs(1) * 1024):
+            m = m0 + tl.arange(0, 1024)
+            b_factor = tl.load(factor_ptr + m, mask=m < CONVERTED)
+            tl.store(converted_ptr + m, b_factor.to(converted_ptr.dtype.element_ty), mask=m < CONVERTED)
     i = tl.program_id(1)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     n = tl.arange(0, BLOCK_R)
@@ -47,7 +59,7 @@ def _down_kernel(
     tl.store(p_g, b_h.to(g_ptr.dtype.element_ty), mask=(t[:, None] < T) & (n[None, :] < RANK))
 
 
-def _row_stride(x: Tensor) -> int:
+def row_stride(x: Tensor) -> int:
     """Elements from one row to the next of `[T, n]`, or of a contiguous `[..., n]`."""
     return x.stride()[0] if x.dim() == 2 else x.shape[-1]
 
@@ -60,7 +72,9 @@ def _dot_size(n: int) -> int:
 _down = Launcher(_down_kernel, num_warps=4, num_stages=4)
 
 
-def down(x: Tensor, A: Tensor, scaling: float, g: Tensor) -> None:
+def down(
+    x: Tensor, A: Tensor, scaling: float, g: Tensor, factor: Tensor | None = None, converted: Tensor | None = None
+) -> None:
     """Project down, exchange and scale in one pass over x, summing in float32.
 
     Args:
@@ -68,11 +82,17 @@ def down(x: Tensor, A: Tensor, scaling: float, g: Tensor) -> None:
         A: `[k, I/k, r]`, any float dtype, computed with in that of x; any strides.
         scaling: factor on the result, applied in float32.
         g: written: `[k, T, r]`, dtype of x; its first dimension has T times the stride of its second, its last 1.
+        factor: another factor, which is copied to `converted`, of another dtype, beside it; both of the same strides
+            and without gaps in memory.
     """
     (k, T, r), chunk = g.shape, A.shape[1]
     block_t = 64 if r > 64 else 128
-    constants = (chunk, r, r // k, _row_stride(x), *A.stride(), g.stride()[1], block_t, 64, _dot_size(r))
-    _down(constants, (-(-T // block_t), k, 1), (x, A, g), (float(scaling), T), constants)
+    if factor is None or converted is None:
+        size, factor, converted = 0, A, g
+    else:
+        size = factor.numel()
+    constants = (chunk, r, r // k, row_stride(x), *A.stride(), g.stride()[1], block_t, 64, _dot_size(r), size)
+    _down(constants, (-(-T // block_t), k, 1), (x, A, g, factor, converted), (float(scaling), T), constants)
 
 
 @triton.jit
@@ -193,7 +213,7 @@ def up(g: Tensor, B: Tensor, y: Tensor) -> None:
         y: changed: `[T, O]` with unit stride along O, or contiguous `[..., O]`; any float dtype.
     """
     (k, T, r), chunk = g.shape, B.shape[2]
-    constants = (chunk, r, *B.stride(), _row_stride(y), 64, 64, min(64, _dot_size(r)))
+    constants = (chunk, r, *B.stride(), row_stride(y), 64, 64, min(64, _dot_size(r)))
     _up(constants, (-(-T // 64) * -(-chunk // 64) * k, 1, 1), (g, B, y), (T,), constants)
 
 
@@ -269,7 +289,7 @@ def gradients(
     tiles_A = 0 if dA is None else k * tiles_i * tiles_r
     tiles_B = 0 if dB is None else k * tiles_o * tiles_r
     tiles_x = 0 if dx is None else k * tiles_i * tiles_t
-    strides = _row_stride(x), _row_stride(dy), *A.stride(), chunk_i * k if dx is None else _row_stride(dx)
+    strides = row_stride(x), row_stride(dy), *A.stride(), chunk_i * k if dx is None else row_stride(dx)
     constants = (chunk_i, chunk_o, r, *strides, tiles_A, tiles_B, block_r)
     tensors = (x, dy, g, dh, A, x if dx is None else dx, x if dA is None else dA, x if dB is None else dB)
     _gradients(constants, (tiles_A + tiles_B + tiles_x, 1, 1), tensors, (T,), constants)

@@ -1,6 +1,6 @@
 """Launching Triton kernels with little work on the host: launches must not cost more than a layer's arithmetic."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from types import BuiltinFunctionType
 from typing import Any
 
@@ -11,7 +11,7 @@ from triton import knobs
 
 Grid = tuple[int, int, int]
 Block = tuple[int, ...]
-Tiled = tuple[Tensor, Block]  # a tensor that TMA copies in blocks; the tensor's last stride is 1
+Tiled = tuple[Tensor, Block, Sequence[int], Sequence[int]]  # memory that TMA copies in blocks, its shape and strides
 Launch = Callable[[Grid, int, tuple[Tiled, ...], tuple[Any, ...]], None]
 
 
@@ -91,8 +91,7 @@ def _launch_of(compiled: Any, describe: Any) -> Launch:
         for one, encoding in zip(tiled, encodings, strict=True):
             arguments = described.get(id(one))
             if arguments is None:
-                tensor = one[0]
-                shape, strides = tensor.shape, tensor.stride()
+                tensor, _, shape, strides = one
                 arguments = encode(tensor.data_ptr(), *encoding, shape, strides, 0), *shape, *strides
                 described[id(one)] = arguments
             maps += arguments
