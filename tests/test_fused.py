@@ -8,19 +8,28 @@ import sys
 import pytest
 import torch
 
-from gralora.ops import _linear_op, add_update, dispatch, dropout, gralora_linear, reference
+from gralora.ops import _linear_op, add_update, dispatch, dropout, fused, gralora_linear, reference
 from gralora.ops.dropout import draw_seed
 
 # k, r, hybrid_r
 GRIDS = [(1, 3, 0), (2, 4, 0), (4, 8, 3), (3, 3, 2), (2, 2, 5)]
 grids = pytest.mark.parametrize("grid", GRIDS, ids=lambda g: "k{}-r{}-h{}".format(*g))
 dropouts = pytest.mark.parametrize("p", [0.0, 0.3], ids=["plain", "dropout"])
+sizes = pytest.mark.parametrize("size", ["small", "large"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     """Every test compiles anew: the others' shapes would count against the limit of recompilations."""
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def size(request, monkeypatch):
+    """Layers as they are computed that are small, or large on a GPU without a kernel for them."""
+    if request.param == "large":
+        monkeypatch.setattr(dispatch, "is_large", lambda x: True)
+        monkeypatch.setattr(dispatch, "linear_kernel", lambda *args: None)
 
 
 def operands(grid, p, tokens=(2, 5), bias=True):
@@ -56,10 +65,11 @@ def rebuild(args, leaves):
     return [next(leaves) if isinstance(t, torch.Tensor) and t.requires_grad else t for t in args]
 
 
+@sizes
 @grids
 @dropouts
 @pytest.mark.parametrize("tokens", [(2, 5), ()], ids=["batch", "vector"])
-def test_gradcheck(grid, p, tokens):
+def test_gradcheck(grid, p, tokens, size):
     """Numerical and analytical gradients agree, the first and the second."""
     args = operands(grid, p, tokens)
 
@@ -70,11 +80,13 @@ def test_gradcheck(grid, p, tokens):
     assert torch.autograd.gradgradcheck(function, trainable(args))
 
 
+@sizes
 @grids
 @dropouts
-def test_equals_the_definition(grid, p):
+@pytest.mark.parametrize("bias", [False, True], ids=["nobias", "bias"])
+def test_equals_the_definition(grid, p, bias, size):
     """Output and all gradients are those of `reference.linear`."""
-    args = operands(grid, p)
+    args = operands(grid, p, bias=bias)
     ours, exact = gralora_linear(*args), exactly(args)
     dy = torch.randn_like(ours)
     torch.testing.assert_close(ours, exact, atol=1e-12, rtol=0)
@@ -123,9 +135,10 @@ def test_added_to_a_result_of_another_dtype(grid):
         assert (value.double() - truth).norm() <= 0.01 * truth.norm()
 
 
+@sizes
 @dropouts
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_any_subset_of_gradients(p, compiled):
+def test_any_subset_of_gradients(p, compiled, size):
     """With only some inputs trainable, their gradients are the same as with all."""
     args = operands((2, 4, 3), p)
     function = torch.compile(gralora_linear, fullgraph=True, backend="aot_eager") if compiled else gralora_linear
@@ -192,7 +205,8 @@ def test_dropout_keeps_no_mask():
     assert stored(0.3) == stored(0.0) + 1
 
 
-def test_strided_inputs():
+@sizes
+def test_strided_inputs(size):
     """Inputs, weights and incoming gradients of any strides give the result of their contiguous copies."""
     args = operands((2, 4, 3), 0.0)
     x, weight, *rest = args
@@ -203,6 +217,45 @@ def test_strided_inputs():
     dy = torch.randn(8, 5, 2, dtype=torch.float64).permute(2, 1, 0)
     for a, b in zip(*(torch.autograd.grad(y, [wide, *trainable(rest)], dy) for y in (ours, exact)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("size", ["large"], indirect=True)
+def test_output_may_be_changed_in_place(size):
+    """As that of nn.Linear: it is no view, and its gradients are those of the changed result."""
+    for bias in (False, True):
+        args = operands((2, 4, 3), 0.0, bias=bias)
+        y = gralora_linear(*args)
+        assert not y._is_view() and y.is_contiguous()
+        changed = torch.autograd.grad(y.mul_(2).sum(), trainable(args))
+        for a, b in zip(changed, torch.autograd.grad((2 * exactly(args)).sum(), trainable(args)), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("size", ["large"], indirect=True)
+def test_checkpointing_spares_the_last_product(size, monkeypatch):
+    """Computing a block anew ends with what its last layer saves, before that layer's product with W."""
+    first, second = operands((2, 4, 3), 0.3), operands((2, 2, 0), 0.0)
+    second[1] = torch.randn(20, 8, dtype=torch.float64)
+    second[2:5] = None, torch.randn(2, 4, 2, dtype=torch.float64), torch.randn(2, 2, 10, dtype=torch.float64)
+    products = []
+    write = fused.write_linear
+    monkeypatch.setattr(
+        fused,
+        "write_linear",
+        lambda y, x, weight, *rest: (products.append(weight.shape), write(y, x, weight, *rest))[1],
+    )
+
+    def block(x):
+        return gralora_linear(torch.tanh(gralora_linear(x, *first[1:])), *second[1:])
+
+    exact = torch.autograd.grad(block(first[0]).sum(), trainable(first))
+    products.clear()
+    y = torch.utils.checkpoint.checkpoint(block, first[0], use_reentrant=False)
+    assert products == [(8, 12), (20, 8)]
+    products.clear()
+    for a, b in zip(torch.autograd.grad(y.sum(), trainable(first)), exact, strict=True):
+        assert torch.equal(a, b)
+    assert products == [(8, 12), (8, 20)], "the first layer's again, then the gradient of the second layer's input"
 
 
 def run(code, **environment):

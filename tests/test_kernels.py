@@ -81,6 +81,46 @@ def test_conv1d_layout_on_gpu():
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("layout", ["batch", "batch of one", "rows of a wider tensor", "rows of odd addresses"])
+def test_layouts_on_gpu(layout):
+    """Tokens in more dimensions, or with other numbers between them, give what the same rows alone give."""
+    x, weight, _, A, B, *_ = make(SHAPES[0], torch.bfloat16, "cuda")
+    dy = torch.randn(len(x), len(weight), device="cuda", dtype=torch.bfloat16)
+
+    def arrange(t):
+        if layout == "batch":
+            return t.view(2, -1, 2, t.shape[1])
+        if layout == "batch of one":
+            return t[None]
+        gap = 8 if layout == "rows of a wider tensor" else 3
+        return torch.cat([t[:, :gap], t], dim=1)[:, gap:]
+
+    expected = gradients(gralora_linear, [x, weight, None, A, B, None, None], dy)
+    ours = gradients(gralora_linear, [arrange(x), weight, None, A, B, None, None], arrange(dy))
+    for name, a, b in zip(["y", "dx", "dA", "dB"], ours, expected, strict=True):
+        if name in ("y", "dx"):
+            a = a.reshape(b.shape)
+        assert torch.equal(a, b) if "odd" not in layout else relative(a, b.double()) < 0.005, name
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[6], SHAPES[7]], ids=["large", "large hybrid", "small"])
+def test_float32_factors_on_gpu(shape):
+    """Computed with in the dtype of x, which the launches convert them to; their gradients are float32."""
+    x, weight, bias, *factors = make(shape, torch.bfloat16, "cuda")
+    dy = torch.randn(shape[0], shape[2], device="cuda", dtype=torch.bfloat16)
+    halves = gradients(gralora_linear, [x, weight, bias, *factors], dy)
+    noise = [None if t is None else t.float() * (1 + 1e-4) for t in factors]  # rounds to the same bfloat16
+    assert all(t is None or torch.equal(n.bfloat16(), t) for n, t in zip(noise, factors, strict=True))
+    floats = gradients(gralora_linear, [x, weight, bias, *noise], dy)
+    for name, a, b in zip(["y", "dx", "dA", "dB"], floats, halves, strict=False):
+        assert a.dtype == (torch.bfloat16 if name in ("y", "dx") else torch.float32)
+        assert torch.equal(a.bfloat16(), b), name
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_streams_and_graphs_on_gpu():
     """Launches on two streams at once, and replays of a CUDA graph, give the bits of launches one after the other."""
     tensors = make(SHAPES[0], torch.bfloat16, "cuda")

@@ -79,7 +79,7 @@ def wins(x: Tensor, weight: Tensor, B: Tensor, makes_gradients: bool = False) ->
 
     cuBLAS has smaller tiles for what leaves much of the last round idle, but gradients have tiles for it, too.
 
-    x is `[T, I]`, or contiguous `[..., I]`; B is `[k, r, O/k]`, in either of its last two dimensions as `readable` says.
+    x is `[T, I]`, or contiguous `[..., I]`; B is `[k, r, O/k]`, and as `readable` says in one of its last two.
     """
     (_, r, chunk), (stride_k, stride_r, stride_c) = B.shape, B.stride()
     rounds = _tiles(x.numel() // x.shape[-1], weight.shape[0]) / _processors(x.device.index)
