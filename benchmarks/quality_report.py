@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import mpmath  # which torch brings along
+import mpmath
 from quality_plan import TUNING_SEED, Results
 from quality_train import Cell
 
@@ -254,8 +254,8 @@ def write(results: Results, out: Path) -> str:
 def summary(runs: dict[Cell, Runs], tasks: Iterable[str]) -> list[str]:
     """Where GraLoRA is better, ties and is worse: against LoRA of the same rank as a list, against others a table."""
     texts: dict[str, list[str]] = defaultdict(list)
-    equal: dict[Difference, str] = {}
-    others: dict[Difference, str] = {}
+    equal: list[tuple[str, Difference]] = []
+    others: list[tuple[str, Difference]] = []
     rows = [["task", "GraLoRA", "against", "its parameters", "loss", "verdict", "score"]]
     for task in tasks:
         own = [r for cell, r in runs.items() if cell.task == task]
@@ -270,12 +270,12 @@ def summary(runs: dict[Cell, Runs], tasks: Iterable[str]) -> list[str]:
                     seeds = f"{d.pairs} seeds" + ("" if d.half is None else f", p = {d.p:.2g}")
                     text = f"{TASKS[task]}: {grid.name} against {other.name}: **{d.verdict}**, {d} ({seeds})"
                     texts[d.verdict].append("; ".join([text, *scores]))
-                    equal[d] = f"{grid.name}, {task}"
+                    equal.append((f"{grid.name}, {task}", d))
                 else:
                     more = other.records[0]["parameters"] / grid.records[0]["parameters"]
                     row = [task, grid.name, other.name, f"x{more:.1f}", f"{d} ({d.pairs})", d.verdict]
                     rows.append([*row, "; ".join(scores)])
-                    others[d] = f"{grid.name} against {other.name}, {task}"
+                    others.append((f"{grid.name} against {other.name}, {task}", d))
     if not texts:
         return ["No cell has been run with more than the seed that chose its learning rate, so nothing is decided."]
     counts = ", ".join(f"{len(texts[verdict])} {verdict}" for verdict in ("better", "tie", "worse"))
@@ -290,9 +290,9 @@ def summary(runs: dict[Cell, Runs], tasks: Iterable[str]) -> list[str]:
     return lines
 
 
-def _together(named: dict[Difference, str]) -> str:
-    known = [d for d in named if d.half is not None]
-    words = "; ".join(named[d] for d in holds_together(known)) or "none"
+def _together(named: list[tuple[str, Difference]]) -> str:
+    known = [d for _, d in named if d.half is not None]
+    words = "; ".join(name for held in holds_together(known) for name, d in named if d is held) or "none"
     return f"Still not 0 with all {len(known)} taken together, at 5% (Holm): {words}."
 
 

@@ -145,7 +145,7 @@ def linear(args: argparse.Namespace) -> list[dict]:
                     name: _forward_backward(adapt(base, config, fp32), x, dy, fp32)
                     for name, config in configs(r, 4, ["0"]).items()
                 }
-                timed = interleave(steps, "cuda", args.rounds, 30)  # as in training, the host runs ahead
+                timed = interleave(steps, "cuda", args.rounds, 60)  # as in training, the host runs ahead
                 for name, step in steps.items():
                     timed[name]["peak_mib"] = peak_mib(step)
                 rows += report(
@@ -310,10 +310,22 @@ def plot(rows: list[dict], path: Path) -> None:
 SECTIONS = {f.__name__: f for f in (linear, model, small, decode, merge, cpu)}
 
 
-def environment() -> dict[str, str]:
+def environment() -> dict[str, object]:
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     versions = {m.__name__: m.__version__ for m in (torch, transformers, peft)}
-    return {"card": card, "implementation": dispatch.describe(), "date": time.strftime("%Y-%m-%d"), **versions}
+    facts = {"card": card, "host_us": round(host_us(), 1), "implementation": dispatch.describe()}
+    return facts | {"date": time.strftime("%Y-%m-%d")} | versions
+
+
+def host_us() -> float:
+    """What a product of torch takes the host, microseconds: steps of many small operations wait for hosts."""
+    x = torch.ones(16, 16, device="cuda" if torch.cuda.is_available() else "cpu")
+    times = []
+    for _ in range(200):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, x)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e6
 
 
 def main() -> None:

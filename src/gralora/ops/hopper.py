@@ -134,8 +134,16 @@ def linear_up(
     device = x.device.index
     w_transposed, b_transposed = weight.stride(1) == 1, b_stride_c != 1
     b_block = (BLOCK_N, BLOCK_K) if b_transposed else (BLOCK_K, BLOCK_N)
-    x_shape, g_strides = ((T, K), (row_stride(x), 1)), (g.shape, (T * r, r, 1))
-    x_tiles, g_tiles = (x, (BLOCK_T, BLOCK_K), *x_shape), (g, (1, BLOCK_T, BLOCK_K), *g_strides)
+    x_layout, g_layout = ((T, K), (row_stride(x), 1)), (g.shape, (T * r, r, 1))
+    x_tiles, g_tiles = (x, (BLOCK_T, BLOCK_K), *x_layout), (g, (1, BLOCK_T, BLOCK_K), *g_layout)
+    if w_transposed:
+        w_tiles = weight, (BLOCK_N, BLOCK_K), (N, K), (weight.stride(0), 1)
+    else:
+        w_tiles = weight, (BLOCK_K, BLOCK_N), (K, N), (weight.stride(1), 1)
+    if b_transposed:
+        b_tiles = B, (1, *b_block), (k, N // k, r), (b_stride_k, b_stride_c, 1)
+    else:
+        b_tiles = B, (1, *b_block), (k, r, N // k), (b_stride_k, b_stride_r, 1)
     read, written, strides, tiles, h_layout, z_layout = (x_tiles, g_tiles) * 2, (y, y), (0,) * 4, (0, 0), None, None
     order, block_r = (0, 1), 64 if r <= 64 else 128
     if gradients is not None:
@@ -144,9 +152,9 @@ def linear_up(
         h_block = z_block[0], block_r
         read = (
             (z, z_block, (T, N), (row_stride(z), 1)),
-            (h, (1, *h_block), *g_strides),
-            (x, z_block, *x_shape),
-            (g, (1, *h_block), *g_strides),
+            (h, (1, *h_block), *g_layout),
+            (x, z_block, *x_layout),
+            (g, (1, *h_block), *g_layout),
         )
         strides = (*written[0].stride()[1:], *written[1].stride()[1:])
         tiles = [k * -(-(n // k) // z_block[1]) * -(-r // block_r) for n in (N, K)]
@@ -170,16 +178,5 @@ def linear_up(
             GROUP,
             8,
         ),
-        (
-            x_tiles,
-            (weight, (BLOCK_N, BLOCK_K), (N, K), (weight.stride(0), 1))
-            if w_transposed
-            else (weight, (BLOCK_K, BLOCK_N), (K, N), (weight.stride(1), 1)),
-            g_tiles,
-            (B, (1, *b_block), (k, N // k, r), (b_stride_k, b_stride_c, 1))
-            if b_transposed
-            else (B, (1, *b_block), (k, r, N // k), (b_stride_k, b_stride_r, 1)),
-            (y, (BLOCK_T, BLOCK_N), (T, N), (N, 1)),
-            *read,
-        ),
+        (x_tiles, w_tiles, g_tiles, b_tiles, (y, (BLOCK_T, BLOCK_N), (T, N), (N, 1)), *read),
     )
