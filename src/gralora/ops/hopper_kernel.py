@@ -356,8 +356,8 @@ def linear_kernel(
 ):
     """See `hopper.linear_up` for the arguments; what is not used is any other tensor or descriptor.
 
-    `from_z` and `from_x` are the numbers of tiles of the two gradients, of which `spread` are among the products. The
-    counter, of the places of the list that are taken, is 0 before and after.
+    `from_z` and `from_x` are the numbers of tiles of the two gradients, `spread` and `every` what `hopper._order` says
+    of them. The counter, of the places of the list that are taken, is 0 before and after.
     """
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     BLOCK_N: gl.constexpr = y_desc.block_type.shape[1]

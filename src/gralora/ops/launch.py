@@ -19,7 +19,7 @@ class Launcher:
     """A JIT kernel whose compiled versions are looked up by the caller's key instead of by inspecting every argument.
 
     Its parameters are descriptors of tiled tensors, then pointers, then numbers that it does not specialise on
-    (`do_not_specialize`), then constants.
+    (`do_not_specialize`), then constants. `describe` makes Triton's descriptor of what is tiled.
     """
 
     def __init__(self, kernel: Any, describe: Any = None, **options: Any) -> None:
