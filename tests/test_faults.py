@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 from helpers import tiny_llama
 from saved import CONFIG, WEIGHTS, read, save_gralora, write
+from tqdm import tqdm
 
 import gralora
 from gralora.checkpoints import files
@@ -44,6 +46,8 @@ def in_child(action: Callable[[], Any], kill_at: int = 0, kill_after: float = 0.
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)
             os.dup2(null, 2)
+            # the inherited lock is one of all processes: whoever is killed holding it would hold it for ever
+            tqdm.set_lock(threading.RLock())
             count = 0
 
             def hook(event: str, args: tuple[Any, ...]) -> None:
