@@ -320,8 +320,8 @@ SECTIONS = {f.__name__: f for f in (linear, model, small, decode, merge, cpu)}
 def environment() -> dict[str, object]:
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     versions = {m.__name__: m.__version__ for m in (torch, transformers, peft)}
-    facts = {"card": card, "host_us": round(host_us(), 1), "implementation": dispatch.describe()}
-    return facts | {"date": time.strftime("%Y-%m-%d")} | versions
+    date, implementation = time.strftime("%Y-%m-%d"), dispatch.describe()
+    return {"card": card, "host_us": round(host_us(), 1), "implementation": implementation, "date": date, **versions}
 
 
 def host_us() -> float:

@@ -136,6 +136,25 @@ def test_added_to_a_result_of_another_dtype(grid):
 
 
 @sizes
+@grids
+def test_float32_factors(grid, size):
+    """Computed with in bfloat16, the dtype of x, as those that are bfloat16; their gradients are float32."""
+    x, weight, bias, *factors, scaling, _, _ = operands(grid, 0.0)
+    x, weight, bias = (t.detach().bfloat16() for t in (x, weight, bias))
+    dy = torch.randn(2, 5, len(weight)).bfloat16()
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = [None if t is None else t.detach().bfloat16().to(dtype).requires_grad_() for t in factors]
+        inputs = [x.clone().requires_grad_(), *leaves]
+        y = gralora_linear(inputs[0], weight, bias, *leaves, scaling)
+        grads = torch.autograd.grad(y, trainable(inputs), dy)
+        assert y.dtype == torch.bfloat16 and [t.dtype for t in grads] == [t.dtype for t in trainable(inputs)]
+        results.append([y, *grads])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a.bfloat16(), b)
+
+
+@sizes
 @dropouts
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_any_subset_of_gradients(p, compiled, size):

@@ -1,5 +1,6 @@
 """The kernels against the definition: on a GPU (-m gpu), and the portable ones in Triton's interpreter on the CPU."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -168,6 +169,18 @@ def test_hopper_kernel_leaves_half_a_round_to_cublas(monkeypatch):
     for tiles, alone, beside_gradients in [(3, False, False), (4, True, True), (5, False, True), (8, True, True)]:
         x = torch.zeros(128 * tiles, 64, dtype=torch.bfloat16)
         assert hopper.wins(x, weight, B) == alone and hopper.wins(x, weight, B, True) == beside_gradients, tiles
+
+
+def test_every_gradient_tile_has_a_place_in_the_list():
+    """Those among the products begin before the list ends; with what comes last they are all there are."""
+    pytest.importorskip("triton.experimental.gluon")
+    from gralora.ops import hopper
+
+    for products, gradients in itertools.product([100, 512, 3584], [1, 20, 64, 300]):
+        for length, gradient_length in itertools.product([9, 65, 225], [0.7, 45.0, 128.0, 1e4]):
+            spread, every = hopper._order(products, length, gradients, gradient_length, 132)
+            assert 0 <= spread <= gradients and every >= 1
+            assert spread == 0 or every * (spread - 1) < products + spread, (products, gradients, length)
 
 
 def test_hopper_kernel_leaves_what_tma_cannot_read(monkeypatch):

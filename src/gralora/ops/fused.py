@@ -115,7 +115,7 @@ def write_linear(
         y: written: `[..., O]`, contiguous, dtype of x.
         x: `[..., I]`.
         weight, bias: `[O, I]`, and `[O]` or None.
-        g, B: `[k, T, R]` and `[k, R, O/k]`.
+        g, B: `[k, T, R]` and `[k, R, O/k]`, dtype of x, as `down` gives them.
         gradients: `(z, h, z_grad, x_grad)`: z of O columns as x, h as g; z_i^T g_i `[k, O/k, R]` and x_i^T h_i
             `[k, I/k, R]` are written where the launch can do that.
 
@@ -126,12 +126,12 @@ def write_linear(
     kernel = dispatch.linear_kernel(x, weight, B, gradients is not None)
     if kernel is not None:
         gradients = gradients if gradients is not None and kernel.readable(gradients[0]) else None
-        kernel.linear_up(y, x, weight, bias, g, B.to(x.dtype), gradients)
+        kernel.linear_up(y, x, weight, bias, g, B, gradients)
         return gradients is not None
     x, y = _rows(x), _rows(y)
     if bias is None:
         # the product with W reads the adapter's output while it multiplies: cheaper than a pass of its own
-        chunks(y, B.shape[0]).baddbmm_(g, B.to(x.dtype), beta=0)
+        chunks(y, B.shape[0]).baddbmm_(g, B, beta=0)
         y.addmm_(x, weight.t())
     else:
         add_up(torch.addmm(bias, x, weight.t(), out=y), g, B)
