@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from gralora.ops import _linear_op, add_update, dispatch, dropout, fused, gralora_linear, reference
+from gralora.ops import add_update, compiled, dispatch, dropout, fused, gralora_linear, reference
 from gralora.ops.dropout import draw_seed
 
 # k, r, hybrid_r
@@ -156,11 +156,11 @@ def test_float32_factors(grid, size):
 
 @sizes
 @dropouts
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_any_subset_of_gradients(p, compiled, size):
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+def test_any_subset_of_gradients(p, compiles, size):
     """With only some inputs trainable, their gradients are the same as with all."""
     args = operands((2, 4, 3), p)
-    function = torch.compile(gralora_linear, fullgraph=True, backend="aot_eager") if compiled else gralora_linear
+    function = torch.compile(gralora_linear, fullgraph=True, backend="aot_eager") if compiles else gralora_linear
     places = [i for i, t in enumerate(args) if isinstance(t, torch.Tensor) and t.requires_grad]
     dy = torch.ones(2, 5, 8, dtype=torch.float64)
     exact = dict(zip(places, torch.autograd.grad(exactly(args), trainable(args), dy), strict=True))
@@ -176,18 +176,17 @@ def test_any_subset_of_gradients(p, compiled, size):
 @dropouts
 def test_custom_op(grid, p):
     """torch's checks of a custom op: schema, fake tensors, autograd registration, AOT dispatch with dynamic shapes."""
-    torch.library.opcheck(_linear_op, tuple(operands(grid, p)))
+    torch.library.opcheck(compiled.linear, tuple(operands(grid, p)))
 
 
 @grids
 @dropouts
 def test_compiled_without_graph_breaks(grid, p):
     """torch.compile(fullgraph=True) gives the same output and gradients."""
-    args = operands(grid, p)
-    compiled = torch.compile(gralora_linear, fullgraph=True, backend="aot_eager")
+    function = torch.compile(gralora_linear, fullgraph=True, backend="aot_eager")
     for tokens in [(2, 5), (3, 4)]:
         args = operands(grid, p, tokens)
-        ours, eager = compiled(*args), gralora_linear(*args)
+        ours, eager = function(*args), gralora_linear(*args)
         assert torch.equal(ours, eager)
         dy = torch.randn_like(ours)
         for a, b in zip(*(torch.autograd.grad(y, trainable(args), dy) for y in (ours, eager)), strict=True):

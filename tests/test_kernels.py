@@ -148,6 +148,33 @@ def test_streams_and_graphs_on_gpu():
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize(
+    "shape, factors",
+    [(SHAPES[7], torch.bfloat16), (SHAPES[8], torch.float32), (SHAPES[9], torch.float32)]
+    + [((6000, 576, 1536, 4, 32, 0), torch.bfloat16)],
+    ids=["few tokens", "float32 factors", "hybrid", "many tokens"],
+)
+def test_compiled_small_layer_on_gpu(shape, factors):
+    """torch.compile launches the kernels itself, for any number of tokens, as exact as the plain definition."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    compiled = torch.compile(gralora_linear, fullgraph=True)
+    for tokens in (shape[0], 2 * shape[0] + 1):
+        tensors = make((tokens, *shape[1:]), torch.bfloat16, "cuda", bias=True)
+        dy = torch.randn(tokens, shape[2], device="cuda", dtype=torch.bfloat16)
+        exact = gradients(reference.linear, [None if t is None else t.double() for t in tensors], dy.double())
+        plain = gradients(reference.linear, tensors, dy)
+        tensors[3:] = [None if t is None else t.to(factors) for t in tensors[3:]]
+        ours, sources = run_and_get_code(gradients, compiled, tensors, dy)
+        assert all("_kernel" in source and "ops.gralora" not in source for source in sources)
+        assert [t.dtype for t in ours] == [torch.bfloat16] * 2 + [factors] * (len(ours) - 2)
+        for a, b, c in zip(ours, plain, exact, strict=True):
+            assert a.shape == b.shape and relative(a, c) <= 1.2 * relative(b, c) + 1e-6
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_hopper_kernel_is_used():
     """On a Hopper GPU the large shapes do run the kernel that these tests are about."""
     from gralora.ops import dispatch

@@ -320,7 +320,7 @@ def test_prepared_for_compiled_hotswap(case):
 def test_compiles_without_graph_breaks(case, kind, large, monkeypatch):
     """torch.compile takes forward and backward as one graph each, with the same results; large layers as one op."""
     torch._dynamo.reset()
-    monkeypatch.setattr(dispatch, "compiles_to_one", lambda x: large)
+    monkeypatch.setattr(dispatch, "compiled_as", lambda x, weight, p: "operator" if large else "operations")
     model = adapted(one_layer(case, kind), case_config(case)).train()
     x, graphs = random_input(7, case.in_features), []
 

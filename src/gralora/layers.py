@@ -97,14 +97,14 @@ class GraloraLayer(Promoted):
             B_weight, B_hybrid = B_weight * scaling, None if B_hybrid is None else B_hybrid * scaling
             scaling = 1.0
         p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-        if torch.compiler.is_compiling() and not p and not dispatch.compiles_to_one(x):
-            return None  # the compiler fuses the operations that it sees; what it cannot see it calls at a cost
         adapter = A_weight, B_weight, A_hybrid, B_hybrid, scaling, p
 
         base = modules["base_layer"]
         plain = _plain_weights(base)
         if plain is not None and (autocast or plain[0].dtype == dtype):
             x, weight, bias = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (x, *plain))
+            if torch.compiler.is_compiling() and dispatch.compiled_as(x, weight, p) == "operations":
+                return None
             return gralora_linear(x, weight, bias, *adapter)
         if torch.compiler.is_compiling():
             return None

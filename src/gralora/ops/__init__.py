@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import dispatch, fused, reference
+from . import compiled, dispatch, fused, reference
 from .dropout import draw_seed, dropout
 
 
@@ -38,7 +38,11 @@ def gralora_linear(
         seed = draw_seed(x)
     args = x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed
     if torch.compiler.is_compiling():
-        return _linear_op(*args)[0]
+        if dispatch.compiled_as(x, weight, p) != "kernels":
+            return compiled.linear(*args)[0]
+        from .traced import linear  # imports Triton
+
+        return linear(*args)[0]
     if not torch.is_grad_enabled():
         return fused.forward(*args)[0]
     if not dispatch.is_large(x):
@@ -75,20 +79,9 @@ class GraloraLinearFunction(torch.autograd.Function):
             inputs = x, weight, None, A, B, hybrid_A, hybrid_B, ctx.scaling
             y = reference.linear(*inputs, None if seed is None else _kept(x, ctx.p, seed))
             return *_differentiable(y, inputs, ctx.needs_input_grad[:8], dy), None, None, None
-        needs = _needs(ctx.needs_input_grad)
+        needs = compiled.needs_of(ctx.needs_input_grad)
         grads = fused.backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, ctx.scaling, ctx.p, seed, needs)
-        return *_in_place_of_inputs(grads), None
-
-
-def _needs(needs_input_grad):
-    """Whether gradients are needed of x, of A or hybrid_A, of B or hybrid_B, from those of all inputs."""
-    x, _, _, A, B, hybrid_A, hybrid_B, *_ = needs_input_grad
-    return x, A or hybrid_A, B or hybrid_B
-
-
-def _in_place_of_inputs(grads):
-    dx, dA, dB, d_hybrid_A, d_hybrid_B = grads
-    return dx, None, None, dA, dB, d_hybrid_A, d_hybrid_B, None, None, None
+        return *compiled.in_place_of_inputs(grads), None
 
 
 def add_update(
@@ -176,63 +169,3 @@ class DeltaWeightFunction(torch.autograd.Function):
             inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
             dW = reference.delta_weight(*inputs, ctx.scaling)
         return *torch.autograd.grad(dW, inputs, grad), None
-
-
-@torch.library.custom_op(
-    "gralora::linear",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor? hybrid_A, Tensor? hybrid_B, "
-    "float scaling, float p, Tensor? seed) -> (Tensor, Tensor)",
-)
-def _linear_op(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed):
-    return fused.forward(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed)
-
-
-@_linear_op.register_fake
-def _(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed):
-    R = A.shape[2] + (0 if hybrid_A is None else hybrid_A.shape[0])
-    T = x.numel() // x.shape[-1]
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(A.shape[0], T, R)
-
-
-@torch.library.custom_op(
-    "gralora::linear_backward",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? hybrid_A, Tensor? hybrid_B, Tensor g, "
-    "float scaling, float p, Tensor? seed, bool[] needs) -> Tensor[]",
-)
-def _linear_backward_op(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, p, seed, needs):
-    """The gradients that `needs` asks for, without the None entries: a custom op can return no None."""
-    grads = fused.backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, p, seed, tuple(needs))
-    return [grad.contiguous() for grad in grads if grad is not None]
-
-
-def _wanted(x, A, B, hybrid_A, hybrid_B, needs):
-    """What the entries of `fused.backward`'s result are gradients of; None where there is none."""
-    needs_x, needs_A, needs_B = needs
-    inputs = x, A, B, hybrid_A, hybrid_B
-    needed = needs_x, needs_A, needs_B, needs_A, needs_B
-    return [t if need else None for t, need in zip(inputs, needed, strict=True)]
-
-
-@_linear_backward_op.register_fake
-def _(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, p, seed, needs):
-    wanted = _wanted(x, A, B, hybrid_A, hybrid_B, needs)
-    return [t.new_empty(t.shape) for t in wanted if t is not None]
-
-
-def _setup_context(ctx, inputs, output):
-    x, weight, _, A, B, hybrid_A, hybrid_B, scaling, p, seed = inputs
-    ctx.save_for_backward(x, weight, A, B, hybrid_A, hybrid_B, output[1], seed)
-    ctx.scaling, ctx.p = scaling, p
-
-
-def _op_backward(ctx, dy, _):
-    x, weight, A, B, hybrid_A, hybrid_B, g, seed = ctx.saved_tensors
-    needs = list(_needs(ctx.needs_input_grad))
-    grads = iter(_linear_backward_op(dy, x, weight, A, B, hybrid_A, hybrid_B, g, ctx.scaling, ctx.p, seed, needs))
-    wanted = _wanted(x, A, B, hybrid_A, hybrid_B, needs)
-    return _in_place_of_inputs([None if t is None else next(grads) for t in wanted])
-
-
-_linear_op.register_autograd(_op_backward, setup_context=_setup_context)

@@ -10,10 +10,12 @@ The Triton modules are imported at the first CUDA tensor, never before: `import 
 
 import functools
 import os
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 CHOICES = ("auto", "torch", "triton", "reference")
 
@@ -53,17 +55,20 @@ def hopper(device: int | None = None) -> ModuleType | None:
     return hopper
 
 
+HAS_TRITON = find_spec("triton") is not None  # a constant for torch.compile, which importing it would not be
 HALF = (torch.bfloat16, torch.float16)
 FEW_TOKENS = 2048  # up to which a launch costs more than what cuBLAS gains on a factor's gradient
 MIN_SIZE = 2**22  # elements of x from which the matrix product itself takes the adapter's output in
-MIN_FEATURES = 1024  # size I of x `[..., I]` with which the tokens of a training step are as many elements
+MIN_FEATURES = 2048  # in or out, from which a layer's products take longer than calling an operator of a graph
 
 
 def factor_kernels(x: Tensor, dtype: torch.dtype | None = None) -> ModuleType | None:
     """The kernels that project x `[..., I]` down and up, in its dtype or another, or None where torch does that."""
-    if x.is_cuda and choice in ("auto", "triton") and (dtype or x.dtype) in HALF and x.stride()[-1] == 1:
-        return kernels()
-    return None
+    return kernels() if _takes_kernels(x, dtype or x.dtype) and x.stride()[-1] == 1 else None
+
+
+def _takes_kernels(x: Tensor, dtype: torch.dtype) -> bool:
+    return x.is_cuda and choice in ("auto", "triton") and dtype in HALF
 
 
 def gradient_kernels(x: Tensor, dy: Tensor, g: Tensor) -> ModuleType | None:
@@ -71,9 +76,14 @@ def gradient_kernels(x: Tensor, dy: Tensor, g: Tensor) -> ModuleType | None:
     return factor_kernels(x) if g.shape[1] <= FEW_TOKENS and dy.stride()[-1] == 1 else None
 
 
+def is_traced(x: Tensor) -> bool:
+    """Whether torch.compile is tracing the operations and kernels of its graph, with tensors that have no memory."""
+    return isinstance(x, FunctionalTensor)
+
+
 def is_large(x: Tensor) -> bool:
     """Whether the matrix product itself should take in the adapter's output: a launch costs less than a pass."""
-    return x.is_cuda and x.numel() >= MIN_SIZE
+    return x.is_cuda and x.numel() >= MIN_SIZE and not is_traced(x)
 
 
 def linear_kernel(x: Tensor, weight: Tensor, B: Tensor, makes_gradients: bool) -> ModuleType | None:
@@ -85,12 +95,26 @@ def linear_kernel(x: Tensor, weight: Tensor, B: Tensor, makes_gradients: bool) -
     return None
 
 
-def compiles_to_one(x: Tensor) -> bool:
-    """Whether a compiled graph has an adapted layer as one operation: what its kernels save outweighs the call.
+def compiled_as(x: Tensor, weight: Tensor, p: float) -> str:
+    """What an adapted layer is in the graph of torch.compile.
 
-    x `[..., I]`: of its sizes only I is looked at, so that graphs for any number of tokens can be compiled.
+    How many tokens x has does not matter, so that graphs for any number can be compiled.
+
+    Args:
+        x: its input, `[..., I]`.
+        weight: `[O, I]`.
+        p: probability of dropout.
+
+    Returns:
+        "operator": one, which the compiler calls: its kernels save more time than the call takes, or memory: it draws
+            dropout's mask again where it is needed again.
+        "kernels": a product and Triton kernels, which the compiler launches: few launches, and no call.
+        "operations": those of the definition, which the compiler fuses; `torch.export` can save these.
     """
-    return x.is_cuda and x.shape[-1] >= MIN_FEATURES
+    if p or x.is_cuda and max(weight.shape) >= MIN_FEATURES:
+        return "operator"
+    traceable = HAS_TRITON and not torch.compiler._is_exporting_flag  # is_exporting() is always true in a 2.11 graph
+    return "kernels" if traceable and _takes_kernels(x, x.dtype) else "operations"
 
 
 def use_delta_weight_kernel(A: Tensor) -> bool:

@@ -143,7 +143,7 @@ def add_up(y: Tensor, g: Tensor, B: Tensor) -> Tensor:
 
     Computed in the dtype of g.
     """
-    kernels = dispatch.factor_kernels(y, g.dtype) if y.numel() < dispatch.MIN_SIZE else None
+    kernels = None if dispatch.is_large(y) else dispatch.factor_kernels(y, g.dtype)
     if kernels is not None:
         kernels.up(g, B, y)
     elif y.dtype == g.dtype:

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.library import wrap_triton
 from triton import knobs
+
+from . import dispatch
 
 Grid = tuple[int, int, int]
 Block = tuple[int, ...]
@@ -44,6 +47,9 @@ class Launcher:
             numbers, constants: passed as they are.
             tiled: passed as descriptors.
         """
+        if dispatch.is_traced(tensors[0]):  # the compiler is to launch the kernel
+            wrap_triton(self.kernel)[grid](*tensors, *numbers, *constants, **self.options)
+            return
         device = tensors[0].get_device()  # -1 on a CPU, in Triton's interpreter
         if device >= 0 and device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):

@@ -1,0 +1,97 @@
+"""An adapted linear layer as torch.compile sees it: operators with `fused.forward` and `fused.backward` as bodies.
+
+`linear` is opaque: the compiler calls it, which costs the host more than the kernels of a small layer. What
+`traced.linear` does it sees, fuses and launches itself; the kernels of large layers it could not.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import fused
+
+
+def operator(name: str, define: Callable[..., Any]) -> Any:
+    """An operator `gralora::name` of `gralora_linear`'s arguments that returns y and g, and one for its gradients.
+
+    Args:
+        name: of the operator.
+        define: `torch.library.custom_op`, or `triton_op`, whose body is traced.
+    """
+    forward = define(f"gralora::{name}", mutates_args=())(fused.forward)
+    backward = define(f"gralora::{name}_backward", mutates_args=())(_backward)
+    forward.register_fake(_forward_fake)
+    backward.register_fake(_backward_fake)
+
+    def gradients(ctx, dy, _):
+        x, weight, A, B, hybrid_A, hybrid_B, g, seed = ctx.saved_tensors
+        needs = list(needs_of(ctx.needs_input_grad))
+        grads = iter(backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, ctx.scaling, ctx.p, seed, needs))
+        wanted = _wanted(x, A, B, hybrid_A, hybrid_B, needs)
+        return in_place_of_inputs([None if t is None else next(grads) for t in wanted])
+
+    forward.register_autograd(gradients, setup_context=_setup_context)
+    return forward
+
+
+def needs_of(needs_input_grad):
+    """Whether gradients are needed of x, of A or hybrid_A, of B or hybrid_B, from those of all inputs."""
+    x, _, _, A, B, hybrid_A, hybrid_B, *_ = needs_input_grad
+    return x, A or hybrid_A, B or hybrid_B
+
+
+def in_place_of_inputs(grads):
+    """`fused.backward`'s result with None for the other arguments of `fused.forward`."""
+    dx, dA, dB, d_hybrid_A, d_hybrid_B = grads
+    return dx, None, None, dA, dB, d_hybrid_A, d_hybrid_B, None, None, None
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    hybrid_A: Tensor | None,
+    hybrid_B: Tensor | None,
+    g: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients that `needs` asks for, without the None entries: an operator can return no None."""
+    needs_x, needs_A, needs_B = needs
+    needed = needs_x, needs_A, needs_B
+    grads = fused.backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, p, seed, needed)
+    return [grad.contiguous() for grad in grads if grad is not None]
+
+
+def _wanted(x, A, B, hybrid_A, hybrid_B, needs):
+    """What the entries of `fused.backward`'s result are gradients of; None where there is none."""
+    needs_x, needs_A, needs_B = needs
+    inputs = x, A, B, hybrid_A, hybrid_B
+    needed = needs_x, needs_A, needs_B, needs_A, needs_B
+    return [t if need else None for t, need in zip(inputs, needed, strict=True)]
+
+
+def _forward_fake(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed):
+    R = A.shape[2] + (0 if hybrid_A is None else hybrid_A.shape[0])
+    T = x.numel() // x.shape[-1]
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(A.shape[0], T, R)
+
+
+def _backward_fake(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, p, seed, needs):
+    wanted = _wanted(x, A, B, hybrid_A, hybrid_B, needs)
+    return [t.new_empty(t.shape) for t in wanted if t is not None]
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, A, B, hybrid_A, hybrid_B, scaling, p, seed = inputs
+    ctx.save_for_backward(x, weight, A, B, hybrid_A, hybrid_B, output[1], seed)
+    ctx.scaling, ctx.p = scaling, p
+
+
+linear = operator("linear", torch.library.custom_op)

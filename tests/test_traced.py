@@ -1,0 +1,150 @@
+"""What an adapted layer becomes in torch.compile's graphs for a GPU, without one; `test_kernels.py` runs them."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from gralora.ops import dispatch, gralora_linear
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+class Target:
+    """What Triton and torch ask of a GPU's driver while they trace."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_current_device(self):
+        return 0
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch):
+    """Tensors on the CPU are taken for a GPU's."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(dispatch, "_takes_kernels", lambda x, dtype: dtype in dispatch.HALF)
+    monkeypatch.setattr(triton.runtime.driver, "_active", Target())
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def operands(tokens, k, r, h=0, n_in=64, n_out=32, dtype=BF16):
+    def factor(*size):
+        return torch.randn(*size, dtype=dtype, requires_grad=True)
+
+    x = torch.randn(2, tokens // 2, n_in, dtype=BF16, requires_grad=True)
+    grid = factor(k, n_in // k, r), factor(k, r, n_out // k)
+    hybrid = (factor(h, n_in), factor(n_out, h)) if h else (None, None)
+    return x, torch.randn(n_out, n_in, dtype=BF16), torch.randn(n_out, dtype=BF16), *grid, *hybrid, 2.0
+
+
+def graphs_of(function, *args):
+    """The names of what forward and backward call, nothing of which is run."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def compile_nothing(graph, inputs):
+        calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        graphs.append([getattr(target, "__name__", str(target)) for target in calls])
+        results = [t.meta["val"] if isinstance(t, torch.fx.Node) else t for t in graph.graph.output_node().args[0]]
+        return make_boxed_func(
+            lambda *args: [None if t is None else torch.zeros(t.shape, dtype=t.dtype) for t in results]
+        )
+
+    backend = aot_autograd(fw_compiler=compile_nothing, partition_fn=min_cut_rematerialization_partition)
+    torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*args).sum().backward()
+    return graphs
+
+
+def launches(graph):
+    """Products and kernels of a graph, in order."""
+    names = [name.removesuffix(".default") for name in graph]
+    return [name.removesuffix("_wrapper_functional") for name in names if name in PRODUCTS or "triton" in name]
+
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+def test_small_layer_is_products_and_kernels(as_on_gpu, dtype):
+    """One product and two kernels a pass; factors of float32 are converted in the kernels."""
+    forward, backward = graphs_of(gralora_linear, *operands(8, 2, 8, dtype=dtype))
+    assert launches(forward) == ["triton_kernel", "addmm", "triton_kernel"]
+    assert launches(backward) == ["triton_kernel", "mm", "triton_kernel"]
+    assert not any("gralora" in name or "_to_copy" in name for name in forward + backward)
+
+
+def test_many_tokens_leave_gradients_to_products(as_on_gpu):
+    """As in eager mode: the kernel for the factors' gradients is one for few tokens."""
+    forward, backward = graphs_of(gralora_linear, *operands(2 * dispatch.FEW_TOKENS, 2, 8))
+    assert launches(forward) == ["triton_kernel", "addmm", "triton_kernel"]
+    assert launches(backward) == ["triton_kernel", "mm", "triton_kernel", "bmm", "bmm"]
+
+
+def test_hybrid_layer_is_products_and_kernels(as_on_gpu):
+    forward, backward = graphs_of(gralora_linear, *operands(8, 2, 8, h=3))
+    assert launches(forward) == ["triton_kernel", "mm", "addmm", "triton_kernel"]
+    assert launches(backward) == ["triton_kernel", "mm", "mm", "triton_kernel"]
+
+
+def test_input_without_gradient_takes_no_product(as_on_gpu):
+    x, *others = operands(8, 2, 8)
+    forward, backward = graphs_of(gralora_linear, x.detach(), *others)
+    assert launches(backward) == ["triton_kernel", "triton_kernel"]
+
+
+def test_checkpointed_layers_are_computed_anew(as_on_gpu):
+    """Both in the backward's graph, but the last one's output, which nothing there needs."""
+
+    def block(x, *others):
+        return gralora_linear(gralora_linear(x, *others).relu(), *others)
+
+    args = operands(8, 2, 8, n_out=64)
+    forward, backward = graphs_of(lambda *args: checkpoint(block, *args, use_reentrant=False), *args)
+    assert launches(forward) == 2 * ["triton_kernel", "addmm", "triton_kernel"]
+    anew, gradients = ["addmm"] + 3 * ["triton_kernel"], 2 * (["mm"] + 2 * ["triton_kernel"])
+    assert sorted(launches(backward)) == sorted(anew + gradients)
+
+
+def test_exported_layer_needs_no_kernels(as_on_gpu):
+    """torch.export cannot save Triton kernels."""
+
+    class Layer(torch.nn.Module):
+        def forward(self, *args):
+            return gralora_linear(*args, 2.0)
+
+    for strict in (True, False):
+        graph = torch.export.export(Layer(), operands(8, 2, 8)[:-1], strict=strict).graph
+        assert "traced" not in str(graph) and "triton" not in str(graph)
+
+
+@pytest.mark.parametrize(
+    "expected, is_cuda, dtype, features, p, triton",
+    [
+        ("kernels", True, BF16, 1536, 0.0, True),
+        ("operator", True, BF16, 2048, 0.0, True),
+        ("operator", True, BF16, 1536, 0.1, True),
+        ("operations", True, FP32, 1536, 0.0, True),
+        ("operations", True, BF16, 1536, 0.0, False),
+        ("operations", False, BF16, 2048, 0.0, True),
+        ("operator", False, FP32, 64, 0.1, True),
+    ],
+)
+def test_what_a_layer_is_compiled_as(monkeypatch, expected, is_cuda, dtype, features, p, triton):
+    class X:
+        pass
+
+    X.is_cuda, X.dtype = is_cuda, dtype
+    monkeypatch.setattr(dispatch, "HAS_TRITON", triton)
+    monkeypatch.setattr(dispatch, "choice", "auto")
+    for weight in (torch.empty(features, 64), torch.empty(64, features)):
+        assert dispatch.compiled_as(X, weight, p) == expected
