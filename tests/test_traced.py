@@ -1,9 +1,13 @@
 """What an adapted layer becomes in torch.compile's graphs for a GPU, without one; `test_kernels.py` runs them."""
 
+import peft
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
+import gralora
 from gralora.ops import dispatch, gralora_linear
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -45,7 +49,7 @@ def operands(tokens, k, r, h=0, n_in=64, n_out=32, dtype=BF16):
     return x, torch.randn(n_out, n_in, dtype=BF16), torch.randn(n_out, dtype=BF16), *grid, *hybrid, 2.0
 
 
-def graphs_of(function, *args):
+def graphs_of(function, *args, backward=True):
     """The names of what forward and backward call, nothing of which is run."""
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
@@ -61,7 +65,9 @@ def graphs_of(function, *args):
         )
 
     backend = aot_autograd(fw_compiler=compile_nothing, partition_fn=min_cut_rematerialization_partition)
-    torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*args).sum().backward()
+    y = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*args)
+    if backward:
+        y.sum().backward()
     return graphs
 
 
@@ -81,6 +87,34 @@ def test_small_layer_is_products_and_kernels(as_on_gpu, dtype):
     assert launches(forward) == ["triton_kernel", "addmm", "triton_kernel"]
     assert launches(backward) == ["triton_kernel", "mm", "triton_kernel"]
     assert not any("gralora" in name or "_to_copy" in name for name in forward + backward)
+
+
+@pytest.mark.parametrize("case", ["bf16", "fp32-autocast", "conv1d", "prepared-for-hotswap", "inference"])
+def test_layer_of_a_model_is_products_and_kernels(as_on_gpu, case):
+    """Through PEFT's modules, too: nothing else is launched for the adapter, but a conversion of what is float32."""
+    base = Conv1D(32, 64) if case == "conv1d" else nn.Linear(64, 32)
+    config = gralora.LoraConfig(
+        r=8, use_gralora=True, gralora_k=2, target_modules=["0"], fan_in_fan_out=case == "conv1d"
+    )
+    autocast = case == "fp32-autocast"
+    model = peft.get_peft_model(nn.Sequential(base).to(BF16), config, autocast_adapter_dtype=autocast)
+    if case == "prepared-for-hotswap":
+        peft.utils.hotswap.prepare_model_for_compiled_hotswap(model)
+    x = torch.randn(2, 4, 64, dtype=FP32 if autocast else BF16, requires_grad=True)
+
+    def function(x):
+        with torch.autocast("cpu", BF16, enabled=autocast):
+            return model(x)
+
+    if case == "inference":
+        with torch.no_grad():
+            forward, *backward = graphs_of(function, x, backward=False)
+    else:
+        forward, *backward = graphs_of(function, x)
+    assert launches(forward) == ["triton_kernel", "addmm", "triton_kernel"]
+    assert [launches(graph) for graph in backward] == [["triton_kernel", "mm", "triton_kernel"]] * (
+        case != "inference"
+    )
 
 
 def test_many_tokens_leave_gradients_to_products(as_on_gpu):
