@@ -49,7 +49,7 @@ def operands(tokens, k, r, h=0, n_in=64, n_out=32, dtype=BF16):
     return x, torch.randn(n_out, n_in, dtype=BF16), torch.randn(n_out, dtype=BF16), *grid, *hybrid, 2.0
 
 
-def graphs_of(function, *args, backward=True):
+def graphs_of(function, *args):
     """The names of what forward and backward call, nothing of which is run."""
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
@@ -66,7 +66,7 @@ def graphs_of(function, *args, backward=True):
 
     backend = aot_autograd(fw_compiler=compile_nothing, partition_fn=min_cut_rematerialization_partition)
     y = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*args)
-    if backward:
+    if y.requires_grad:
         y.sum().backward()
     return graphs
 
@@ -106,10 +106,7 @@ def test_layer_of_a_model_is_products_and_kernels(as_on_gpu, case):
         with torch.autocast("cpu", BF16, enabled=autocast):
             return model(x)
 
-    if case == "inference":
-        with torch.no_grad():
-            forward, *backward = graphs_of(function, x, backward=False)
-    else:
+    with torch.set_grad_enabled(case != "inference"):
         forward, *backward = graphs_of(function, x)
     assert launches(forward) == ["triton_kernel", "addmm", "triton_kernel"]
     assert [launches(graph) for graph in backward] == [["triton_kernel", "mm", "triton_kernel"]] * (

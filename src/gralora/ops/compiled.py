@@ -63,9 +63,7 @@ def _backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """The gradients that `needs` asks for, without the None entries: an operator can return no None."""
-    needs_x, needs_A, needs_B = needs
-    needed = needs_x, needs_A, needs_B
-    grads = fused.backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, p, seed, needed)
+    grads = fused.backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, p, seed, needs)
     return [grad.contiguous() for grad in grads if grad is not None]
 
 
@@ -80,7 +78,7 @@ def _wanted(x, A, B, hybrid_A, hybrid_B, needs):
 def _forward_fake(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed):
     R = A.shape[2] + (0 if hybrid_A is None else hybrid_A.shape[0])
     T = x.numel() // x.shape[-1]
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(A.shape[0], T, R)
+    return fused.output(x, weight), x.new_empty(A.shape[0], T, R)
 
 
 def _backward_fake(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, p, seed, needs):

@@ -82,7 +82,10 @@ def is_traced(x: Tensor) -> bool:
 
 
 def is_large(x: Tensor) -> bool:
-    """Whether the matrix product itself should take in the adapter's output: a launch costs less than a pass."""
+    """Whether the matrix product itself should take in the adapter's output: a launch costs less than a pass.
+
+    Never while it is traced: the compiler could not launch that product.
+    """
     return x.is_cuda and x.numel() >= MIN_SIZE and not is_traced(x)
 
 

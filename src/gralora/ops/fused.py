@@ -13,6 +13,8 @@ The plain LoRA part of a hybrid adapter rides along as `h` more columns of every
 where a grid's sub-ranks are exchanged, its columns are the same for all blocks.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -230,11 +232,11 @@ def backward(
     scaling: float,
     p: float,
     seed: Tensor | None,
-    needs: tuple[bool, bool, bool],
+    needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of x, A, B, hybrid_A and hybrid_B; that of x without the base's part if weight is None.
 
-    `needs` says which of those of x, of (hybrid_)A and of (hybrid_)B; the others are None.
+    `needs` says which of those of x, of (hybrid_)A and of (hybrid_)B, in this order; the others are None.
     """
     needs_x, needs_A, needs_B = needs
     A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
