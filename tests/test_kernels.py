@@ -175,6 +175,36 @@ def test_compiled_small_layer_on_gpu(shape, factors):
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize(
+    "shape, factors",
+    [(SHAPES[0], torch.bfloat16), (SHAPES[0], torch.float32), (SHAPES[6], torch.bfloat16)]
+    + [((16, 2048, 4096, 4, 64, 0), torch.float32)],
+    ids=["large", "large float32 factors", "large hybrid", "few tokens"],
+)
+def test_compiled_large_layer_on_gpu(shape, factors, p):
+    """What eager mode computes; checkpointed, its product is not computed anew."""
+    from torch._inductor.utils import run_and_get_code
+    from torch.utils.checkpoint import checkpoint
+
+    def layer(*args):
+        return gralora_linear(*args, p, torch.tensor(7, device="cuda") if p else None)
+
+    torch._dynamo.reset()
+    tensors = make(shape, torch.bfloat16, "cuda", bias=True)
+    tensors[3:] = [None if t is None else t.to(factors) for t in tensors[3:]]
+    dy = torch.randn(shape[0], shape[2], device="cuda", dtype=torch.bfloat16)
+    compiled = torch.compile(lambda *args: checkpoint(layer, *args, use_reentrant=False), fullgraph=True)
+    ours, (forward, backward) = run_and_get_code(gradients, compiled, tensors, dy)
+    assert "ops.gralora.adapted" in forward and "down_kernel" in forward
+    assert "ops.gralora.linear_backward" in backward and "ops.gralora.adapted" not in backward
+    for a, b in zip(ours, gradients(layer, tensors, dy), strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b) if not shape[5] else relative(a, b.double()) < 0.005
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_hopper_kernel_is_used():
     """On a Hopper GPU the large shapes do run the kernel that these tests are about."""
     from gralora.ops import dispatch

@@ -77,7 +77,7 @@ def launches(graph):
     return [name.removesuffix("_wrapper_functional") for name in names if name in PRODUCTS or "triton" in name]
 
 
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "adapted", "linear_backward")
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
@@ -146,6 +146,32 @@ def test_checkpointed_layers_are_computed_anew(as_on_gpu):
     assert sorted(launches(backward)) == sorted(anew + gradients)
 
 
+@pytest.mark.parametrize("h, factors", [(0, BF16), (0, FP32), (3, BF16)], ids=["bf16", "fp32", "hybrid"])
+def test_large_layer_is_projection_and_product(as_on_gpu, monkeypatch, h, factors):
+    """What its backward needs, the projection, is all that is computed anew of a checkpointed block's last layer."""
+    monkeypatch.setattr(dispatch, "is_called", lambda x, weight, p: True)
+    args = operands(8, 2, 8, h=h, n_out=64, dtype=factors)
+    project = ["triton_kernel"] + ["mm"] * (h > 0)
+    forward, backward = graphs_of(gralora_linear, *args)
+    assert launches(forward) == [*project, "adapted"]
+    assert launches(backward) == ["linear_backward"]
+
+    def block(x, *others):
+        return gralora_linear(gralora_linear(x, *others).relu(), *others)
+
+    forward, backward = graphs_of(lambda *args: checkpoint(block, *args, use_reentrant=False), *args)
+    assert launches(forward) == 2 * [*project, "adapted"]
+    assert sorted(launches(backward)) == sorted([*project, *project, "adapted", "linear_backward", "linear_backward"])
+
+
+def test_dropout_keeps_seed_and_no_mask(as_on_gpu):
+    """The backward's operator draws the mask again, also where dropout is traced in the forward."""
+    args = *operands(8, 2, 8), 0.5
+    forward, backward = graphs_of(gralora_linear, *args)
+    assert launches(forward) == ["triton_kernel", "triton_kernel", "adapted"]
+    assert launches(backward) == ["linear_backward"]
+
+
 def test_exported_layer_needs_no_kernels(as_on_gpu):
     """torch.export cannot save Triton kernels."""
 
@@ -162,8 +188,11 @@ def test_exported_layer_needs_no_kernels(as_on_gpu):
     "expected, is_cuda, dtype, features, p, triton",
     [
         ("kernels", True, BF16, 1536, 0.0, True),
-        ("operator", True, BF16, 2048, 0.0, True),
-        ("operator", True, BF16, 1536, 0.1, True),
+        ("kernels", True, BF16, 2048, 0.0, True),
+        ("kernels", True, BF16, 1536, 0.1, True),
+        ("operator", True, BF16, 2048, 0.0, False),
+        ("operator", True, FP32, 2048, 0.0, True),
+        ("operator", True, FP32, 1536, 0.1, True),
         ("operations", True, FP32, 1536, 0.0, True),
         ("operations", True, BF16, 1536, 0.0, False),
         ("operations", False, BF16, 2048, 0.0, True),

@@ -1,39 +1,40 @@
-"""An adapted linear layer as torch.compile sees it: operators with `fused.forward` and `fused.backward` as bodies.
+"""An adapted linear layer as torch.compile sees it: operators with the functions of `fused` as bodies.
 
-`linear` is opaque: the compiler calls it, which costs the host more than the kernels of a small layer. What
-`traced.linear` does it sees, fuses and launches itself; the kernels of large layers it could not.
+Those here are opaque: the compiler calls them, which costs the host more than the kernels of a small layer. What
+`traced.linear` does it sees, fuses and launches itself; the products of large layers it could not.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from . import fused
 
 
-def operator(name: str, define: Callable[..., Any]) -> Any:
-    """An operator `gralora::name` of `gralora_linear`'s arguments that returns y and g, and one for its gradients.
+def operators(name: str, define: Any, body: Callable[..., Any], gradients_body: Callable[..., Any]) -> Any:
+    """An operator `gralora::name` of `gralora_linear`'s arguments that returns y and g, and the one of its gradients.
 
     Args:
         name: of the operator.
-        define: `torch.library.custom_op`, or `triton_op`, whose body is traced.
+        define: `torch.library.custom_op`, or `triton_op`, whose bodies are traced.
+        body, gradients_body: with the signatures of `fused.forward` and `gradients`.
     """
-    forward = define(f"gralora::{name}", mutates_args=())(fused.forward)
-    backward = define(f"gralora::{name}_backward", mutates_args=())(_backward)
+    forward = define(f"gralora::{name}", mutates_args=())(body)
+    backward = define(f"gralora::{name}_backward", mutates_args=())(gradients_body)
     forward.register_fake(_forward_fake)
-    backward.register_fake(_backward_fake)
+    backward.register_fake(_gradients_fake)
 
-    def gradients(ctx, dy, _):
+    def differentiated(ctx, dy, _):
         x, weight, A, B, hybrid_A, hybrid_B, g, seed = ctx.saved_tensors
         needs = list(needs_of(ctx.needs_input_grad))
         grads = iter(backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, ctx.scaling, ctx.p, seed, needs))
         wanted = _wanted(x, A, B, hybrid_A, hybrid_B, needs)
         return in_place_of_inputs([None if t is None else next(grads) for t in wanted])
 
-    forward.register_autograd(gradients, setup_context=_setup_context)
-    return forward
+    forward.register_autograd(differentiated, setup_context=_setup_context)
+    return forward, backward
 
 
 def needs_of(needs_input_grad):
@@ -48,7 +49,7 @@ def in_place_of_inputs(grads):
     return dx, None, None, dA, dB, d_hybrid_A, d_hybrid_B, None, None, None
 
 
-def _backward(
+def gradients(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -81,7 +82,7 @@ def _forward_fake(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed):
     return fused.output(x, weight), x.new_empty(A.shape[0], T, R)
 
 
-def _backward_fake(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, p, seed, needs):
+def _gradients_fake(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, p, seed, needs):
     wanted = _wanted(x, A, B, hybrid_A, hybrid_B, needs)
     return [t.new_empty(t.shape) for t in wanted if t is not None]
 
@@ -92,4 +93,6 @@ def _setup_context(ctx, inputs, output):
     ctx.scaling, ctx.p = scaling, p
 
 
-linear = operator("linear", torch.library.custom_op)
+linear, linear_backward = operators("linear", custom_op, fused.forward, gradients)
+adapted = custom_op("gralora::adapted", fused.adapted, mutates_args=())
+adapted.register_fake(lambda x, weight, bias, g, B: fused.output(x, weight))

@@ -109,15 +109,23 @@ def compiled_as(x: Tensor, weight: Tensor, p: float) -> str:
         p: probability of dropout.
 
     Returns:
-        "operator": one, which the compiler calls: its kernels save more time than the call takes, or memory: it draws
-            dropout's mask again where it is needed again.
-        "kernels": a product and Triton kernels, which the compiler launches: few launches, and no call.
-        "operations": those of the definition, which the compiler fuses; `torch.export` can save these.
+        "kernels": an operator whose kernels the compiler sees, and launches itself but where `is_called`.
+        "operator": one that it calls, of torch's kernels.
+        "operations": those of the definition, which it fuses; `torch.export` can save these.
     """
-    if p or x.is_cuda and max(weight.shape) >= MIN_FEATURES:
-        return "operator"
-    traceable = HAS_TRITON and not torch.compiler._is_exporting_flag  # is_exporting() is always true in a 2.11 graph
-    return "kernels" if traceable and _takes_kernels(x, x.dtype) else "operations"
+    # is_exporting() is always true in a graph of torch 2.11
+    if HAS_TRITON and _takes_kernels(x, x.dtype) and not torch.compiler._is_exporting_flag:
+        return "kernels"
+    return "operator" if is_called(x, weight, p) else "operations"
+
+
+def is_called(x: Tensor, weight: Tensor, p: float) -> bool:
+    """Whether the compiler is to call what it could fuse or launch itself; arguments as in `compiled_as`.
+
+    That saves more time than the call takes; with dropout it saves memory: its mask is drawn again where it is needed
+    again.
+    """
+    return p > 0 or x.is_cuda and max(weight.shape) >= MIN_FEATURES
 
 
 def use_delta_weight_kernel(A: Tensor) -> bool:

@@ -193,14 +193,19 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y `[..., O]`, and the exchanged sub-ranks g `[k, T, R]` for the backward. Factors are cast to the dtype of x."""
     g, B = sub_ranks(x, A, B, hybrid_A, hybrid_B, scaling, p, seed)
+    return adapted(x, weight, bias, g, B), g
+
+
+def adapted(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tensor) -> Tensor:
+    """x W^T + bias + up(g, B), as `write_linear`, for x of any size and B of any float dtype."""
     if dispatch.is_large(x):
         y = output(x, weight)
-        write_linear(y, x, weight, bias, g, B)
-        return y, g
+        write_linear(y, x, weight, bias, g, B.to(x.dtype))
+        return y
     # with a bias, what torch makes of more than two dimensions is a view
     y = add_up(torch.nn.functional.linear(_contiguous_or_rows(x) if bias is None else _rows(x), weight, bias), g, B)
     # as matmul does: to autograd y is no view, so that callers may change it in place
-    return y if y.dim() == x.dim() else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1])), g
+    return y if y.dim() == x.dim() else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
 
 
 def add_update(
