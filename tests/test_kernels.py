@@ -106,7 +106,9 @@ def test_layouts_on_gpu(layout):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[6], SHAPES[7]], ids=["large", "large hybrid", "small"])
+@pytest.mark.parametrize(
+    "shape", [SHAPES[0], SHAPES[5], SHAPES[6], SHAPES[7]], ids=["large", "large rank", "large hybrid", "small"]
+)
 def test_float32_factors_on_gpu(shape):
     """Computed with in the dtype of x, which the launches convert them to; their gradients are float32."""
     x, weight, bias, *factors = make(shape, torch.bfloat16, "cuda")
@@ -263,6 +265,43 @@ def test_hopper_kernel_leaves_what_tma_cannot_read(monkeypatch):
     assert not hopper.wins(**good | {"B": torch.zeros(4, 12, 64, dtype=torch.bfloat16)}), "g's stride"
 
 
+@pytest.mark.parametrize("capability, memory", [(75, 65536), (86, 101376), (90, 232448)], ids=["sm75", "sm86", "sm90"])
+@pytest.mark.parametrize("r", [16, 64, 128, 512])
+def test_kernels_fit_into_shared_memory(capability, memory, r, monkeypatch):
+    """Compiled for GPUs with little of it and with much, for any rank, and float32 factors, which take more."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from gralora.ops import kernels, launch
+
+    taken = {}
+
+    def compile_only(self, key, grid, tensors, numbers, constants, tiled=()):
+        names = self.kernel.arg_names
+        types = [f"*{TYPES[t.dtype]}" for t in tensors] + ["fp32" if type(n) is float else "i32" for n in numbers]
+        signature = dict(zip(names, types, strict=False)) | dict.fromkeys(names[len(types) :], "constexpr")
+        values = dict(zip(names[len(types) :], constants, strict=True))
+        if "PRECISION" in values and capability >= 80:  # as on a GPU that multiplies bfloat16
+            values["PRECISION"] = "bf16x6"
+        aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(tensors))}
+        source = triton.compiler.ASTSource(self.kernel, signature, values, aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
+        taken[self.kernel.__name__] = compiled.metadata.shared
+
+    monkeypatch.setattr(launch.Launcher, "__call__", compile_only)
+    x, dy, g = (torch.empty(*size, dtype=torch.float16) for size in [(64, 2048), (64, 4096), (2, 64, r)])
+    A, B = torch.empty(2, 1024, r), torch.empty(2, r, 2048)
+    kernels.down(x, A, 1.0, g, B, B.half())
+    kernels.up(g, B, dy)
+    kernels.gradients(x, dy, g, g, A, x, A, B)
+    kernels.dropout(x, 0.5, 2.0, torch.tensor(0))
+    kernels.delta_weight(A, B, 1.0)
+    assert len(taken) == 5 and all(shared <= memory for shared in taken.values()), taken
+
+
+TYPES = {torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-{}x{}-k{}-r{}-h{}".format(*s))
@@ -333,7 +372,7 @@ def patch_with_item(tensor, scope):
 
 interpreter._patch_lang_tensor = patch_with_item
 
-for tokens, n_in, k, r in [(33, 40, 2, 4), (130, 96, 4, 8), (5, 63, 3, 3), (64, 64, 1, 5)]:
+for tokens, n_in, k, r in [(33, 40, 2, 4), (130, 96, 4, 8), (5, 63, 3, 3), (64, 64, 1, 5), (140, 40, 2, 130)]:
     x, A = torch.randn(tokens, n_in), torch.randn(k, n_in // k, r)
     g = torch.full((k, tokens, r), torch.nan)
     kernels.down(x, A, 0.5, g)
@@ -355,7 +394,7 @@ for tokens, n_out, k, r in [(33, 40, 2, 4), (70, 288, 4, 8), (5, 63, 3, 3), (64,
     assert (y - exact).abs().max() < 1e-5 * exact.abs().max(), (tokens, n_out, k, r)
     kernels.up(g, B.mT.contiguous().mT, transposed)
     assert torch.equal(y, transposed)
-for n_in, n_out, k, r in [(40, 60, 2, 4), (63, 99, 3, 3), (160, 96, 4, 8), (64, 70, 1, 20)]:
+for n_in, n_out, k, r in [(40, 60, 2, 4), (63, 99, 3, 3), (160, 96, 4, 8), (64, 70, 1, 70)]:
     A, B = torch.randn(k, n_in // k, r), torch.randn(k, r, n_out // k)
     exact = reference.delta_weight(A.double(), B.double(), 0.5)
     assert (kernels.delta_weight(A, B, 0.5) - exact).abs().max() < 1e-5 * exact.abs().max(), (n_in, n_out, k, r)

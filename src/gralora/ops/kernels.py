@@ -24,24 +24,25 @@ def _down_kernel(
     STRIDE_AI: tl.constexpr,
     STRIDE_AR: tl.constexpr,
     STRIDE_GT: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     CONVERTED: tl.constexpr,
 ):
-    """One tile of tokens times one block of A; the columns are stored where the exchange puts them.
+    """One tile of tokens times one of the TILES tiles of A; the columns are stored where the exchange puts them.
 
     All programs together also convert the CONVERTED elements of another factor.
     """
     if CONVERTED:
-        first = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 1024
-        for m0 in range(first, CONVERTED, tl.num_programs(0) * tl.num_programs(1) * 1024):
+        for m0 in range(tl.program_id(0) * 1024, CONVERTED, tl.num_programs(0) * 1024):
             m = m0 + tl.arange(0, 1024)
             b_factor = tl.load(factor_ptr + m, mask=m < CONVERTED)
             tl.store(converted_ptr + m, b_factor.to(converted_ptr.dtype.element_ty), mask=m < CONVERTED)
-    i = tl.program_id(1)
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    n = tl.arange(0, BLOCK_R)
+    tiles_r = tl.cdiv(RANK, BLOCK_R)
+    i = tl.program_id(0) % TILES // tiles_r
+    t = tl.program_id(0) // TILES * BLOCK_T + tl.arange(0, BLOCK_T)
+    n = tl.program_id(0) % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
     p_x = x_ptr + t[:, None].to(tl.int64) * STRIDE_XT + i * CHUNK + c[None, :]
     p_A = A_ptr + i * STRIDE_AK + c[:, None] * STRIDE_AI + n[None, :] * STRIDE_AR
@@ -69,7 +70,7 @@ def _dot_size(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-_down = Launcher(_down_kernel, num_warps=4, num_stages=4)
+_down = Launcher(_down_kernel, num_warps=4, num_stages=3)
 
 
 def down(
@@ -86,13 +87,14 @@ def down(
             and without gaps in memory.
     """
     (k, T, r), chunk = g.shape, A.shape[1]
-    block_t = 64 if r > 64 else 128
+    block_r = min(128, _dot_size(r))
+    tiles = k * -(-r // block_r)
     if factor is None or converted is None:
         size, factor, converted = 0, A, g
     else:
         size = factor.numel()
-    constants = (chunk, r, r // k, row_stride(x), *A.stride(), g.stride()[1], block_t, 64, _dot_size(r), size)
-    _down(constants, (-(-T // block_t), k, 1), (x, A, g, factor, converted), (float(scaling), T), constants)
+    constants = (chunk, r, r // k, row_stride(x), *A.stride(), g.stride()[1], tiles, 128, 64, block_r, size)
+    _down(constants, (-(-T // 128) * tiles, 1, 1), (x, A, g, factor, converted), (float(scaling), T), constants)
 
 
 @triton.jit
@@ -347,14 +349,19 @@ def _delta_weight_kernel(
     n = tl.program_id(0) % tl.cdiv(CHUNK_IN, BLOCK_I) * BLOCK_I + tl.arange(0, BLOCK_I)
     o = tl.program_id(1) % tl.cdiv(CHUNK_OUT, BLOCK_O) * BLOCK_O + tl.arange(0, BLOCK_O)
     c = tl.arange(0, BLOCK_Q)
-    in_q, in_n, in_o = c < SUB_RANK, n < CHUNK_IN, o < CHUNK_OUT
+    in_n, in_o = n < CHUNK_IN, o < CHUNK_OUT
     p_B = B_ptr + (j * RANK + i * SUB_RANK + c[None, :]) * CHUNK_OUT + o[:, None]
     p_A = A_ptr + (i * CHUNK_IN + n[None, :]) * RANK + j * SUB_RANK + c[:, None]
-    b_B = tl.load(p_B, mask=in_o[:, None] & in_q[None, :], other=0.0)
-    b_A = tl.load(p_A, mask=in_q[:, None] & in_n[None, :], other=0.0)
-    b_dW = tl.dot(b_B, b_A, input_precision=PRECISION) * scaling
+    b_dW = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
+    for c0 in range(0, SUB_RANK, BLOCK_Q):
+        in_q = c0 + c < SUB_RANK
+        b_B = tl.load(p_B, mask=in_o[:, None] & in_q[None, :], other=0.0)
+        b_A = tl.load(p_A, mask=in_q[:, None] & in_n[None, :], other=0.0)
+        b_dW = tl.dot(b_B, b_A, b_dW, input_precision=PRECISION)
+        p_B += BLOCK_Q * CHUNK_OUT
+        p_A += BLOCK_Q
     p_dW = dW_ptr + (j * CHUNK_OUT + o[:, None]).to(tl.int64) * FEATURES_IN + i * CHUNK_IN + n[None, :]
-    tl.store(p_dW, b_dW, mask=in_o[:, None] & in_n[None, :])
+    tl.store(p_dW, b_dW * scaling, mask=in_o[:, None] & in_n[None, :])
 
 
 _delta_weight = Launcher(_delta_weight_kernel, num_warps=4)
@@ -375,7 +382,7 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     dW = A.new_empty(k * chunk_out, k * chunk_in)
     # six products of bfloat16 parts: nearer to float64 than float32's own, and faster; the interpreter has none
     precision = "bf16x6" if A.is_cuda else "ieee"
-    constants = (chunk_in, chunk_out, r, r // k, k * chunk_in, 64, 128, _dot_size(r // k), precision)
+    constants = (chunk_in, chunk_out, r, r // k, k * chunk_in, 64, 128, min(32, _dot_size(r // k)), precision)
     grid = (k * -(-chunk_in // 128), k * -(-chunk_out // 64), 1)
     _delta_weight(constants, grid, (A, B, dW), (float(scaling),), constants)
     return dW
