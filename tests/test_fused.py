@@ -177,6 +177,11 @@ def test_any_subset_of_gradients(p, compiles, size):
 def test_custom_op(grid, p):
     """torch's checks of a custom op: schema, fake tensors, autograd registration, AOT dispatch with dynamic shapes."""
     torch.library.opcheck(compiled.linear, tuple(operands(grid, p)))
+    x, weight, bias, *factors, scaling, p, seed = operands(grid, p)
+    with torch.no_grad():
+        g, B = fused.sub_ranks(x, *factors, scaling, p, seed)
+    inputs = x.detach(), weight, bias, g, B.detach()
+    torch.library.opcheck(compiled.adapted, inputs, test_utils=("test_schema", "test_faketensor"))
 
 
 @grids
