@@ -300,3 +300,24 @@ def test_choice_is_visible_and_import_starts_nothing():
     assert run(code, GRALORA_KERNELS="auto").stdout.strip() == "fused torch"
     assert run(code, GRALORA_KERNELS="reference").stdout.strip() == "reference"
     assert dispatch.describe("cpu") in ("fused torch", "reference")
+
+
+OF_TURING = "torch.cuda.get_device_capability = lambda _: (7, 5); torch.cuda.get_device_name = lambda _: 'Tesla T4'"
+
+
+@pytest.mark.parametrize(
+    "made, reason",
+    [
+        ("sys.modules['triton'] = None", "triton"),
+        ("torch.version.hip = '6.4'", "the kernels are for NVIDIA's GPUs"),
+        (OF_TURING, "8.0 and later, and this is a Tesla T4"),
+    ],
+    ids=["no Triton", "ROCm", "Turing"],
+)
+def test_without_kernels_torch_computes(made, reason):
+    """Unless kernels are asked for: then the reason why there are none is told."""
+    code = f"import sys, torch; {made}; from gralora.ops import dispatch; "
+    chosen = run(code + "print(dispatch.describe('cuda'), dispatch.hopper(0))", GRALORA_KERNELS="auto")
+    assert chosen.stdout.strip() == "fused torch None", chosen.stderr
+    refused = run(code + "dispatch.describe('cuda')", GRALORA_KERNELS="triton")
+    assert "ImportError: GRALORA_KERNELS=triton: " in refused.stderr and reason in refused.stderr

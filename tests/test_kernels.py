@@ -265,7 +265,7 @@ def test_hopper_kernel_leaves_what_tma_cannot_read(monkeypatch):
     assert not hopper.wins(**good | {"B": torch.zeros(4, 12, 64, dtype=torch.bfloat16)}), "g's stride"
 
 
-@pytest.mark.parametrize("capability, memory", [(75, 65536), (86, 101376), (90, 232448)], ids=["sm75", "sm86", "sm90"])
+@pytest.mark.parametrize("capability, memory", [(86, 101376), (90, 232448)], ids=["sm86", "sm90"])
 @pytest.mark.parametrize("r", [16, 64, 128, 512])
 def test_kernels_fit_into_shared_memory(capability, memory, r, monkeypatch):
     """Compiled for GPUs with little of it and with much, for any rank, and float32 factors, which take more."""
@@ -281,7 +281,7 @@ def test_kernels_fit_into_shared_memory(capability, memory, r, monkeypatch):
         types = [f"*{TYPES[t.dtype]}" for t in tensors] + ["fp32" if type(n) is float else "i32" for n in numbers]
         signature = dict(zip(names, types, strict=False)) | dict.fromkeys(names[len(types) :], "constexpr")
         values = dict(zip(names[len(types) :], constants, strict=True))
-        if "PRECISION" in values and capability >= 80:  # as on a GPU that multiplies bfloat16
+        if "PRECISION" in values:  # that of the interpreter, on a CPU
             values["PRECISION"] = "bf16x6"
         aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(tensors))}
         source = triton.compiler.ASTSource(self.kernel, signature, values, aligned)

@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -33,10 +34,13 @@ def as_on_gpu(monkeypatch):
     """Tensors on the CPU are taken for a GPU's."""
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(dispatch, "_takes_kernels", lambda x, dtype: dtype in dispatch.HALF)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    dispatch.kernels.cache_clear()
     monkeypatch.setattr(triton.runtime.driver, "_active", Target())
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+    dispatch.kernels.cache_clear()
 
 
 def operands(tokens, k, r, h=0, n_in=64, n_out=32, dtype=BF16):
@@ -184,6 +188,27 @@ def test_exported_layer_needs_no_kernels(as_on_gpu):
         assert "traced" not in str(graph) and "triton" not in str(graph)
 
 
+def test_the_gpu_of_a_tensor_decides(monkeypatch):
+    """Of two in one machine, the compiler sees kernels on the one that multiplies on tensor cores."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(7, 5), (8, 6)][device])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "of Turing")
+    dispatch.kernels.cache_clear()
+    calls = []
+
+    def see(graph, inputs):
+        calls.append(next(str(node.target) for node in graph.graph.nodes if "gralora" in str(node.target)))
+        return graph.forward
+
+    for device in ("cuda:0", "cuda:1"):
+        torch._dynamo.reset()
+        with FakeTensorMode():
+            args = [t if t is None else torch.empty_like(t, device=device) for t in operands(8, 2, 8)[:-1]]
+            torch.compile(gralora_linear, backend=see, fullgraph=True)(*args, 2.0)
+    dispatch.kernels.cache_clear()
+    assert calls[0] == "gralora.linear.default" and calls[1].startswith("gralora.linear_traced")
+
+
 @pytest.mark.parametrize(
     "expected, is_cuda, dtype, features, p, triton",
     [
@@ -201,10 +226,10 @@ def test_exported_layer_needs_no_kernels(as_on_gpu):
 )
 def test_what_a_layer_is_compiled_as(monkeypatch, expected, is_cuda, dtype, features, p, triton):
     class X:
-        pass
+        device = torch.device("cuda", 0)
 
     X.is_cuda, X.dtype = is_cuda, dtype
-    monkeypatch.setattr(dispatch, "HAS_TRITON", triton)
+    monkeypatch.setattr(dispatch, "_has_kernels", lambda device: triton)
     monkeypatch.setattr(dispatch, "choice", "auto")
     for weight in (torch.empty(features, 64), torch.empty(64, features)):
         assert dispatch.compiled_as(X, weight, p) == expected

@@ -161,7 +161,7 @@ class DeltaWeightFunction(torch.autograd.Function):
     def forward(ctx, A, B, scaling):
         ctx.save_for_backward(A, B)
         ctx.scaling = scaling
-        return dispatch.kernels().delta_weight(A.contiguous(), B.contiguous(), scaling)
+        return dispatch.kernels(A.device.index).delta_weight(A.contiguous(), B.contiguous(), scaling)
 
     @staticmethod
     def backward(ctx, grad):

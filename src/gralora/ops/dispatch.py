@@ -2,7 +2,7 @@
 
     auto       (default) Triton kernels where they win, else fused torch
     torch      fused torch operations everywhere
-    triton     as auto, but an error where Triton cannot be imported
+    triton     as auto, but an error where there are no kernels
     reference  the plain definition, layer by layer as PEFT computes LoRA: for debugging
 
 The Triton modules are imported at the first CUDA tensor, never before: `import gralora` needs no GPU and no Triton.
@@ -10,7 +10,6 @@ The Triton modules are imported at the first CUDA tensor, never before: `import 
 
 import functools
 import os
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -32,13 +31,22 @@ choice = read_choice()  # once: a constant for torch.compile
 
 
 @functools.cache
-def kernels() -> ModuleType | None:
-    """The Triton kernels, or None where Triton is missing."""
+def kernels(device: int | None = None) -> ModuleType | None:
+    """The Triton kernels, or None where Triton is missing, or cannot multiply on this GPU's tensor cores.
+
+    Before Ampere it would multiply without them. Kernels on AMD's GPUs it launches in another way.
+    """
     try:
+        if torch.version.hip:
+            raise ImportError("the kernels are for NVIDIA's GPUs, and this torch is for AMD's")
         from . import kernels
+
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            name = torch.cuda.get_device_name(device)
+            raise ImportError(f"the kernels are for GPUs of compute capability 8.0 and later, and this is a {name}")
     except ImportError as error:
         if choice == "triton":
-            raise ImportError("GRALORA_KERNELS=triton, but Triton cannot be imported; pip install triton.") from error
+            raise ImportError(f"GRALORA_KERNELS=triton: {error}. With auto, torch computes.") from error
         return None
     return kernels
 
@@ -46,7 +54,7 @@ def kernels() -> ModuleType | None:
 @functools.cache
 def hopper(device: int | None = None) -> ModuleType | None:
     """The Hopper kernel, or None where the GPU is another, or Triton has no Gluon (Triton < 3.6)."""
-    if kernels() is None or torch.cuda.get_device_capability(device)[0] != 9:
+    if kernels(device) is None or torch.cuda.get_device_capability(device)[0] != 9:
         return None
     try:
         from . import hopper
@@ -55,7 +63,6 @@ def hopper(device: int | None = None) -> ModuleType | None:
     return hopper
 
 
-HAS_TRITON = find_spec("triton") is not None  # a constant for torch.compile, which importing it would not be
 HALF = (torch.bfloat16, torch.float16)
 FEW_TOKENS = 2048  # up to which a launch costs more than what cuBLAS gains on a factor's gradient
 MIN_SIZE = 2**22  # elements of x from which the matrix product itself takes the adapter's output in
@@ -64,11 +71,17 @@ MIN_FEATURES = 2048  # in or out, from which a layer's products take longer than
 
 def factor_kernels(x: Tensor, dtype: torch.dtype | None = None) -> ModuleType | None:
     """The kernels that project x `[..., I]` down and up, in its dtype or another, or None where torch does that."""
-    return kernels() if _takes_kernels(x, dtype or x.dtype) and x.stride()[-1] == 1 else None
+    return kernels(x.device.index) if _takes_kernels(x, dtype or x.dtype) and x.stride()[-1] == 1 else None
 
 
 def _takes_kernels(x: Tensor, dtype: torch.dtype) -> bool:
     return x.is_cuda and choice in ("auto", "triton") and dtype in HALF
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels(device: int) -> bool:
+    """Whether there are kernels, also where torch.compile traces, which could not import them."""
+    return kernels(device) is not None
 
 
 def gradient_kernels(x: Tensor, dy: Tensor, g: Tensor) -> ModuleType | None:
@@ -113,8 +126,8 @@ def compiled_as(x: Tensor, weight: Tensor, p: float) -> str:
         "operator": one that it calls, of torch's kernels.
         "operations": those of the definition, which it fuses; `torch.export` can save these.
     """
-    # is_exporting() is always true in a graph of torch 2.11
-    if HAS_TRITON and _takes_kernels(x, x.dtype) and not torch.compiler._is_exporting_flag:
+    exporting = torch.compiler._is_exporting_flag  # is_exporting() is always true in a graph of torch 2.11
+    if _takes_kernels(x, x.dtype) and _has_kernels(x.device.index) and not exporting:
         return "kernels"
     return "operator" if is_called(x, weight, p) else "operations"
 
@@ -129,7 +142,8 @@ def is_called(x: Tensor, weight: Tensor, p: float) -> bool:
 
 
 def use_delta_weight_kernel(A: Tensor) -> bool:
-    return A.is_cuda and A.dtype == torch.float32 and choice in ("auto", "triton") and kernels() is not None
+    wanted = A.is_cuda and A.dtype == torch.float32 and choice in ("auto", "triton")
+    return wanted and kernels(A.device.index) is not None
 
 
 def describe(device: torch.device | str | None = None) -> str:
@@ -137,6 +151,6 @@ def describe(device: torch.device | str | None = None) -> str:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if choice == "reference":
         return "reference"
-    if device.type != "cuda" or choice == "torch" or kernels() is None:
+    if device.type != "cuda" or choice == "torch" or kernels(device.index) is None:
         return "fused torch"
     return "fused torch + Triton" + (" + Hopper matmul" if hopper(device.index) else "")

@@ -23,7 +23,8 @@ from .dropout import dropout
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
-_BMM_WIDENS = torch.__version__ >= (2, 8)  # bmm(out_dtype=): a float32 result without a pass to convert it
+# bmm(out_dtype=): a float32 result without a pass to convert it; ROCm has none
+_BMM_WIDENS = torch.__version__ >= (2, 8) and not torch.version.hip
 
 
 def chunks(x: Tensor, k: int) -> Tensor:
