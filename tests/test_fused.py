@@ -300,6 +300,8 @@ def test_choice_is_visible_and_import_starts_nothing():
     assert run(code, GRALORA_KERNELS="auto").stdout.strip() == "fused torch"
     assert run(code, GRALORA_KERNELS="reference").stdout.strip() == "reference"
     assert dispatch.describe("cpu") in ("fused torch", "reference")
+    code = "from gralora.ops import dispatch; print(dispatch.describe('cuda'))"
+    assert run(code, GRALORA_KERNELS="torch").stdout.strip() == "fused torch"
 
 
 OF_TURING = "torch.cuda.get_device_capability = lambda _: (7, 5); torch.cuda.get_device_name = lambda _: 'Tesla T4'"

@@ -30,17 +30,23 @@ class Target:
 
 
 @pytest.fixture
-def as_on_gpu(monkeypatch):
+def nothing_cached(monkeypatch):
+    """Neither graphs nor which GPU has kernels is known from before, or after; any may have them."""
+    monkeypatch.setattr(dispatch, "choice", "auto")
+    torch._dynamo.reset()
+    dispatch.kernels.cache_clear()
+    yield
+    torch._dynamo.reset()
+    dispatch.kernels.cache_clear()
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch, nothing_cached):
     """Tensors on the CPU are taken for a GPU's."""
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(dispatch, "_takes_kernels", lambda x, dtype: dtype in dispatch.HALF)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    dispatch.kernels.cache_clear()
     monkeypatch.setattr(triton.runtime.driver, "_active", Target())
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-    dispatch.kernels.cache_clear()
 
 
 def operands(tokens, k, r, h=0, n_in=64, n_out=32, dtype=BF16):
@@ -188,12 +194,11 @@ def test_exported_layer_needs_no_kernels(as_on_gpu):
         assert "traced" not in str(graph) and "triton" not in str(graph)
 
 
-def test_the_gpu_of_a_tensor_decides(monkeypatch):
+def test_the_gpu_of_a_tensor_decides(monkeypatch, nothing_cached):
     """Of two in one machine, the compiler sees kernels on the one that multiplies on tensor cores."""
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(7, 5), (8, 6)][device])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "of Turing")
-    dispatch.kernels.cache_clear()
     calls = []
 
     def see(graph, inputs):
@@ -205,7 +210,6 @@ def test_the_gpu_of_a_tensor_decides(monkeypatch):
         with FakeTensorMode():
             args = [t if t is None else torch.empty_like(t, device=device) for t in operands(8, 2, 8)[:-1]]
             torch.compile(gralora_linear, backend=see, fullgraph=True)(*args, 2.0)
-    dispatch.kernels.cache_clear()
     assert calls[0] == "gralora.linear.default" and calls[1].startswith("gralora.linear_traced")
 
 
@@ -230,6 +234,5 @@ def test_what_a_layer_is_compiled_as(monkeypatch, expected, is_cuda, dtype, feat
 
     X.is_cuda, X.dtype = is_cuda, dtype
     monkeypatch.setattr(dispatch, "_has_kernels", lambda device: triton)
-    monkeypatch.setattr(dispatch, "choice", "auto")
     for weight in (torch.empty(features, 64), torch.empty(64, features)):
         assert dispatch.compiled_as(X, weight, p) == expected

@@ -32,10 +32,12 @@ choice = read_choice()  # once: a constant for torch.compile
 
 @functools.cache
 def kernels(device: int | None = None) -> ModuleType | None:
-    """The Triton kernels, or None where Triton is missing, or cannot multiply on this GPU's tensor cores.
+    """The Triton kernels, or None where others are chosen, Triton is missing, or cannot use this GPU's tensor cores.
 
     Before Ampere it would multiply without them. Kernels on AMD's GPUs it launches in another way.
     """
+    if choice in ("torch", "reference"):
+        return None
     try:
         if torch.version.hip:
             raise ImportError("the kernels are for NVIDIA's GPUs, and this torch is for AMD's")
@@ -75,7 +77,7 @@ def factor_kernels(x: Tensor, dtype: torch.dtype | None = None) -> ModuleType | 
 
 
 def _takes_kernels(x: Tensor, dtype: torch.dtype) -> bool:
-    return x.is_cuda and choice in ("auto", "triton") and dtype in HALF
+    return x.is_cuda and dtype in HALF
 
 
 @torch.compiler.assume_constant_result
@@ -104,11 +106,8 @@ def is_large(x: Tensor) -> bool:
 
 def linear_kernel(x: Tensor, weight: Tensor, B: Tensor, makes_gradients: bool) -> ModuleType | None:
     """The kernel that computes base and adapter in one, or None where it does not apply or win; x as in `wins`."""
-    if choice in ("auto", "triton"):
-        module = hopper(x.device.index)
-        if module is not None and module.wins(x, weight, B, makes_gradients):
-            return module
-    return None
+    module = hopper(x.device.index)
+    return module if module is not None and module.wins(x, weight, B, makes_gradients) else None
 
 
 def compiled_as(x: Tensor, weight: Tensor, p: float) -> str:
@@ -142,8 +141,7 @@ def is_called(x: Tensor, weight: Tensor, p: float) -> bool:
 
 
 def use_delta_weight_kernel(A: Tensor) -> bool:
-    wanted = A.is_cuda and A.dtype == torch.float32 and choice in ("auto", "triton")
-    return wanted and kernels(A.device.index) is not None
+    return A.is_cuda and A.dtype == torch.float32 and kernels(A.device.index) is not None
 
 
 def describe(device: torch.device | str | None = None) -> str:
@@ -151,6 +149,6 @@ def describe(device: torch.device | str | None = None) -> str:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if choice == "reference":
         return "reference"
-    if device.type != "cuda" or choice == "torch" or kernels(device.index) is None:
+    if device.type != "cuda" or kernels(device.index) is None:
         return "fused torch"
     return "fused torch + Triton" + (" + Hopper matmul" if hopper(device.index) else "")

@@ -24,13 +24,12 @@ def _down_kernel(
     STRIDE_AI: tl.constexpr,
     STRIDE_AR: tl.constexpr,
     STRIDE_GT: tl.constexpr,
-    TILES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     CONVERTED: tl.constexpr,
 ):
-    """One tile of tokens times one of the TILES tiles of A; the columns are stored where the exchange puts them.
+    """One tile of tokens times one tile of A; the columns are stored where the exchange puts them.
 
     All programs together also convert the CONVERTED elements of another factor.
     """
@@ -39,10 +38,11 @@ def _down_kernel(
             m = m0 + tl.arange(0, 1024)
             b_factor = tl.load(factor_ptr + m, mask=m < CONVERTED)
             tl.store(converted_ptr + m, b_factor.to(converted_ptr.dtype.element_ty), mask=m < CONVERTED)
-    tiles_r = tl.cdiv(RANK, BLOCK_R)
-    i = tl.program_id(0) % TILES // tiles_r
-    t = tl.program_id(0) // TILES * BLOCK_T + tl.arange(0, BLOCK_T)
-    n = tl.program_id(0) % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    tile, tiles_r = tl.program_id(0), tl.cdiv(RANK, BLOCK_R)
+    tiles_A = RANK // SUB_RANK * tiles_r
+    i = tile % tiles_A // tiles_r
+    t = tile // tiles_A * BLOCK_T + tl.arange(0, BLOCK_T)
+    n = tile % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
     p_x = x_ptr + t[:, None].to(tl.int64) * STRIDE_XT + i * CHUNK + c[None, :]
     p_A = A_ptr + i * STRIDE_AK + c[:, None] * STRIDE_AI + n[None, :] * STRIDE_AR
@@ -65,9 +65,9 @@ def row_stride(x: Tensor) -> int:
     return x.stride()[0] if x.dim() == 2 else x.shape[-1]
 
 
-def _dot_size(n: int) -> int:
-    """The power of two, at least tl.dot's 16, that holds n."""
-    return max(16, 1 << (n - 1).bit_length())
+def _dot_size(n: int, most: int) -> int:
+    """The power of two, at least tl.dot's 16, that holds n; no more than `most`, which fits into shared memory."""
+    return min(most, max(16, 1 << (n - 1).bit_length()))
 
 
 _down = Launcher(_down_kernel, num_warps=4, num_stages=3)
@@ -87,14 +87,14 @@ def down(
             and without gaps in memory.
     """
     (k, T, r), chunk = g.shape, A.shape[1]
-    block_r = min(128, _dot_size(r))
-    tiles = k * -(-r // block_r)
+    block_r = _dot_size(r, 128)
     if factor is None or converted is None:
         size, factor, converted = 0, A, g
     else:
         size = factor.numel()
-    constants = (chunk, r, r // k, row_stride(x), *A.stride(), g.stride()[1], tiles, 128, 64, block_r, size)
-    _down(constants, (-(-T // 128) * tiles, 1, 1), (x, A, g, factor, converted), (float(scaling), T), constants)
+    constants = (chunk, r, r // k, row_stride(x), *A.stride(), g.stride()[1], 128, 64, block_r, size)
+    grid = (-(-T // 128) * k * -(-r // block_r), 1, 1)
+    _down(constants, grid, (x, A, g, factor, converted), (float(scaling), T), constants)
 
 
 @triton.jit
@@ -215,7 +215,7 @@ def up(g: Tensor, B: Tensor, y: Tensor) -> None:
         y: changed: `[T, O]` with unit stride along O, or contiguous `[..., O]`; any float dtype.
     """
     (k, T, r), chunk = g.shape, B.shape[2]
-    constants = (chunk, r, *B.stride(), row_stride(y), 64, 64, min(64, _dot_size(r)))
+    constants = (chunk, r, *B.stride(), row_stride(y), 64, 64, _dot_size(r, 64))
     _up(constants, (-(-T // 64) * -(-chunk // 64) * k, 1, 1), (g, B, y), (T,), constants)
 
 
@@ -286,7 +286,7 @@ def gradients(
         dA, dB: written: `[k, I/k, r]` and `[k, r, O/k]`, any float dtypes, contiguous.
     """
     (k, T, r), chunk_i, chunk_o = g.shape, A.shape[1], dy.shape[-1] // g.shape[0]
-    block_r, tiles_t, tiles_i, tiles_o = min(64, _dot_size(r)), -(-T // 64), -(-chunk_i // 64), -(-chunk_o // 64)
+    block_r, tiles_t, tiles_i, tiles_o = _dot_size(r, 64), -(-T // 64), -(-chunk_i // 64), -(-chunk_o // 64)
     tiles_r = -(-r // block_r)
     tiles_A = 0 if dA is None else k * tiles_i * tiles_r
     tiles_B = 0 if dB is None else k * tiles_o * tiles_r
@@ -382,7 +382,7 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     dW = A.new_empty(k * chunk_out, k * chunk_in)
     # six products of bfloat16 parts: nearer to float64 than float32's own, and faster; the interpreter has none
     precision = "bf16x6" if A.is_cuda else "ieee"
-    constants = (chunk_in, chunk_out, r, r // k, k * chunk_in, 64, 128, min(32, _dot_size(r // k)), precision)
+    constants = (chunk_in, chunk_out, r, r // k, k * chunk_in, 64, 128, _dot_size(r // k, 32), precision)
     grid = (k * -(-chunk_in // 128), k * -(-chunk_out // 64), 1)
     _delta_weight(constants, grid, (A, B, dW), (float(scaling),), constants)
     return dW
