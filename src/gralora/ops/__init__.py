@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import compiled, dispatch, fused, reference
 from .dropout import draw_seed, dropout
+from .saved import save, saved
 
 
 def gralora_linear(
@@ -47,9 +48,9 @@ def gralora_linear(
         return fused.forward(*args)[0]
     if not dispatch.is_large(x):
         return GraloraLinearFunction.apply(*args, None)
-    with torch.no_grad():
-        g, up = fused.sub_ranks(x, A, B, hybrid_A, hybrid_B, scaling, p, seed)
-    y = GraloraLinearFunction.apply(*args, g)
+    projected: list[Tensor] = []
+    y = GraloraLinearFunction.apply(*args, projected)
+    g, up = projected
     with torch.no_grad():
         fused.write_linear(y, x, weight, bias, g, up)
     return y
@@ -58,23 +59,24 @@ def gralora_linear(
 class GraloraLinearFunction(torch.autograd.Function):
     """`fused.forward` and `fused.backward` for eager mode, where the dispatch of a custom op would cost more.
 
-    With g given, y is not computed yet, only what the backward needs is saved: gradient checkpointing stops computing
-    a block anew where the last tensor is saved, and so never comes to the product of the block's last layer.
+    With a list for g and B, y is not computed yet, only what the backward needs is saved: gradient checkpointing stops
+    computing a block anew where the last tensor is saved, and so never comes to the product of the block's last layer.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed, g):
-        if g is None:
+    def forward(ctx, x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed, projected):
+        if projected is None:
             y, g = fused.forward(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed)
         else:
-            y = fused.output(x, weight)
-        ctx.save_for_backward(x, weight, A, B, hybrid_A, hybrid_B, g, seed)
+            projected += fused.sub_ranks(x, A, B, hybrid_A, hybrid_B, scaling, p, seed)
+            y, g = fused.output(x, weight), projected[0]
+        save(ctx, x, weight, A, B, hybrid_A, hybrid_B, g, seed)
         ctx.scaling, ctx.p = scaling, p
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, A, B, hybrid_A, hybrid_B, g, seed = ctx.saved_tensors
+        x, weight, A, B, hybrid_A, hybrid_B, g, seed = saved(ctx)
         if torch.is_grad_enabled():  # create_graph=True
             inputs = x, weight, None, A, B, hybrid_A, hybrid_B, ctx.scaling
             y = reference.linear(*inputs, None if seed is None else _kept(x, ctx.p, seed))
@@ -115,13 +117,13 @@ class GraloraUpdateFunction(torch.autograd.Function):
     def forward(ctx, y, x, A, B, hybrid_A, hybrid_B, scaling, p, seed):
         ctx.mark_dirty(y)
         g = fused.add_update(y, x, A, B, hybrid_A, hybrid_B, scaling, p, seed)
-        ctx.save_for_backward(x, A, B, hybrid_A, hybrid_B, g, seed)
+        save(ctx, x, A, B, hybrid_A, hybrid_B, g, seed)
         ctx.scaling, ctx.p = scaling, p
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, A, B, hybrid_A, hybrid_B, g, seed = ctx.saved_tensors
+        x, A, B, hybrid_A, hybrid_B, g, seed = saved(ctx)
         needs_y, needs_x, needs_A, needs_B, needs_hybrid_A, needs_hybrid_B, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             inputs = x, A, B, hybrid_A, hybrid_B
