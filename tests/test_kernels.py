@@ -83,9 +83,10 @@ def test_conv1d_layout_on_gpu():
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("layout", ["batch", "batch of one", "rows of a wider tensor", "rows of odd addresses"])
-def test_layouts_on_gpu(layout):
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=["", "many sub-ranks"])
+def test_layouts_on_gpu(shape, layout):
     """Tokens in more dimensions, or with other numbers between them, give what the same rows alone give."""
-    x, weight, _, A, B, *_ = make(SHAPES[0], torch.bfloat16, "cuda")
+    x, weight, _, A, B, *_ = make(shape, torch.bfloat16, "cuda")
     dy = torch.randn(len(x), len(weight), device="cuda", dtype=torch.bfloat16)
 
     def arrange(t):
@@ -120,6 +121,42 @@ def test_float32_factors_on_gpu(shape):
     for name, a, b in zip(["y", "dx", "dA", "dB"], floats, halves, strict=False):
         assert a.dtype == (torch.bfloat16 if name in ("y", "dx") else torch.float32)
         assert torch.equal(a.bfloat16(), b), name
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("how", ["eager", "compiled", "added"])
+@pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_many_sub_ranks_are_not_kept_on_gpu(how, factors, monkeypatch):
+    """Of a layer with an eighth as many of them as its input has: projected again they give the same bits."""
+    from gralora.ops import dispatch
+
+    x, weight, _, A, B, *_ = make(SHAPES[1], torch.bfloat16, "cuda")
+    x, A, B = x.requires_grad_(), A.to(factors).requires_grad_(), B.to(factors).requires_grad_()
+    dy = torch.randn(len(x), len(weight), device="cuda", dtype=torch.bfloat16)
+
+    def run():
+        function = torch.compile(gralora_linear, fullgraph=True) if how == "compiled" else gralora_linear
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        if how == "added":
+            y = add_update(torch.zeros_like(dy), x, A, B, None, None, 0.5)
+        else:
+            y = function(x, weight, None, A, B, None, None, 0.5)
+        kept = torch.cuda.memory_allocated() - before - y.nbytes
+        return kept, [y.detach(), *torch.autograd.grad(y, [x, A, B], dy)]
+
+    torch._dynamo.reset()
+    run()  # compiled, and memory of libraries
+    few, ours = run()
+    monkeypatch.setattr(dispatch, "MOST_KEPT", 2.0)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):  # keys of which are not of what is kept
+        run()
+        many, expected = run()
+    sub_ranks = 2 * len(x) * A.shape[0] * A.shape[2]
+    assert many - few == sub_ranks and few < sub_ranks, (few, many)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 @pytest.mark.gpu
@@ -360,7 +397,7 @@ def test_added_on_gpu(shape, dtype):
 INTERPRETED = """
 import torch
 from triton.runtime import interpreter
-from gralora.ops import dispatch, dropout, gralora_linear, kernels, reference
+from gralora.ops import add_update, dispatch, dropout, gralora_linear, kernels, reference
 
 patch = interpreter._patch_lang_tensor  # NumPy 2.4 makes no int of the interpreter's arrays of one element
 
@@ -454,6 +491,23 @@ check(torch.randn(5, 1, 12).transpose(0, 1), torch.randn(1, 8).expand(1, 5, 8), 
 check(torch.randn(1, 5, 12).transpose(0, 1), torch.randn(5, 3, 8)[:, :1], 2, 4, 0, 0.0)  # contiguous, of odd strides
 check(torch.randn(12, 7).T, torch.randn(8, 7).T, 2, 4, 0, 0.0)
 assert launches == ["up", "up"], launches  # what has no unit stride along a row is projected down by torch
+# large ones: sub-ranks are kept, or where there are many projected down again, as they are for added adapters
+dispatch.is_large = lambda x: True
+dispatch.linear_kernel = lambda *args: None
+for r, h, p, downs in [(1, 0, 0.0, 2), (2, 0, 0.0, 3), (2, 1, 0.0, 2), (2, 0, 0.5, 2)]:
+    check(torch.randn(2, 3, 64), torch.randn(2, 3, 8), 2, 2 * r, h, p)
+    assert [name for name in launches if name != "dropout"] == downs * ["down"] + ["gradients"], launches
+    x, A, B, dy = torch.randn(7, 64), torch.randn(2, 32, 2 * r), torch.randn(2, 2 * r, 4), torch.randn(7, 8)
+    hybrid = (torch.randn(h, 64), torch.randn(8, h)) if h else (None, None)
+    grads = []
+    for kept in (0.0, 2.0):  # nothing, or everything
+        dispatch.MOST_KEPT = kept
+        trained = leaves(x, A, B, *hybrid)
+        torch.manual_seed(0)
+        y = add_update(torch.zeros(7, 8), *trained, 0.5, p)
+        grads.append([y, *torch.autograd.grad(y, [t for t in trained if t is not None], dy)])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)), (r, h, p)
+    dispatch.MOST_KEPT = 1 / 8
 print("interpreted")
 """
 

@@ -1,5 +1,7 @@
 """What an adapted layer becomes in torch.compile's graphs for a GPU, without one; `test_kernels.py` runs them."""
 
+import functools
+
 import peft
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import gralora
-from gralora.ops import dispatch, gralora_linear
+from gralora.ops import compiled, dispatch, gralora_linear
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -172,6 +174,31 @@ def test_large_layer_is_projection_and_product(as_on_gpu, monkeypatch, h, factor
     forward, backward = graphs_of(lambda *args: checkpoint(block, *args, use_reentrant=False), *args)
     assert launches(forward) == 2 * [*project, "adapted"]
     assert sorted(launches(backward)) == sorted([*project, *project, "adapted", "linear_backward", "linear_backward"])
+
+
+@pytest.mark.parametrize(
+    "r, h, p, checkpointed, is_kept",
+    [(2, 0, 0.0, False, True), (4, 0, 0.0, False, False), (4, 1, 0.0, False, True), (4, 0, 0.5, False, True)]
+    + [(4, 0, 0.0, True, True)],
+    ids=["few", "many", "hybrid", "dropout", "checkpointed"],
+)
+def test_many_sub_ranks_are_not_kept(as_on_gpu, monkeypatch, r, h, p, checkpointed, is_kept):
+    """The backward of a large layer gets none, but where its graph, of a checkpointed block, projects down anyway."""
+    monkeypatch.setattr(dispatch, "is_called", lambda x, weight, p: True)
+    given = []
+    backward = compiled.gradients
+
+    def see(*args):
+        given.append(args[7] is not None)
+        return backward(*args)
+
+    monkeypatch.setattr(compiled, "linear_backward", see)
+    args = *operands(8, 2, r, h=h), p
+    function = gralora_linear
+    if checkpointed:
+        function = functools.partial(checkpoint, gralora_linear, use_reentrant=False)
+    graphs_of(function, *args)
+    assert given and set(given) == {is_kept}
 
 
 def test_dropout_keeps_seed_and_no_mask(as_on_gpu):

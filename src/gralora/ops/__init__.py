@@ -70,6 +70,8 @@ class GraloraLinearFunction(torch.autograd.Function):
         else:
             projected += fused.sub_ranks(x, A, B, hybrid_A, hybrid_B, scaling, p, seed)
             y, g = fused.output(x, weight), projected[0]
+            if dispatch.projects_again(x, g, hybrid_A, p):
+                g = None
         save(ctx, x, weight, A, B, hybrid_A, hybrid_B, g, seed)
         ctx.scaling, ctx.p = scaling, p
         return y
@@ -117,6 +119,8 @@ class GraloraUpdateFunction(torch.autograd.Function):
     def forward(ctx, y, x, A, B, hybrid_A, hybrid_B, scaling, p, seed):
         ctx.mark_dirty(y)
         g = fused.add_update(y, x, A, B, hybrid_A, hybrid_B, scaling, p, seed)
+        if dispatch.is_large(x) and dispatch.projects_again(x, g, hybrid_A, p):
+            g = None
         save(ctx, x, A, B, hybrid_A, hybrid_B, g, seed)
         ctx.scaling, ctx.p = scaling, p
         return y

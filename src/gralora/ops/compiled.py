@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.fx.traceback import get_current_meta
 from torch.library import custom_op
 
-from . import fused
+from . import dispatch, fused
 
 
 def operators(name: str, define: Any, body: Callable[..., Any], gradients_body: Callable[..., Any]) -> Any:
@@ -57,7 +58,7 @@ def gradients(
     B: Tensor,
     hybrid_A: Tensor | None,
     hybrid_B: Tensor | None,
-    g: Tensor,
+    g: Tensor | None,
     scaling: float,
     p: float,
     seed: Tensor | None,
@@ -89,7 +90,12 @@ def _gradients_fake(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, p, seed
 
 def _setup_context(ctx, inputs, output):
     x, weight, _, A, B, hybrid_A, hybrid_B, scaling, p, seed = inputs
-    ctx.save_for_backward(x, weight, A, B, hybrid_A, hybrid_B, output[1], seed)
+    g = output[1]
+    # a checkpointed block's graph has the projection in its backward already
+    checkpointed = "recompute" in get_current_meta()
+    if dispatch.is_called(x, weight, p) and not checkpointed and dispatch.projects_again(x, g, hybrid_A, p):
+        g = None
+    ctx.save_for_backward(x, weight, A, B, hybrid_A, hybrid_B, g, seed)
     ctx.scaling, ctx.p = scaling, p
 
 

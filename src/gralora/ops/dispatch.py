@@ -68,6 +68,7 @@ def hopper(device: int | None = None) -> ModuleType | None:
 HALF = (torch.bfloat16, torch.float16)
 FEW_TOKENS = 2048  # up to which a launch costs more than what cuBLAS gains on a factor's gradient
 MIN_SIZE = 2**22  # elements of x from which the matrix product itself takes the adapter's output in
+MOST_KEPT = 1 / 8  # of the size of x, below which sub-ranks are kept for the backward
 MIN_FEATURES = 2048  # in or out, from which a layer's products take longer than calling an operator of a graph
 
 
@@ -102,6 +103,22 @@ def is_large(x: Tensor) -> bool:
     Never while it is traced: the compiler could not launch that product.
     """
     return x.is_cuda and x.numel() >= MIN_SIZE and not is_traced(x)
+
+
+def projects_again(x: Tensor, g: Tensor, hybrid_A: Tensor | None, p: float) -> bool:
+    """Whether a large layer's backward is to compute g anew from x, instead of the forward keeping it.
+
+    GraLoRA has k times as many sub-ranks as LoRA: of the narrower layers they would be what takes it above LoRA's
+    memory. Where the kernel projects all of x down as it is, that costs a launch and reading x.
+
+    Args:
+        x: the layer's input, `[..., I]`.
+        g: `[k, T, R]`.
+        hybrid_A: the plain LoRA part's, or None.
+        p: probability of dropout.
+    """
+    many = g.shape[0] * g.shape[2] >= x.shape[-1] * MOST_KEPT
+    return many and hybrid_A is None and not p and factor_kernels(x) is not None
 
 
 def linear_kernel(x: Tensor, weight: Tensor, B: Tensor, makes_gradients: bool) -> ModuleType | None:

@@ -1,8 +1,8 @@
 """An adapted linear layer, base and adapter together, in as few passes over memory as torch's own kernels allow.
 
-The forward keeps only `x` and the exchanged sub-ranks `g`, with dropout also its seed; nothing of the size of `y` is
-made but `y`. Chunks of x and y are strided views, [k, T, I/k] and [k, T, O/k], that batched matrix products read and
-write in place.
+The forward keeps only `x` and the exchanged sub-ranks `g`, with dropout also its seed, and no `g` that is as well
+projected again; nothing of the size of `y` is made but `y`. Chunks of x and y are strided views, [k, T, I/k] and
+[k, T, O/k], that batched matrix products read and write in place.
 
 Both directions are the same three operations, because the exchange is its own mirror image:
 
@@ -234,7 +234,7 @@ def backward(
     B: Tensor,
     hybrid_A: Tensor | None,
     hybrid_B: Tensor | None,
-    g: Tensor,
+    g: Tensor | None,
     scaling: float,
     p: float,
     seed: Tensor | None,
@@ -242,14 +242,17 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of x, A, B, hybrid_A and hybrid_B; that of x without the base's part if weight is None.
 
-    `needs` says which of those of x, of (hybrid_)A and of (hybrid_)B, in this order; the others are None.
+    `needs` says which of those of x, of (hybrid_)A and of (hybrid_)B, in this order; the others are None. Without g,
+    which the forward returned, it is projected again: never with dropout.
     """
     needs_x, needs_A, needs_B = needs
     A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
     r, shape = A.shape[2] - hybrid_r, x.shape
     dy, x = _contiguous_or_rows(dy), _contiguous_or_rows(x)
-    kernels = dispatch.gradient_kernels(x, dy, g)
     dA, dB = A.new_empty(A.shape) if needs_A else None, B.new_empty(B.shape) if needs_B else None
+    if g is None:
+        g, B = down(x, A, hybrid_r, scaling, B)
+    kernels = dispatch.gradient_kernels(x, dy, g)
     dx = added = d_hybrid_A = d_hybrid_B = None
     done = False
     dh, A_up = down(dy, B.mT, hybrid_r, scaling, A.mT) if needs_x or needs_A else (g, A.mT)
