@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.fx.traceback import get_current_meta
 from torch.library import custom_op
 
 from . import dispatch, fused
@@ -91,9 +90,7 @@ def _gradients_fake(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, p, seed
 def _setup_context(ctx, inputs, output):
     x, weight, _, A, B, hybrid_A, hybrid_B, scaling, p, seed = inputs
     g = output[1]
-    # a checkpointed block's graph has the projection in its backward already
-    checkpointed = "recompute" in get_current_meta()
-    if dispatch.is_called(x, weight, p) and not checkpointed and dispatch.projects_again(x, g, hybrid_A, p):
+    if dispatch.is_called(x, weight, p) and dispatch.projects_again(x, g, hybrid_A, p):
         g = None
     ctx.save_for_backward(x, weight, A, B, hybrid_A, hybrid_B, g, seed)
     ctx.scaling, ctx.p = scaling, p

@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx.traceback import get_current_meta
 
 CHOICES = ("auto", "torch", "triton", "reference")
 
@@ -109,7 +110,8 @@ def projects_again(x: Tensor, g: Tensor, hybrid_A: Tensor | None, p: float) -> b
     """Whether a large layer's backward is to compute g anew from x, instead of the forward keeping it.
 
     GraLoRA has k times as many sub-ranks as LoRA: of the narrower layers they would be what takes it above LoRA's
-    memory. Where the kernel projects all of x down as it is, that costs a launch and reading x.
+    memory. Where the kernel projects all of x down as it is, that costs a launch and reading x. Where the forward is
+    computed anew too, it would cost the same a second time.
 
     Args:
         x: the layer's input, `[..., I]`.
@@ -118,7 +120,12 @@ def projects_again(x: Tensor, g: Tensor, hybrid_A: Tensor | None, p: float) -> b
         p: probability of dropout.
     """
     many = g.shape[0] * g.shape[2] >= x.shape[-1] * MOST_KEPT
-    return many and hybrid_A is None and not p and factor_kernels(x) is not None
+    return many and hybrid_A is None and not p and factor_kernels(x) is not None and not _is_saved_by_others()
+
+
+def _is_saved_by_others() -> bool:
+    """Whether what autograd saves is for hooks to drop or to move, or is a graph's of a checkpointed block."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None or "recompute" in get_current_meta()
 
 
 def linear_kernel(x: Tensor, weight: Tensor, B: Tensor, makes_gradients: bool) -> ModuleType | None:
