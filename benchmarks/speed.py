@@ -1,7 +1,7 @@
 """Speed and memory of GraLoRA side by side with the frozen base, PEFT's LoRA and PEFT's own GRALORA.
 
     python benchmarks/speed.py linear model small decode merge cpu [--compile] [--out results.json] [--plot plot.svg]
-    python benchmarks/speed.py --rows benchmarks/results/linear-h100.json --plot plot.svg
+    python benchmarks/speed.py --rows benchmarks/results/linear-h200.json --plot plot.svg
 
 Sections run in the order given; every section interleaves its methods round by round and prints, per method, the
 median time over the rounds with its spread, and ratios first. The frozen base (gradients to the input only) is the
