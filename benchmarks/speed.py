@@ -23,6 +23,7 @@ import peft
 import torch
 import transformers
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import gralora
 from gralora.ops import dispatch
@@ -33,6 +34,7 @@ LLAMA_1B = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, 
 LLAMA_1B |= dict(num_key_value_heads=8, head_dim=64, vocab_size=128256, tie_word_embeddings=True)
 SMOLLM2_135M = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9)
 SMOLLM2_135M |= dict(num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True)
+SPREAD = ("p20_ms", "time_ms", "p80_ms")
 METHODS = ["frozen", "PEFT LoRA", "PEFT GRALORA", "gralora"]
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -118,12 +120,24 @@ def peak_mib(step: Callable[[], None]) -> float:
     return torch.cuda.max_memory_allocated() / 2**20
 
 
+def gpu_ms(step: Callable[[], None], repeats: int = 4) -> float:
+    """What the GPU computes of a step, milliseconds: what it takes where the host keeps up."""
+    step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(repeats):
+            step()
+        torch.cuda.synchronize()
+    on_gpu = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(event.self_device_time_total for event in on_gpu) / repeats / 1e3
+
+
 def report(section: str, setting: str, rows: dict[str, dict[str, float]], base: str, **facts: object) -> list[dict]:
     """Print one table, ratios to `base` first, and return its rows for the JSON."""
     print(f"\n{section}: {setting}")
     for name, row in rows.items():
         ratio = row["time_ms"] / rows[base]["time_ms"]
-        extras = "".join(f"  {key} {value:,.0f}" for key, value in row.items() if not key.endswith("_ms"))
+        extras = "".join(f"  {key} {value:,.0f}" for key, value in row.items() if key not in SPREAD)
         spread = f"{row['time_ms']:9.3f} ms  [{row['p20_ms']:.3f}, {row['p80_ms']:.3f}]"
         print(f"  {ratio:6.3f}x  {name:28s} {spread}{extras}", flush=True)
     return [
@@ -229,6 +243,7 @@ def _train(
                     timed[name]["tokens_per_s"] = tokens.numel() / timed[name]["time_ms"] * 1e3
                     if device == "cuda":
                         timed[name]["peak_mib"] = peak_mib(step)
+                        timed[name]["gpu_ms"] = gpu_ms(step)
                 words = f"{batch[0]} x {batch[1]} tokens, r={r}, {setting}, {'compiled' if compiled else 'eager'}"
                 words += ", gradient checkpointing" if checkpointing else ""
                 rows += report(section, words, timed, next(iter(steps)))

@@ -51,8 +51,7 @@ def gralora_linear(
     projected: list[Tensor] = []
     y = GraloraLinearFunction.apply(*args, projected)
     g, up = projected
-    with torch.no_grad():
-        fused.write_linear(y, x, weight, bias, g, up)
+    fused.write_linear(y, x, weight, bias, g, up)
     return y
 
 

@@ -131,13 +131,14 @@ def write_linear(
         gradients = gradients if gradients is not None and kernel.readable(gradients[0]) else None
         kernel.linear_up(y, x, weight, bias, g, B, gradients)
         return gradients is not None
-    x, y = _rows(x), _rows(y)
-    if bias is None:
-        # the product with W reads the adapter's output while it multiplies: cheaper than a pass of its own
-        chunks(y, B.shape[0]).baddbmm_(g, B, beta=0)
-        y.addmm_(x, weight.t())
-    else:
-        add_up(torch.addmm(bias, x, weight.t(), out=y), g, B)
+    with torch.no_grad():  # autograd knows y already
+        x, y = _rows(x), _rows(y)
+        if bias is None:
+            # the product with W reads the adapter's output while it multiplies: cheaper than a pass of its own
+            chunks(y, B.shape[0]).baddbmm_(g, B, beta=0)
+            y.addmm_(x, weight.t())
+        else:
+            add_up(torch.addmm(bias, x, weight.t(), out=y), g, B)
     return False
 
 

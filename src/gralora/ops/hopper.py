@@ -83,21 +83,22 @@ def wins(x: Tensor, weight: Tensor, B: Tensor, makes_gradients: bool = False) ->
     weight: `[O, I]`.
     B: `[k, r, O/k]`.
     """
-    (_, r, chunk), (stride_k, stride_r, stride_c) = B.shape, B.stride()
+    (_, r, chunk), (stride_k, stride_r, stride_c), (stride_o, stride_i) = B.shape, B.stride(), weight.stride()
     rounds = _tiles(x.numel() // x.shape[-1], weight.shape[0]) / _processors(x.device.index)
     return (
         rounds >= FULL * (1 if makes_gradients else math.ceil(rounds))
-        and not (weight.stride(1) == 1 and weight.stride(0) > LONG_ROW)
+        and not (stride_i == 1 and stride_o > LONG_ROW)
         and x.dtype in GLUON_DTYPES
         and weight.dtype == x.dtype
         and readable(x)
-        and readable(weight if weight.stride(1) == 1 else weight.t())
+        and 1 in (stride_o, stride_i)
         and 1 in (stride_r, stride_c)
-        and not (r | chunk | stride_k | stride_r * stride_c) % 8
-        and not B.data_ptr() % 16
+        and not (stride_o * stride_i | r | chunk | stride_k | stride_r * stride_c) % 8
+        and not (weight.data_ptr() | B.data_ptr()) % 16
     )
 
 
+@functools.lru_cache
 def _order(products: int, length: int, gradients: int, gradient_length: float, processors: int) -> tuple[int, int]:
     """How many gradient tiles are spread among the product tiles, and one in how many; the others come last.
 
