@@ -37,33 +37,35 @@ def gralora_linear(
     """
     if p and seed is None:
         seed = draw_seed(x)
-    args = x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed
     if torch.compiler.is_compiling():
+        args = x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed
         if dispatch.compiled_as(x, weight, p) != "kernels":
             return compiled.linear(*args)[0]
         from .traced import linear  # imports Triton
 
         return linear(*args)[0]
     if not torch.is_grad_enabled():
-        return fused.forward(*args)[0]
-    if not dispatch.is_large(x):
-        return GraloraLinearFunction.apply(*args, None)
-    projected: list[Tensor] = []
-    y = GraloraLinearFunction.apply(*args, projected)
-    g, up = projected
-    fused.write_linear(y, x, weight, bias, g, up)
+        return fused.forward(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed)[0]
+    projected: list[Tensor] | None = [] if dispatch.is_large(x) else None
+    others = weight, bias, scaling, p, seed, projected
+    y = GraloraLinearFunction.apply(x, A, B, hybrid_A, hybrid_B, others)
+    if projected is not None:
+        g, up = projected
+        fused.write_linear(y, x, weight, bias, g, up)
     return y
 
 
 class GraloraLinearFunction(torch.autograd.Function):
     """`fused.forward` and `fused.backward` for eager mode, where the dispatch of a custom op would cost more.
 
-    With a list for g and B, y is not computed yet, only what the backward needs is saved: gradient checkpointing stops
-    computing a block anew where the last tensor is saved, and so never comes to the product of the block's last layer.
+    What has no gradient is one argument, since each costs the host. With a list for g and B there, y is not computed
+    yet, only what the backward needs is saved: gradient checkpointing stops computing a block anew where the last
+    tensor is saved, and so never comes to the product of the block's last layer.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed, projected):
+    def forward(ctx, x, A, B, hybrid_A, hybrid_B, others):
+        weight, bias, scaling, p, seed, projected = others
         if projected is None:
             y, g = fused.forward(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed)
         else:
@@ -78,13 +80,15 @@ class GraloraLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, A, B, hybrid_A, hybrid_B, g, seed = saved(ctx)
+        needed = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():  # create_graph=True
-            inputs = x, weight, None, A, B, hybrid_A, hybrid_B, ctx.scaling
-            y = reference.linear(*inputs, None if seed is None else _kept(x, ctx.p, seed))
-            return *_differentiable(y, inputs, ctx.needs_input_grad[:8], dy), None, None, None
-        needs = compiled.needs_of(ctx.needs_input_grad)
-        grads = fused.backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, ctx.scaling, ctx.p, seed, needs)
-        return *compiled.in_place_of_inputs(grads), None
+            kept = None if seed is None else _kept(x, ctx.p, seed)
+            y = reference.linear(x, weight, None, A, B, hybrid_A, hybrid_B, ctx.scaling, kept)
+            grads = _differentiable(y, (x, A, B, hybrid_A, hybrid_B), needed, dy)
+        else:
+            needs = fused.needs_of(*needed)
+            grads = fused.backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, ctx.scaling, ctx.p, seed, needs)
+        return *grads, None
 
 
 def add_update(
@@ -127,13 +131,13 @@ class GraloraUpdateFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, A, B, hybrid_A, hybrid_B, g, seed = saved(ctx)
-        needs_y, needs_x, needs_A, needs_B, needs_hybrid_A, needs_hybrid_B, *_ = ctx.needs_input_grad
+        needs_y, *needed = ctx.needs_input_grad[:6]
         if torch.is_grad_enabled():
             inputs = x, A, B, hybrid_A, hybrid_B
             update = ctx.scaling * reference.update(x if seed is None else x * _kept(x, ctx.p, seed), *inputs[1:])
-            grads = _differentiable(update, inputs, ctx.needs_input_grad[1:6], dy.to(x.dtype))
+            grads = _differentiable(update, inputs, needed, dy.to(x.dtype))
         else:
-            needs = needs_x, needs_A or needs_hybrid_A, needs_B or needs_hybrid_B
+            needs = fused.needs_of(*needed)
             grads = fused.backward(
                 dy.to(x.dtype), x, None, A, B, hybrid_A, hybrid_B, g, ctx.scaling, ctx.p, seed, needs
             )

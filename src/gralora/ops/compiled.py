@@ -28,25 +28,15 @@ def operators(name: str, define: Any, body: Callable[..., Any], gradients_body: 
 
     def differentiated(ctx, dy, _):
         x, weight, A, B, hybrid_A, hybrid_B, g, seed = ctx.saved_tensors
-        needs = list(needs_of(ctx.needs_input_grad))
+        needs_x, _, _, *needs_factors = ctx.needs_input_grad[:7]
+        needs = list(fused.needs_of(needs_x, *needs_factors))
         grads = iter(backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, ctx.scaling, ctx.p, seed, needs))
         wanted = _wanted(x, A, B, hybrid_A, hybrid_B, needs)
-        return in_place_of_inputs([None if t is None else next(grads) for t in wanted])
+        dx, *d_factors = [None if t is None else next(grads) for t in wanted]
+        return dx, None, None, *d_factors, None, None, None
 
     forward.register_autograd(differentiated, setup_context=_setup_context)
     return forward, backward
-
-
-def needs_of(needs_input_grad):
-    """Whether gradients are needed of x, of A or hybrid_A, of B or hybrid_B, from those of all inputs."""
-    x, _, _, A, B, hybrid_A, hybrid_B, *_ = needs_input_grad
-    return x, A or hybrid_A, B or hybrid_B
-
-
-def in_place_of_inputs(grads):
-    """`fused.backward`'s result with None for the other arguments of `fused.forward`."""
-    dx, dA, dB, d_hybrid_A, d_hybrid_B = grads
-    return dx, None, None, dA, dB, d_hybrid_A, d_hybrid_B, None, None, None
 
 
 def gradients(

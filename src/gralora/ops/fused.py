@@ -227,6 +227,11 @@ def add_update(
     return g
 
 
+def needs_of(x: bool, A: bool, B: bool, hybrid_A: bool, hybrid_B: bool) -> tuple[bool, bool, bool]:
+    """What `backward` is to compute, of which of its inputs need gradients."""
+    return x, A or hybrid_A, B or hybrid_B
+
+
 def backward(
     dy: Tensor,
     x: Tensor,
