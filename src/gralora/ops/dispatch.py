@@ -124,7 +124,10 @@ def projects_again(x: Tensor, g: Tensor, hybrid_A: Tensor | None, p: float) -> b
 
 
 def _is_saved_by_others() -> bool:
-    """Whether what autograd saves is for hooks to drop or to move, or is a graph's of a checkpointed block."""
+    """Whether what autograd saves is for hooks to drop, as gradient checkpointing does, or to move.
+
+    Where torch 2.11 traces a checkpointed block, there are no hooks but a mark.
+    """
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None or "recompute" in get_current_meta()
 
 

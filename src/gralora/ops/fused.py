@@ -1,8 +1,8 @@
 """An adapted linear layer, base and adapter together, in as few passes over memory as torch's own kernels allow.
 
-The forward keeps only `x` and the exchanged sub-ranks `g`, with dropout also its seed, and no `g` that is as well
-projected again; nothing of the size of `y` is made but `y`. Chunks of x and y are strided views, [k, T, I/k] and
-[k, T, O/k], that batched matrix products read and write in place.
+The forward keeps only `x` and the exchanged sub-ranks `g`, with dropout also its seed, and where there are many
+sub-ranks not even those (`dispatch.projects_again`); nothing of the size of `y` is made but `y`. Chunks of x and y are
+strided views, [k, T, I/k] and [k, T, O/k], that batched matrix products read and write in place.
 
 Both directions are the same three operations, because the exchange is its own mirror image:
 
