@@ -10,6 +10,8 @@ Written in Gluon, Triton's lower level (Triton >= 3.6); the device code is in ho
 
 import functools
 import math
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper_kernel import linear_kernel
 from .kernels import row_stride
-from .launch import Block, Launcher, Tiled
+from .launch import Block, Grid, Launcher, Tiling
 
 BLOCK_T, BLOCK_N, BLOCK_K = 128, 256, 64
 SLOTS = 3
@@ -54,8 +56,7 @@ def _layout(block: Block, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(list(block), GLUON_DTYPES[dtype])
 
 
-def _descriptor(tiled: Tiled) -> TensorDescriptor:
-    tensor, block, shape, strides = tiled
+def _descriptor(tensor: Tensor, block: Block, shape: Sequence[int], strides: Sequence[int]) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(shape), list(strides), list(block), _layout(block, tensor.dtype))
 
 
@@ -98,7 +99,6 @@ def wins(x: Tensor, weight: Tensor, B: Tensor, makes_gradients: bool = False) ->
     )
 
 
-@functools.lru_cache
 def _order(products: int, length: int, gradients: int, gradient_length: float, processors: int) -> tuple[int, int]:
     """How many gradient tiles are spread among the product tiles, and one in how many; the others come last.
 
@@ -133,53 +133,83 @@ def linear_up(
             is written, of any float dtype, contiguous or the transpose of a contiguous tensor: `[k, O/k, r]` with
             z_i^T g_i and `[k, I/k, r]` with x_i^T h_i.
     """
-    K, N, (k, T, r), (b_stride_k, b_stride_r, b_stride_c) = x.shape[-1], weight.shape[0], g.shape, B.stride()
-    device = x.device.index
-    w_transposed, b_transposed = weight.stride(1) == 1, b_stride_c != 1
-    b_block = (BLOCK_N, BLOCK_K) if b_transposed else (BLOCK_K, BLOCK_N)
-    x_layout, g_layout = ((T, K), (row_stride(x), 1)), (g.shape, (T * r, r, 1))
-    x_tiles, g_tiles = (x, (BLOCK_T, BLOCK_K), *x_layout), (g, (1, BLOCK_T, BLOCK_K), *g_layout)
-    if w_transposed:
-        w_tiles = weight, (BLOCK_N, BLOCK_K), (N, K), (weight.stride(0), 1)
-    else:
-        w_tiles = weight, (BLOCK_K, BLOCK_N), (K, N), (weight.stride(1), 1)
-    if b_transposed:
-        b_tiles = B, (1, *b_block), (k, N // k, r), (b_stride_k, b_stride_c, 1)
-    else:
-        b_tiles = B, (1, *b_block), (k, r, N // k), (b_stride_k, b_stride_r, 1)
-    read, written, strides, tiles, h_layout, z_layout = (x_tiles, g_tiles) * 2, (y, y), (0,) * 4, (0, 0), None, None
-    order, block_r = (0, 1), 64 if r <= 64 else 128
+    (k, T, r), device = g.shape, x.device.index
+    tiled, written, gradient_strides = (x, weight, g, B, y), (y, y), None
     if gradients is not None:
         z, h, *written = gradients
+        tiled = *tiled, z, h
+        gradient_strides = row_stride(z), *written[0].stride()[1:], *written[1].stride()[1:]
+    sizes, strides = (T, weight.shape[0], x.shape[-1], k, r), (row_stride(x), weight.stride(), B.stride())
+    plan = _plan(x.dtype, device, sizes, *strides, bias is None, gradient_strides)
+    key, grid, numbers, constants, tiling = plan
+    _linear(key, grid, (y if bias is None else bias, _counter(device), *written), numbers, constants, tiling, tiled)
+
+
+@functools.lru_cache(1024)
+def _plan(
+    dtype: torch.dtype,
+    device: int,
+    sizes: tuple[int, int, int, int, int],
+    x_stride: int,
+    w_strides: tuple[int, int],
+    b_strides: tuple[int, int, int],
+    no_bias: bool,
+    gradient_strides: tuple[int, int, int, int, int] | None,
+) -> tuple[Hashable, Grid, tuple[int, ...], tuple[Any, ...], Tiling]:
+    """What a launch takes besides tensors, which are x, weight, g, B, y, z and h: it depends on their layout alone.
+
+    Args:
+        dtype: of x.
+        device: index of the GPU.
+        sizes: T, O, I, k, r.
+        x_stride, w_strides, b_strides: of rows of x, of weight, of B.
+        no_bias: whether bias is None.
+        gradient_strides: of rows of z, and of columns and ranks of z_grad and x_grad; None if there are no gradients.
+    """
+    T, N, K, k, r = sizes
+    w_transposed, b_transposed = w_strides[1] == 1, b_strides[2] != 1
+    b_block = (BLOCK_N, BLOCK_K) if b_transposed else (BLOCK_K, BLOCK_N)
+    x_layout, g_layout = ((T, K), (x_stride, 1)), ((k, T, r), (T * r, r, 1))
+    x_tiles, g_tiles = (0, (BLOCK_T, BLOCK_K), *x_layout), (2, (1, BLOCK_T, BLOCK_K), *g_layout)
+    if w_transposed:
+        w_tiles = 1, (BLOCK_N, BLOCK_K), (N, K), w_strides
+    else:
+        w_tiles = 1, (BLOCK_K, BLOCK_N), (K, N), w_strides[::-1]
+    if b_transposed:
+        b_tiles = 3, (1, *b_block), (k, N // k, r), (b_strides[0], b_strides[2], 1)
+    else:
+        b_tiles = 3, (1, *b_block), (k, r, N // k), b_strides
+    read, strides, tiles, h_layout, z_layout = (x_tiles, g_tiles) * 2, (0,) * 4, (0, 0), None, None
+    order, block_r = (0, 1), 64 if r <= 64 else 128
+    if gradient_strides is not None:
+        z_stride, *strides = gradient_strides
         z_block = GRADIENT_BLOCKS[block_r]
         h_block = z_block[0], block_r
         read = (
-            (z, z_block, (T, N), (row_stride(z), 1)),
-            (h, (1, *h_block), *g_layout),
-            (x, z_block, *x_layout),
-            (g, (1, *h_block), *g_layout),
+            (5, z_block, (T, N), (z_stride, 1)),
+            (6, (1, *h_block), *g_layout),
+            (0, z_block, *x_layout),
+            (2, (1, *h_block), *g_layout),
         )
-        strides = (*written[0].stride()[1:], *written[1].stride()[1:])
         tiles = [k * -(-(n // k) // z_block[1]) * -(-r // block_r) for n in (N, K)]
         length, gradient_length = -(-K // BLOCK_K) + -(-r // BLOCK_K), -(-T // z_block[0]) * GRADIENT_STEPS[block_r]
         order = _order(_tiles(T, N), length, sum(tiles), gradient_length, _processors(device))
-        h_layout, z_layout = _layout(h_block, x.dtype), _layout(z_block, x.dtype)
-    _linear(
-        (x.dtype, w_transposed, b_transposed, bias is None, gradients is None, block_r),
+        h_layout, z_layout = _layout(h_block, dtype), _layout(z_block, dtype)
+    return (
+        (dtype, w_transposed, b_transposed, no_bias, gradient_strides is None, block_r),
         (_processors(device), 1, 1),
-        (y if bias is None else bias, _counter(device), *written),
-        (*strides, T, N, K, k, r, *tiles, *order),
+        (*strides, *sizes, *tiles, *order),
         (
-            _layout(b_block, x.dtype),
+            _layout(b_block, dtype),
             h_layout,
             z_layout,
             w_transposed,
             b_transposed,
-            bias is not None,
-            gradients is not None,
+            not no_bias,
+            gradient_strides is not None,
             SLOTS,
             GROUP,
             8,
         ),
-        (x_tiles, w_tiles, g_tiles, b_tiles, (y, (BLOCK_T, BLOCK_N), (T, N), (N, 1)), *read),
+        Tiling((x_tiles, w_tiles, g_tiles, b_tiles, (4, (BLOCK_T, BLOCK_N), (T, N), (N, 1)), *read)),
     )

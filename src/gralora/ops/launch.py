@@ -1,6 +1,8 @@
 """Launching Triton kernels with little work on the host: launches must not cost more than a layer's arithmetic."""
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from types import BuiltinFunctionType
 from typing import Any
 
@@ -14,15 +16,30 @@ from . import dispatch
 
 Grid = tuple[int, int, int]
 Block = tuple[int, ...]
-Tiled = tuple[Tensor, Block, Sequence[int], Sequence[int]]  # memory that TMA copies in blocks, its shape and strides
-Launch = Callable[[Grid, int, tuple[Tiled, ...], tuple[Any, ...]], None]
+Tiled = tuple[Tensor, ...]
+MOST_ENCODED = 4096  # launches of which TMA's descriptors are kept, 2 KB each: a model's steps repeat their addresses
+
+
+@dataclass(frozen=True, eq=False)
+class Tiling:
+    """How TMA copies tensors in blocks: each time which one, its block, and its shape and strides.
+
+    Compared by identity, as what is looked up at each launch should be.
+    """
+
+    tiles: tuple[tuple[int, Block, Sequence[int], Sequence[int]], ...]
+
+
+UNTILED = Tiling(())
+Launch = Callable[[Grid, int, Tiling, Tiled, tuple[Any, ...]], None]
 
 
 class Launcher:
     """A JIT kernel whose compiled versions are looked up by the caller's key instead of by inspecting every argument.
 
     Its parameters are descriptors of tiled tensors, then pointers, then numbers that it does not specialise on
-    (`do_not_specialize`), then constants. `describe` makes Triton's descriptor of what is tiled.
+    (`do_not_specialize`), then constants. `describe` makes Triton's descriptor of a tensor, of its block, shape and
+    strides.
     """
 
     def __init__(self, kernel: Any, describe: Any = None, **options: Any) -> None:
@@ -36,7 +53,8 @@ class Launcher:
         tensors: tuple[Tensor, ...],
         numbers: tuple[Any, ...],
         constants: tuple[Any, ...],
-        tiled: tuple[Tiled, ...] = (),
+        tiling: Tiling = UNTILED,
+        tiled: Tiled = (),
     ) -> None:
         """Launch on the device and current stream of the tensors, all of one device.
 
@@ -45,7 +63,7 @@ class Launcher:
             grid: of programs.
             tensors: passed as pointers; their dtypes and the alignment of their addresses need not be in the key.
             numbers, constants: passed as they are.
-            tiled: passed as descriptors.
+            tiling, tiled: what is passed as descriptors, and the tensors it is about.
         """
         if dispatch.is_traced(tensors[0]):  # the compiler is to launch the kernel
             wrap_triton(self.kernel)[grid](*tensors, *numbers, *constants, **self.options)
@@ -53,14 +71,15 @@ class Launcher:
         device = tensors[0].get_device()  # -1 on a CPU, in Triton's interpreter
         if device >= 0 and device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
-                return self(key, grid, tensors, numbers, constants, tiled)
+                return self(key, grid, tensors, numbers, constants, tiling, tiled)
         addresses = [t.data_ptr() for t in tensors]
         key = (device, key, *[t.dtype for t in tensors], *[address % 16 for address in addresses])
         launch = self.launches.get(key)
         if launch is not None:
             # as integers, which spares Triton's C function asking every tensor and the driver for its address
-            return launch(grid, device, tiled, (*addresses, *numbers, *constants))
-        compiled = self.kernel[grid](*map(self.describe, tiled), *tensors, *numbers, *constants, **self.options)
+            return launch(grid, device, tiling, tiled, (*addresses, *numbers, *constants))
+        descriptors = _described(self.describe, tiling, tiled)
+        compiled = self.kernel[grid](*descriptors, *tensors, *numbers, *constants, **self.options)
         if compiled is not None:  # None in the interpreter
             self.launches[key] = _launch_of(compiled, self.describe)
 
@@ -72,8 +91,8 @@ def _launch_of(compiled: Any, describe: Any) -> Launch:
     used, or Triton is not the version whose C function is known here, the kernel is launched as Triton does.
     """
 
-    def launch_by_triton(grid: Grid, device: int, tiled: tuple[Tiled, ...], args: tuple[Any, ...]) -> None:
-        compiled[grid](*map(describe, tiled), *args)
+    def launch_by_triton(grid: Grid, device: int, tiling: Tiling, tiled: Tiled, args: tuple[Any, ...]) -> None:
+        compiled[grid](*_described(describe, tiling, tiled), *args)
 
     c_launch = _c_launch(compiled.run)
     if c_launch is None:
@@ -89,21 +108,26 @@ def _launch_of(compiled: Any, describe: Any) -> Launch:
     flags = compiled.run.launch_cooperative_grid, compiled.run.launch_pdl
     stream_of = torch._C._cuda_getCurrentRawStream
 
-    def launch(grid: Grid, device: int, tiled: tuple[Tiled, ...], args: tuple[Any, ...]) -> None:
+    @functools.lru_cache(MOST_ENCODED)
+    def encoded(tiling: Tiling, addresses: tuple[int, ...]) -> list[Any]:
+        descriptors: dict[int, tuple[Any, ...]] = {}  # what is passed twice is encoded once
+        for tile, encoding in zip(tiling.tiles, encodings, strict=True):
+            if id(tile) not in descriptors:
+                place, _, shape, strides = tile
+                descriptors[id(tile)] = encode(addresses[place], *encoding, shape, strides, 0), *shape, *strides
+        return [argument for tile in tiling.tiles for argument in descriptors[id(tile)]]
+
+    def launch(grid: Grid, device: int, tiling: Tiling, tiled: Tiled, args: tuple[Any, ...]) -> None:
         if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
-            return launch_by_triton(grid, device, tiled, args)
-        described: dict[int, tuple[Any, ...]] = {}  # what is passed twice is encoded once
-        maps: list[Any] = []
-        for one, encoding in zip(tiled, encodings, strict=True):
-            arguments = described.get(id(one))
-            if arguments is None:
-                tensor, _, shape, strides = one
-                arguments = encode(tensor.data_ptr(), *encoding, shape, strides, 0), *shape, *strides
-                described[id(one)] = arguments
-            maps += arguments
+            return launch_by_triton(grid, device, tiling, tiled, args)
+        maps = encoded(tiling, tuple([t.data_ptr() for t in tiled])) if tiled else ()
         c_launch(*grid, stream_of(device), function, *flags, None, None, metadata, None, None, None, *maps, *args)
 
     return launch
+
+
+def _described(describe: Any, tiling: Tiling, tiled: Tiled) -> list[Any]:
+    return [describe(tiled[place], *others) for place, *others in tiling.tiles]
 
 
 def _c_launch(run: Any) -> Any:
