@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -304,6 +305,89 @@ def test_hopper_kernel_leaves_what_tma_cannot_read(monkeypatch):
     assert not hopper.wins(**good | {"B": torch.zeros(4, 12, 64, dtype=torch.bfloat16)}), "g's stride"
 
 
+def test_hopper_launch_copies_tensors_as_they_lie(monkeypatch):
+    """Whatever their layouts, of the same sizes: in each tile the tensor's numbers in its order, or transposed."""
+    pytest.importorskip("triton.experimental.gluon")
+    from gralora.ops import hopper
+
+    launched = []
+    monkeypatch.setattr(hopper, "_processors", lambda device: 4)
+    monkeypatch.setattr(hopper, "_counter", lambda device: torch.zeros(1, dtype=torch.int32))
+    monkeypatch.setattr(hopper, "_linear", lambda *args: launched.append(args))
+    tokens, n_in, n_out, k, r = 256, 128, 192, 2, 16
+
+    def draw(*size):
+        return torch.randn(*size).bfloat16()
+
+    g, h = draw(k, tokens, r), draw(k, tokens, r)
+    z_grad, x_grad = torch.empty(k, n_out // k, r), torch.empty(k, r, n_in // k).mT
+    for x, z, w, B, gradients in itertools.product(
+        (draw(2, tokens // 2, n_in), draw(tokens, n_in + 8)[:, :n_in]),
+        (draw(2, tokens // 2, n_out), draw(tokens, n_out + 8)[:, :n_out]),
+        (draw(n_out, n_in), draw(n_in, n_out).mT, draw(n_out, n_in + 8)[:, :n_in]),
+        (draw(k, r, n_out // k), draw(k, n_out // k, r + 8)[..., :r].mT, draw(k, r + 8, n_out // k)[:, :r]),
+        (False, True),
+    ):
+        y = draw(tokens, n_out)
+        hopper.linear_up(y, x, w, None, g, B, (z, h, z_grad, x_grad) if gradients else None)
+        *_, pointers, numbers, _, (tiling, tensors) = launched[-1]
+        seen = [tensors[place].as_strided(shape, strides) for place, _, shape, strides in tiling.tiles]
+        assert all(t.stride(-1) == 1 and t.dim() == len(tile[1]) for tile, t in zip(tiling.tiles, seen, strict=True))
+        x, z = x.reshape(tokens, n_in), z.reshape(tokens, n_out)
+        read = (z, h, x, g) if gradients else (x, g, x, g)
+        expected = x, w if w.stride(1) == 1 else w.mT, g, B if B.stride(2) == 1 else B.mT, y, *read
+        assert all(torch.equal(*pair) for pair in zip(seen, expected, strict=True))
+        assert seen[4].data_ptr() == y.data_ptr() and pointers[0] is y
+        strides = (r, 1, 1, n_in // k) if gradients else (0, 0, 0, 0)
+        assert numbers[:9] == (*strides, tokens, n_out, n_in, k, r)
+        assert not gradients or pointers[2] is z_grad and pointers[3] is x_grad
+
+
+def test_launches_describe_the_memory_they_are_given(monkeypatch):
+    """Descriptors are encoded once for the same layout at the same addresses, and anew for any other."""
+    triton = pytest.importorskip("triton")
+    pytest.importorskip("triton.backends.nvidia.driver")
+    from gralora.ops import launch
+
+    encoded, launched = [], []
+
+    def encode(address, swizzle, size, dtype, block, shape, strides, padding):
+        encoded.append(address)
+        return address, swizzle, block
+
+    utils = SimpleNamespace(fill_tma_descriptor=encode)
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
+    monkeypatch.setattr(launch, "_c_launch", lambda run: lambda *args: launched.append(args))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5, raising=False)
+    metas = [{"swizzle": n, "elem_size": 2, "elem_type": 1, "block_size": [n, 8]} for n in (1, 2, 1)]
+    compiled = SimpleNamespace(
+        run=SimpleNamespace(launch_cooperative_grid=False, launch_pdl=False),
+        metadata=SimpleNamespace(tensordesc_meta=metas),
+        function="function",
+        packed_metadata="metadata",
+    )
+    run = launch._launch_of(compiled, None)
+    first, second = (0, (1, 8), (4, 8), (8, 1)), (1, (2, 8), (16, 8), (8, 1))
+    tiling, other = launch.Tiling((first, second, first)), launch.Tiling((first, (1, (2, 8), (8, 8), (16, 1)), first))
+    x, y, z = torch.zeros(4, 8), torch.zeros(16, 8), torch.zeros(16, 8)
+
+    def arguments(tiling, *tensors):
+        run((3, 1, 1), 0, (tiling, tensors), ("pointer", 7))
+        return launched[-1]
+
+    def expected(a, b, shape, strides):
+        of_x = (a.data_ptr(), 1, [1, 8]), 4, 8, 8, 1
+        of_b = (b.data_ptr(), 2, [2, 8]), *shape, *strides
+        head = 3, 1, 1, 5, "function", False, False, None, None, "metadata", None, None, None
+        return *head, *of_x, *of_b, *of_x, "pointer", 7
+
+    for _ in range(2):
+        assert arguments(tiling, x, y) == expected(x, y, (16, 8), (8, 1))
+        assert arguments(tiling, x, z) == expected(x, z, (16, 8), (8, 1))
+        assert arguments(other, x, y) == expected(x, y, (8, 8), (16, 1))
+    assert encoded == [t.data_ptr() for t in (x, y, x, z, x, y)]
+
+
 @pytest.mark.parametrize("capability, memory", [(86, 101376), (90, 232448)], ids=["sm86", "sm90"])
 @pytest.mark.parametrize("r", [16, 64, 128, 512])
 def test_kernels_fit_into_shared_memory(capability, memory, r, monkeypatch):
@@ -315,7 +399,7 @@ def test_kernels_fit_into_shared_memory(capability, memory, r, monkeypatch):
 
     taken = {}
 
-    def compile_only(self, key, grid, tensors, numbers, constants, tiled=()):
+    def compile_only(self, key, grid, tensors, numbers, constants):
         names = self.kernel.arg_names
         types = [f"*{TYPES[t.dtype]}" for t in tensors] + ["fp32" if type(n) is float else "i32" for n in numbers]
         signature = dict(zip(names, types, strict=False)) | dict.fromkeys(names[len(types) :], "constexpr")

@@ -10,7 +10,7 @@ Written in Gluon, Triton's lower level (Triton >= 3.6); the device code is in ho
 
 import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper_kernel import linear_kernel
 from .kernels import row_stride
-from .launch import Block, Grid, Launcher, Tiling
+from .launch import Grid, Ints, Launcher, Tiling
 
 BLOCK_T, BLOCK_N, BLOCK_K = 128, 256, 64
 SLOTS = 3
@@ -52,11 +52,11 @@ def _counter(device: int) -> Tensor:
 
 
 @functools.cache
-def _layout(block: Block, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+def _layout(block: Ints, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(list(block), GLUON_DTYPES[dtype])
 
 
-def _descriptor(tensor: Tensor, block: Block, shape: Sequence[int], strides: Sequence[int]) -> TensorDescriptor:
+def _descriptor(tensor: Tensor, block: Ints, shape: Ints, strides: Ints) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(shape), list(strides), list(block), _layout(block, tensor.dtype))
 
 
@@ -134,15 +134,16 @@ def linear_up(
             z_i^T g_i and `[k, I/k, r]` with x_i^T h_i.
     """
     (k, T, r), device = g.shape, x.device.index
-    tiled, written, gradient_strides = (x, weight, g, B, y), (y, y), None
+    tensors, written, gradient_strides = (x, weight, g, B, y), (y, y), None
     if gradients is not None:
         z, h, *written = gradients
-        tiled = *tiled, z, h
+        tensors = *tensors, z, h
         gradient_strides = row_stride(z), *written[0].stride()[1:], *written[1].stride()[1:]
     sizes, strides = (T, weight.shape[0], x.shape[-1], k, r), (row_stride(x), weight.stride(), B.stride())
     plan = _plan(x.dtype, device, sizes, *strides, bias is None, gradient_strides)
     key, grid, numbers, constants, tiling = plan
-    _linear(key, grid, (y if bias is None else bias, _counter(device), *written), numbers, constants, tiling, tiled)
+    pointers = y if bias is None else bias, _counter(device), *written
+    _linear(key, grid, pointers, numbers, constants, (tiling, tensors))
 
 
 @functools.lru_cache(1024)
@@ -156,7 +157,7 @@ def _plan(
     no_bias: bool,
     gradient_strides: tuple[int, int, int, int, int] | None,
 ) -> tuple[Hashable, Grid, tuple[int, ...], tuple[Any, ...], Tiling]:
-    """What a launch takes besides tensors, which are x, weight, g, B, y, z and h: it depends on their layout alone.
+    """What a launch takes besides its tensors, of which x, weight, g, B, y, z and h are tiled, in this order.
 
     Args:
         dtype: of x.

@@ -1,7 +1,7 @@
 """Launching Triton kernels with little work on the host: launches must not cost more than a layer's arithmetic."""
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from types import BuiltinFunctionType
 from typing import Any
@@ -15,30 +15,30 @@ from triton import knobs
 from . import dispatch
 
 Grid = tuple[int, int, int]
-Block = tuple[int, ...]
-Tiled = tuple[Tensor, ...]
-MOST_ENCODED = 4096  # launches of which TMA's descriptors are kept, 2 KB each: a model's steps repeat their addresses
+Ints = tuple[int, ...]
+MOST_ENCODED = 4096  # launches whose descriptors are kept, 2 KB each: the steps of a training repeat their addresses
 
 
 @dataclass(frozen=True, eq=False)
 class Tiling:
-    """How TMA copies tensors in blocks: each time which one, its block, and its shape and strides.
+    """What TMA copies in blocks: each time the place of a tensor among those given, a block, its shape and strides.
 
-    Compared by identity, as what is looked up at each launch should be.
+    Compared by identity, since it is looked up at every launch.
     """
 
-    tiles: tuple[tuple[int, Block, Sequence[int], Sequence[int]], ...]
+    tiles: tuple[tuple[int, Ints, Ints, Ints], ...]
 
 
-UNTILED = Tiling(())
-Launch = Callable[[Grid, int, Tiling, Tiled, tuple[Any, ...]], None]
+Tiled = tuple[Tiling, tuple[Tensor, ...]]
+UNTILED: Tiled = Tiling(()), ()
+Launch = Callable[[Grid, int, Tiled, tuple[Any, ...]], None]
 
 
 class Launcher:
     """A JIT kernel whose compiled versions are looked up by the caller's key instead of by inspecting every argument.
 
     Its parameters are descriptors of tiled tensors, then pointers, then numbers that it does not specialise on
-    (`do_not_specialize`), then constants. `describe` makes Triton's descriptor of a tensor, of its block, shape and
+    (`do_not_specialize`), then constants. `describe` makes Triton's descriptor of a tensor, a block, a shape and
     strides.
     """
 
@@ -53,17 +53,16 @@ class Launcher:
         tensors: tuple[Tensor, ...],
         numbers: tuple[Any, ...],
         constants: tuple[Any, ...],
-        tiling: Tiling = UNTILED,
-        tiled: Tiled = (),
+        tiled: Tiled = UNTILED,
     ) -> None:
         """Launch on the device and current stream of the tensors, all of one device.
 
         Args:
-            key: determines the constants, and the dtypes and blocks of what is tiled.
+            key: determines the constants, and the dtypes and blocks of what is passed as descriptors.
             grid: of programs.
             tensors: passed as pointers; their dtypes and the alignment of their addresses need not be in the key.
             numbers, constants: passed as they are.
-            tiling, tiled: what is passed as descriptors, and the tensors it is about.
+            tiled: passed as descriptors: how, and of which tensors.
         """
         if dispatch.is_traced(tensors[0]):  # the compiler is to launch the kernel
             wrap_triton(self.kernel)[grid](*tensors, *numbers, *constants, **self.options)
@@ -71,14 +70,14 @@ class Launcher:
         device = tensors[0].get_device()  # -1 on a CPU, in Triton's interpreter
         if device >= 0 and device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
-                return self(key, grid, tensors, numbers, constants, tiling, tiled)
+                return self(key, grid, tensors, numbers, constants, tiled)
         addresses = [t.data_ptr() for t in tensors]
         key = (device, key, *[t.dtype for t in tensors], *[address % 16 for address in addresses])
         launch = self.launches.get(key)
         if launch is not None:
             # as integers, which spares Triton's C function asking every tensor and the driver for its address
-            return launch(grid, device, tiling, tiled, (*addresses, *numbers, *constants))
-        descriptors = _described(self.describe, tiling, tiled)
+            return launch(grid, device, tiled, (*addresses, *numbers, *constants))
+        descriptors = _described(self.describe, tiled)
         compiled = self.kernel[grid](*descriptors, *tensors, *numbers, *constants, **self.options)
         if compiled is not None:  # None in the interpreter
             self.launches[key] = _launch_of(compiled, self.describe)
@@ -91,8 +90,8 @@ def _launch_of(compiled: Any, describe: Any) -> Launch:
     used, or Triton is not the version whose C function is known here, the kernel is launched as Triton does.
     """
 
-    def launch_by_triton(grid: Grid, device: int, tiling: Tiling, tiled: Tiled, args: tuple[Any, ...]) -> None:
-        compiled[grid](*_described(describe, tiling, tiled), *args)
+    def launch_by_triton(grid: Grid, device: int, tiled: Tiled, args: tuple[Any, ...]) -> None:
+        compiled[grid](*_described(describe, tiled), *args)
 
     c_launch = _c_launch(compiled.run)
     if c_launch is None:
@@ -109,25 +108,27 @@ def _launch_of(compiled: Any, describe: Any) -> Launch:
     stream_of = torch._C._cuda_getCurrentRawStream
 
     @functools.lru_cache(MOST_ENCODED)
-    def encoded(tiling: Tiling, addresses: tuple[int, ...]) -> list[Any]:
-        descriptors: dict[int, tuple[Any, ...]] = {}  # what is passed twice is encoded once
+    def encoded(tiling: Tiling, addresses: Ints) -> list[Any]:
+        descriptors: dict[Any, tuple[Any, ...]] = {}  # what is passed twice is encoded once
         for tile, encoding in zip(tiling.tiles, encodings, strict=True):
-            if id(tile) not in descriptors:
+            if tile not in descriptors:
                 place, _, shape, strides = tile
-                descriptors[id(tile)] = encode(addresses[place], *encoding, shape, strides, 0), *shape, *strides
-        return [argument for tile in tiling.tiles for argument in descriptors[id(tile)]]
+                descriptors[tile] = encode(addresses[place], *encoding, shape, strides, 0), *shape, *strides
+        return [argument for tile in tiling.tiles for argument in descriptors[tile]]
 
-    def launch(grid: Grid, device: int, tiling: Tiling, tiled: Tiled, args: tuple[Any, ...]) -> None:
+    def launch(grid: Grid, device: int, tiled: Tiled, args: tuple[Any, ...]) -> None:
         if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
-            return launch_by_triton(grid, device, tiling, tiled, args)
-        maps = encoded(tiling, tuple([t.data_ptr() for t in tiled])) if tiled else ()
+            return launch_by_triton(grid, device, tiled, args)
+        tiling, tensors = tiled
+        maps = encoded(tiling, tuple([t.data_ptr() for t in tensors])) if tensors else ()
         c_launch(*grid, stream_of(device), function, *flags, None, None, metadata, None, None, None, *maps, *args)
 
     return launch
 
 
-def _described(describe: Any, tiling: Tiling, tiled: Tiled) -> list[Any]:
-    return [describe(tiled[place], *others) for place, *others in tiling.tiles]
+def _described(describe: Any, tiled: Tiled) -> list[Any]:
+    tiling, tensors = tiled
+    return [describe(tensors[place], *others) for place, *others in tiling.tiles]
 
 
 def _c_launch(run: Any) -> Any:
