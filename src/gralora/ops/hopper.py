@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper_kernel import linear_kernel
 from .kernels import row_stride
-from .launch import Grid, Ints, Launcher, Tiling
+from .launch import MOST_TILINGS, Grid, Ints, Launcher, Tiling
 
 BLOCK_T, BLOCK_N, BLOCK_K = 128, 256, 64
 SLOTS = 3
@@ -146,7 +146,7 @@ def linear_up(
     _linear(key, grid, pointers, numbers, constants, (tiling, tensors))
 
 
-@functools.lru_cache(1024)
+@functools.lru_cache(MOST_TILINGS)
 def _plan(
     dtype: torch.dtype,
     device: int,

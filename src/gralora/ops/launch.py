@@ -16,6 +16,7 @@ from . import dispatch
 
 Grid = tuple[int, int, int]
 Ints = tuple[int, ...]
+MOST_TILINGS = 1024  # that are kept: a few for each shape of layers and number of tokens
 MOST_ENCODED = 4096  # launches whose descriptors are kept, 2 KB each: the steps of a training repeat their addresses
 
 
@@ -107,14 +108,26 @@ def _launch_of(compiled: Any, describe: Any) -> Launch:
     flags = compiled.run.launch_cooperative_grid, compiled.run.launch_pdl
     stream_of = torch._C._cuda_getCurrentRawStream
 
+    @functools.lru_cache(MOST_TILINGS)
+    def with_gaps(tiling: Tiling) -> tuple[list[Any], list[tuple[Any, ...]]]:
+        """Arguments but for the descriptors, and of each of these its gaps, its tensor, and how it is encoded."""
+        arguments: list[Any] = []
+        gaps: dict[Any, tuple[Any, ...]] = {}  # what is passed twice is encoded once
+        for tile, encoding in zip(tiling.tiles, encodings, strict=True):
+            place, _, shape, strides = tile
+            gaps.setdefault(tile, ([], place, *encoding, shape, strides))[0].append(len(arguments))
+            arguments += None, *shape, *strides
+        return arguments, list(gaps.values())
+
     @functools.lru_cache(MOST_ENCODED)
     def encoded(tiling: Tiling, addresses: Ints) -> list[Any]:
-        descriptors: dict[Any, tuple[Any, ...]] = {}  # what is passed twice is encoded once
-        for tile, encoding in zip(tiling.tiles, encodings, strict=True):
-            if tile not in descriptors:
-                place, _, shape, strides = tile
-                descriptors[tile] = encode(addresses[place], *encoding, shape, strides, 0), *shape, *strides
-        return [argument for tile in tiling.tiles for argument in descriptors[tile]]
+        arguments, descriptors = with_gaps(tiling)
+        arguments = arguments.copy()
+        for gaps, place, swizzle, size, dtype, block, shape, strides in descriptors:
+            descriptor = encode(addresses[place], swizzle, size, dtype, block, shape, strides, 0)
+            for gap in gaps:
+                arguments[gap] = descriptor
+        return arguments
 
     def launch(grid: Grid, device: int, tiled: Tiled, args: tuple[Any, ...]) -> None:
         if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
