@@ -140,7 +140,7 @@ def linear_up(
         tensors = *tensors, z, h
         gradient_strides = row_stride(z), *written[0].stride()[1:], *written[1].stride()[1:]
     sizes, strides = (T, weight.shape[0], x.shape[-1], k, r), (row_stride(x), weight.stride(), B.stride())
-    plan = _plan(x.dtype, device, sizes, *strides, bias is None, gradient_strides)
+    plan = _plan(x.dtype, device, sizes, *strides, bias is not None, gradient_strides)
     key, grid, numbers, constants, tiling = plan
     pointers = y if bias is None else bias, _counter(device), *written
     _linear(key, grid, pointers, numbers, constants, (tiling, tensors))
@@ -154,7 +154,7 @@ def _plan(
     x_stride: int,
     w_strides: tuple[int, int],
     b_strides: tuple[int, int, int],
-    no_bias: bool,
+    has_bias: bool,
     gradient_strides: tuple[int, int, int, int, int] | None,
 ) -> tuple[Hashable, Grid, tuple[int, ...], tuple[Any, ...], Tiling]:
     """What a launch takes besides its tensors, of which x, weight, g, B, y, z and h are tiled, in this order.
@@ -164,7 +164,7 @@ def _plan(
         device: index of the GPU.
         sizes: T, O, I, k, r.
         x_stride, w_strides, b_strides: of rows of x, of weight, of B.
-        no_bias: whether bias is None.
+        has_bias: whether bias is not None.
         gradient_strides: of rows of z, and of columns and ranks of z_grad and x_grad; None if there are no gradients.
     """
     T, N, K, k, r = sizes
@@ -197,7 +197,7 @@ def _plan(
         order = _order(_tiles(T, N), length, sum(tiles), gradient_length, _processors(device))
         h_layout, z_layout = _layout(h_block, dtype), _layout(z_block, dtype)
     return (
-        (dtype, w_transposed, b_transposed, no_bias, gradient_strides is None, block_r),
+        (dtype, w_transposed, b_transposed, has_bias, gradient_strides is not None, block_r),
         (_processors(device), 1, 1),
         (*strides, *sizes, *tiles, *order),
         (
@@ -206,7 +206,7 @@ def _plan(
             z_layout,
             w_transposed,
             b_transposed,
-            not no_bias,
+            has_bias,
             gradient_strides is not None,
             SLOTS,
             GROUP,
