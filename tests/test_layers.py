@@ -38,11 +38,19 @@ from helpers import (
     tiny_llama,
 )
 from peft import get_peft_model
+from peft.tuners import lora
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+    register_module_full_backward_hook,
+    register_module_full_backward_pre_hook,
+)
 from transformers.pytorch_utils import Conv1D
 
 import gralora
+from gralora import layers
 from gralora.inject import install
 from gralora.kinds import check_fields
 from gralora.layers import GraloraLayer
@@ -297,6 +305,59 @@ def test_hooks_on_the_adapter_are_called(case, part):
     getattr(layer, part)["default"].register_forward_hook(lambda module, args, out: seen.append(out) or 2 * out)
     assert_close64(model(x), layer.base_layer(x) + 6.0 * naive_update(x, factors_of(layer)))
     assert len(seen) == 1
+
+
+def parts_of(layer):
+    return [layer, layer.base_layer, *(getattr(layer, f"lora_{part}")["default"] for part in ("dropout", "A", "B"))]
+
+
+GLOBAL_HOOKS = {
+    "forward": lambda hook: register_module_forward_hook(lambda module, args, out: hook(module)),
+    "forward_pre": lambda hook: register_module_forward_pre_hook(lambda module, args: hook(module)),
+    "full_backward": lambda hook: register_module_full_backward_hook(lambda module, grad_in, grad_out: hook(module)),
+    "full_backward_pre": lambda hook: register_module_full_backward_pre_hook(lambda module, grad_out: hook(module)),
+}
+
+
+@kinds
+@pytest.mark.parametrize("register", GLOBAL_HOOKS.values(), ids=GLOBAL_HOOKS)
+def test_global_hooks_see_every_part(kind, register, monkeypatch):
+    """While a hook on all modules is registered it sees what it would see of a plain LoRA, and no longer."""
+    case = CASES[5]
+    model = adapted(one_layer(case, kind), case_config(case)).train()
+    layer, x = only_layer(model), random_input(7, case.in_features).requires_grad_()
+    expected, calls, seen = model(x), [], []
+    fused = layers.gralora_linear
+    monkeypatch.setattr(layers, "gralora_linear", lambda *args: calls.append(args) or fused(*args))
+    handle = register(lambda module: seen.append(module) if module in parts_of(layer) else None)
+    try:
+        out = model(x)
+        out.sum().backward()
+    finally:
+        handle.remove()
+    assert_close64(out, expected)
+    assert not calls and {id(module) for module in seen} == {id(module) for module in parts_of(layer)}
+    seen.clear()
+    model(x).sum().backward()
+    assert len(calls) == 1 and not seen
+
+
+@few_cases
+@kinds
+def test_global_hooks_may_change_outputs(case, kind):
+    """What a hook on all modules returns for the base layer, A, B or dropout is used."""
+    model = adapted(one_layer(case, kind), case_config(case))
+    layer, x = only_layer(model), random_input(7, case.in_features)
+    update = naive_update(x, factors_of(layer))
+    for n, factor in [(1, 1), (2, 2), (3, 2), (4, 2)]:  # the base layer; dropout, A, B
+        handle = register_module_forward_hook(
+            lambda module, args, out, n=n: 2 * out if module is parts_of(layer)[n] else None
+        )
+        try:
+            out = model(x)
+        finally:
+            handle.remove()
+        assert_close64(out, (2 if n == 1 else 1) * layer.base_layer(x) + 3.0 * factor * update)
 
 
 @few_cases
@@ -819,6 +880,23 @@ def test_config_changed_after_construction_is_checked(changes, message, second):
         setattr(config, name, value)
     with assert_unchanged(model, random_input(3, 8, dtype=torch.float32)), pytest.raises(ValueError, match=message):
         model.add_adapter("other", config) if second else get_peft_model(model, config)
+
+
+def test_attempt_after_a_failed_one_is_checked_anew(monkeypatch):
+    """A config that failed inside of PEFT, and was changed since, is checked as a new one is."""
+
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    model = adapted(Sequence(nn.Linear(8, 8), nn.Linear(8, 6)), gralora_config(2, target_modules=["layers.0"]))
+    config = gralora_config(2, target_modules=["layers.1"])
+    with monkeypatch.context() as broken, pytest.raises(MemoryError):
+        broken.setattr(lora.LoraModel, "_create_new_module", staticmethod(fail))
+        model.add_adapter("second", config)
+    config.gralora_k, config.target_modules = 4, {"layers.0", "layers.1"}
+    with assert_unchanged(model, random_input(3, 8, dtype=torch.float32)), pytest.raises(ValueError) as error:
+        model.add_adapter("second", config)
+    assert "layers.1" in str(error.value) and "gralora_k=[1, 2]" in str(error.value)
 
 
 def test_layers_under_a_parameter_wrapper_are_refused():

@@ -34,6 +34,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments
 
 import gralora
@@ -253,6 +254,20 @@ def test_base_layer_is_computed_by_its_own_library(name, monkeypatch):
     model = adapted(quantized_layer(name), case_config(CASE))
     model(random_input(3, CASE.in_features, dtype=torch.float32))
     model.train()(random_input(3, CASE.in_features, dtype=torch.float32))
+
+
+@one_of_each
+def test_global_hooks_see_the_factors(name):
+    """A hook on all modules sees the base layer and the factors called, once each."""
+    model = adapted(quantized_layer(name), case_config(CASE))
+    layer, seen = only_layer(model), []
+    parts = layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]
+    handle = register_module_forward_hook(lambda module, *_: seen.append(module) if module in parts else None)
+    try:
+        model(random_input(3, CASE.in_features, dtype=torch.float32))
+    finally:
+        handle.remove()
+    assert [id(module) for module in seen] == [id(module) for module in parts]
 
 
 @backends

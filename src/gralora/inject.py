@@ -94,6 +94,9 @@ def create_and_replace(
         config.target_modules_to_tie = None  # PEFT would share the embedding's factors as those of a plain LoRA
     try:
         stock(tuner, config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs)
+    except BaseException:
+        tuner._gralora_plan = None  # the next attempt is planned anew: model and config may be others by then
+        raise
     finally:
         if tied:
             config.target_modules_to_tie = tied
@@ -127,7 +130,8 @@ def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> LoraConfig:
         user's own keeps "auto", so that it can be used for other models.
     """
     config.check()  # fields may have been set since it was made
-    if getattr(tuner, "_gralora_plan", None) == (adapter_name, id(config)):
+    planned = getattr(tuner, "_gralora_plan", None)  # held, so that no other config can be taken for it
+    if planned is not None and planned[0] == adapter_name and planned[1] is config:
         return tuner.peft_config[adapter_name]
     if (getattr(tuner.model, "_tp_size", None) or 1) > 1:
         raise ValueError("GraLoRA does not support tensor-parallel base models (tp_plan); load the model without.")
@@ -141,7 +145,7 @@ def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> LoraConfig:
         check_layer(settled, name, layer, tuner.model)
     keep_weights_unpacked(tuner.model)
     tuner.peft_config[adapter_name] = settled
-    tuner._gralora_plan = (adapter_name, id(config))
+    tuner._gralora_plan = (adapter_name, config)
     return settled
 
 

@@ -7,6 +7,7 @@ import peft
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from . import blocks
@@ -68,6 +69,8 @@ class GraloraLayer(Promoted):
         """
         own = self.__dict__  # nn.Module's lookup of attributes would cost as much as the arithmetic of a small layer
         if self._disable_adapters or own["merged_adapters"] or dispatch.choice == "reference" or not x.numel():
+            return None
+        if _has_any_global_hook():  # they are to see the base layer and the adapter's modules called
             return None
         modules = own["_modules"]
         downs = modules["lora_A"]._modules
