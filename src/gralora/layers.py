@@ -15,6 +15,7 @@ from .blocks import GranularDown, GranularUp
 from .kinds import keep_bias
 from .ops import add_update, dispatch, gralora_linear
 from .ops.factors import hybrid_to_lora
+from .ops.transforms import is_transformed
 from .promote import Promoted
 
 ARROW = (
@@ -71,6 +72,8 @@ class GraloraLayer(Promoted):
         if self._disable_adapters or own["merged_adapters"] or dispatch.choice == "reference" or not x.numel():
             return None
         if _has_any_global_hook():  # they are to see the base layer and the adapter's modules called
+            return None
+        if is_transformed():  # by torch.func, forward-mode derivatives or a tracer
             return None
         modules = own["_modules"]
         downs = modules["lora_A"]._modules

@@ -6,6 +6,7 @@ from torch import Tensor
 from . import compiled, dispatch, fused, reference
 from .dropout import draw_seed, dropout
 from .saved import save, saved
+from .transforms import is_batched, is_transformed
 
 
 def gralora_linear(
@@ -81,9 +82,10 @@ class GraloraLinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, A, B, hybrid_A, hybrid_B, g, seed = saved(ctx)
         needed = ctx.needs_input_grad[:5]
-        if torch.is_grad_enabled():  # create_graph=True
-            kept = None if seed is None else _kept(x, ctx.p, seed)
-            y = reference.linear(x, weight, None, A, B, hybrid_A, hybrid_B, ctx.scaling, kept)
+        if torch.is_grad_enabled() or is_batched(dy):  # create_graph=True, is_grads_batched=True
+            with torch.enable_grad():
+                kept = None if seed is None else _kept(x, ctx.p, seed)
+                y = reference.linear(x, weight, None, A, B, hybrid_A, hybrid_B, ctx.scaling, kept)
             grads = _differentiable(y, (x, A, B, hybrid_A, hybrid_B), needed, dy)
         else:
             needs = fused.needs_of(*needed)
@@ -132,9 +134,10 @@ class GraloraUpdateFunction(torch.autograd.Function):
     def backward(ctx, dy):
         x, A, B, hybrid_A, hybrid_B, g, seed = saved(ctx)
         needs_y, *needed = ctx.needs_input_grad[:6]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_batched(dy):
             inputs = x, A, B, hybrid_A, hybrid_B
-            update = ctx.scaling * reference.update(x if seed is None else x * _kept(x, ctx.p, seed), *inputs[1:])
+            with torch.enable_grad():
+                update = ctx.scaling * reference.update(x if seed is None else x * _kept(x, ctx.p, seed), *inputs[1:])
             grads = _differentiable(update, inputs, needed, dy.to(x.dtype))
         else:
             needs = fused.needs_of(*needed)
@@ -150,15 +153,15 @@ def _kept(x, p, seed):
 
 
 def _differentiable(y, inputs, needed, dy):
-    """Gradients of those inputs that need one, to be differentiated in turn; None for the others."""
+    """Gradients of those inputs that need one, to be differentiated in turn if that is on; None for the others."""
     wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
-    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=torch.is_grad_enabled()))
     return [next(grads) if need else None for need in needed]
 
 
 def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """`reference.delta_weight`, by a kernel where there is one: A `[k, I/k, r]`, B `[k, r, O/k]` -> `[O, I]`."""
-    if dispatch.use_delta_weight_kernel(A):
+    if dispatch.use_delta_weight_kernel(A) and not is_transformed():
         return DeltaWeightFunction.apply(A, B, scaling)
     return reference.delta_weight(A, B, scaling)
 
