@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftConfig, PeftType
 
-from gralora import LoraConfig
+from gralora import LoraConfig, fields
 from gralora.config import (
     FORMAT,
     FORMAT_MATCHED,
@@ -21,6 +21,9 @@ from gralora.config import (
     SUPPORTED_VARIANTS,
     auto_k,
     divisors,
+    is_set,
+    names,
+    parse,
     shortest_patterns,
 )
 
@@ -178,11 +181,11 @@ def matches(key: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
-names = st.lists(st.sampled_from(["a", "b", "a+", "0", "10"]), min_size=1, max_size=3).map(".".join)
+layer_names = st.lists(st.sampled_from(["a", "b", "a+", "0", "10"]), min_size=1, max_size=3).map(".".join)
 
 
 @law
-@given(values=st.dictionaries(names, st.integers(1, 3), min_size=1, max_size=12))
+@given(values=st.dictionaries(layer_names, st.integers(1, 3), min_size=1, max_size=12))
 def test_shortest_patterns_give_every_layer_its_value(values):
     """All keys that match a layer give its value, so that their order does not matter; none is longer than needed."""
     default = 2
@@ -327,3 +330,173 @@ def test_as_plain_lora_has_scaling_one():
     assert (plain.target_modules, plain.lora_dropout, plain.bias) == ({"q", "v"}, 0.1, "all")
     assert not set(GRALORA_FIELDS) & set(plain.to_dict())
     assert config.r == 12 and config.use_gralora  # the original is untouched
+
+
+# What is known of the fields, said once
+
+DERIVED = {  # what each tool goes by, as written out before it was derived
+    "not beside the factors": (
+        lambda f: not f.beside_factors,
+        "use_gralora gralora_format gralora_scaling r lora_alpha lora_dropout peft_type init_lora_weights use_rslora "
+        "rank_pattern alpha_pattern gralora_k_pattern exclude_modules task_type auto_mapping peft_version "
+        "base_model_name_or_path revision inference_mode target_modules fan_in_fan_out layers_to_transform "
+        "layers_pattern gralora_k hybrid_r",
+    ),
+    "merge": (
+        lambda f: f.beside_factors and f.mergeable,
+        "bias modules_to_save lora_bias trainable_token_indices use_dora ensure_weight_tying",
+    ),
+    "export": (
+        lambda f: f.beside_factors and f.in_lora,
+        "bias lora_bias modules_to_save trainable_token_indices layer_replication ensure_weight_tying use_dora "
+        "alora_invocation_tokens",
+    ),
+    "PEFT's tuner": (
+        lambda f: f.in_peft_tuner,
+        "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules "
+        "fan_in_fan_out modules_to_save layers_to_transform layers_pattern gralora_k hybrid_r",
+    ),
+    "hotswap": (lambda f: f.hotswap, "use_gralora gralora_k gralora_k_pattern hybrid_r gralora_scaling"),
+    "resume": (
+        lambda f: f.resume,
+        "r lora_alpha lora_dropout use_rslora target_modules use_gralora gralora_k gralora_k_pattern hybrid_r "
+        "gralora_scaling",
+    ),
+    "flags": (
+        lambda f: f.flag,
+        "use_gralora r lora_alpha use_rslora lora_dropout target_modules gralora_k hybrid_r gralora_scaling",
+    ),
+    "saved": (lambda f: f.saved_as, "r lora_alpha gralora_k hybrid_r"),
+}
+
+
+@pytest.mark.parametrize("has, expected", DERIVED.values(), ids=DERIVED)
+def test_derived_lists_of_fields(has, expected):
+    """Each list of fields that a tool goes by is the one that was written by hand there."""
+    assert names(has) == set(expected.split())
+
+
+def test_facts_name_fields_that_exist():
+    """A field that PEFT renames or drops is noticed here; one that it adds gets the cautious answers."""
+    known = {f.name for f in dataclasses.fields(LoraConfig)}
+    assert known >= fields.PEFT_FACTS.keys()
+    assert fields.facts(dataclasses.field(default=None)) == fields.Facts()
+    assert fields.Facts().beside_factors and not (fields.Facts().mergeable or fields.Facts().in_lora)
+    peft_tuner = {f.name for f in dataclasses.fields(peft.GraloraConfig)}
+    assert names(lambda f: f.in_peft_tuner) == known & peft_tuner - {"r", "bias", "peft_type"}
+
+
+NOT_SET = {  # what PEFT, Axolotl, ms-swift and people write for a field that they leave alone
+    "fan_in_fan_out": [None, False],
+    "target_parameters": [None, []],
+    "exclude_modules": [None, [], set()],
+    "modules_to_save": [None, []],
+    "layers_to_transform": [None, []],
+    "layers_pattern": [None, [], ""],
+    "rank_pattern": [None, {}],
+    "alpha_pattern": [None, {}],
+    "gralora_k_pattern": [None, {}],
+    "use_rslora": [None, False],
+    "use_dora": [None, False],
+    "lora_bias": [None, False],
+    "lora_dropout": [None, 0, 0.0],
+    "loftq_config": [None, {}],
+    "megatron_config": [None, {}],
+    "megatron_core": ["megatron.core"],
+    "trainable_token_indices": [None, [], {}],
+    "alora_invocation_tokens": [None, []],
+    "layer_replication": [None, []],
+    "ensure_weight_tying": [None, False],
+    "bias": ["none"],
+    "init_lora_weights": [True],
+    "hybrid_r": [None, 0],
+    "gralora_k": ["auto"],
+    "gralora_scaling": ["lora"],
+    "runtime_config": [{"ephemeral_gpu_offload": False}],
+    "a_field_of_a_newer_peft": [None, False, [], {}, ""],
+}
+SET = {
+    "fan_in_fan_out": [True],
+    "target_parameters": [["experts.gate_up_proj"]],
+    "layers_to_transform": [0, [0]],
+    "use_bdlora": [{}, {"nblocks": 2}],
+    "arrow_config": [{}],
+    "kasa_config": [{}],
+    "velora_config": [{}],
+    "megatron_config": [{"a": 1}],
+    "trainable_token_indices": [[1], {"embed": [1]}],
+    "lora_dropout": [0.1],
+    "bias": ["all", None],
+    "init_lora_weights": [False, "gaussian"],
+    "r": [None, 4],
+    "lora_alpha": [None, 16],
+    "gralora_k": [1, 2, None],
+    "gralora_scaling": ["matched", None],
+    "runtime_config": [{"ephemeral_gpu_offload": True}],
+    "a_field_of_a_newer_peft": [True, 1, 0.5, "x", [1], {"a": 1}],
+}
+
+
+@pytest.mark.parametrize("name", {**NOT_SET, **SET})
+def test_a_field_is_set_by_its_meaning(name):
+    """What is empty means the default where the default is empty; a default that is a word or a number is not."""
+    assert not any(is_set(name, value) for value in NOT_SET.get(name, []))
+    assert all(is_set(name, value) for value in SET.get(name, []))
+
+
+def test_every_default_is_not_set():
+    """No field of a config that is made without it is set, as it is and as it is saved."""
+    config = LoraConfig(use_gralora=True)
+    for name, value in config.to_dict().items():
+        assert is_set(name, value) == (name in ("use_gralora", "gralora_format", "peft_type", "peft_version")), name
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NOT_SET if name in {f.name for f in dataclasses.fields(LoraConfig)}]
+)
+def test_what_is_not_set_is_not_refused(name):
+    """No check of the config takes an empty value for a set field."""
+    for value in NOT_SET[name]:
+        if name in (
+            "rank_pattern",
+            "alpha_pattern",
+            "gralora_k_pattern",
+            "lora_dropout",
+            "hybrid_r",
+            "runtime_config",
+        ):
+            continue  # PEFT or gralora take no None there, and say so
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # aLoRA without a task
+            LoraConfig(use_gralora=True, r=8, **{name: value})
+
+
+PARSED = [
+    ("gralora_k", "4", 4),
+    ("gralora_k", "auto", "auto"),
+    ("hybrid_r", "0", 0),
+    ("gralora_scaling", "matched", "matched"),
+    ("use_gralora", "True", True),
+    ("use_gralora", "false", False),
+]
+
+
+@pytest.mark.parametrize("name, text, value", PARSED)
+def test_text_is_read_as_a_field(name, text, value):
+    """A flag or a variable becomes the value that the config takes."""
+    assert parse(name, text) == value and type(parse(name, text)) is type(value)
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("gralora_k", "many", "gralora_k='many' must be a whole number or 'auto'"),
+        ("hybrid_r", "1.5", "hybrid_r='1.5' must be a whole number"),
+        ("gralora_scaling", "big", "gralora_scaling='big' must be one of lora, matched"),
+        ("use_gralora", "maybe", "use_gralora='maybe' must be one of true, false"),
+    ],
+)
+def test_text_that_no_field_takes(name, text, message):
+    """The error names the field and what it takes."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(name, text)

@@ -16,12 +16,14 @@ from saved import FORMATS, WEIGHTS, edit, logits, read, save, save_gralora, writ
 from torch import Tensor
 
 import gralora
-from gralora.checkpoints import formats
-from gralora.checkpoints.export import REPORT, plain_lora
+from gralora import factors
+from gralora.checkpoints import formats, targets
+from gralora.checkpoints.adapter import Adapter
+from gralora.checkpoints.export import REPORT
 from gralora.checkpoints.files import LazyTensors, read_adapter_folder
+from gralora.checkpoints.plain import plain_lora
 from gralora.checkpoints.targets import TARGETS as PROGRAMS
 from gralora.checkpoints.targets import VLLM_RANKS
-from gralora.ops import factors
 
 PREFIX = "base_model.model."
 LLAMA = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -77,9 +79,9 @@ def test_block_norms_and_singular_values(case: Case) -> None:
 
 def test_permute_heads_pairs_the_halves() -> None:
     rows = torch.arange(16)[:, None]  # two heads of 8: (half, i) -> (i, half)
-    permuted = factors.permute_heads(rows, 2)
+    permuted = targets.permute_heads(rows, 2)
     assert permuted.flatten().tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
-    assert torch.equal(factors.unpermute_heads(permuted, 2), rows)
+    assert torch.equal(targets.unpermute_heads(permuted, 2), rows)
 
 
 # Bit for bit
@@ -224,7 +226,7 @@ def test_truncation_needs_a_flag_and_reports_its_error(tmp_path: Path) -> None:
         assert report["parity"]["layers"][layer] == pytest.approx(error, rel=0.5)  # an estimate, of what was written
 
 
-def dense(adapter: formats.Adapter, layer: str) -> Tensor:
+def dense(adapter: Adapter, layer: str) -> Tensor:
     A, B = blocks_in_place(adapter.factors(layer).A, adapter.factors(layer).B)
     return B.double() @ A.double()
 
@@ -236,13 +238,13 @@ def test_layers_within_the_limit_stay_exact_when_others_are_truncated(tmp_path: 
     assert all(report["parity"]["layers"][f"model.layers.{i}.self_attn.q_proj"] < 1e-7 for i in (0, 1))
 
 
-def shape_only(k: int, r: int, features: int) -> formats.Adapter:
+def shape_only(k: int, r: int, features: int) -> Adapter:
     """An adapter of one layer without values."""
     layer, chunk = PREFIX + "layer", features // k
     specs = {f"{layer}.lora_A.weight": torch.empty(k, chunk, r, device="meta")}
     specs |= {f"{layer}.lora_B.weight": torch.empty(k, r, chunk, device="meta")}
     config = gralora.LoraConfig(r=r, use_gralora=True, gralora_k=k, lora_alpha=r)
-    return formats.Adapter(config, LazyTensors(specs, specs.__getitem__))
+    return Adapter(config, LazyTensors(specs, specs.__getitem__))
 
 
 @pytest.mark.parametrize(
@@ -347,10 +349,10 @@ def test_report_is_written_and_compares_logits_with_the_base(tmp_path: Path) -> 
 def test_parity_sees_a_wrong_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block in the wrong place, as if the copying were at fault."""
     save_gralora(tmp_path / "in")
-    from gralora.checkpoints import export
+    from gralora.checkpoints import plain
 
-    right = export.hybrid_to_lora
-    monkeypatch.setattr(export, "hybrid_to_lora", lambda *a: (right(*a)[0].roll(1, 0), right(*a)[1]))
+    right = plain.hybrid_to_lora
+    monkeypatch.setattr(plain, "hybrid_to_lora", lambda *a: (right(*a)[0].roll(1, 0), right(*a)[1]))
     report = gralora.to_lora(tmp_path / "in", tmp_path / "out")
     assert report["parity"]["relative_difference"] > 0.1
 

@@ -6,8 +6,8 @@ from helpers import CASES, Case, Factors, cases, integer_factors, naive_delta, n
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gralora.factors import grid_to_lora, hybrid_to_lora
 from gralora.ops import reference
-from gralora.ops.factors import grid_to_lora, hybrid_to_lora
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 law = settings(deadline=None, max_examples=50)

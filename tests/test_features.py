@@ -42,7 +42,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrize
 
 import gralora
-from gralora.ops.factors import pad_grid
+from gralora.factors import pad_grid
 
 # k by layer in saved adapters
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 import gralora
 from gralora.checkpoints import formats
 from gralora.checkpoints.files import read_adapter_folder
+from gralora.checkpoints.targets import TARGETS
 
 
 def recognise(folder: Path) -> str:
@@ -370,3 +372,67 @@ def test_adapters_of_other_layers_are_refused(tmp_path: Path, fields: dict, prob
     with pytest.raises(ValueError, match=rf"{problem}.*PeftModel\.from_pretrained"):
         tool(tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# What programs write for fields that they leave alone
+
+LEFT_ALONE: dict[str, dict[str, Any]] = {
+    "Axolotl": {"fan_in_fan_out": None, "target_parameters": [], "modules_to_save": None, "loftq_config": {}},
+    "PEFT, of mixtures of experts": {"target_parameters": [], "rank_pattern": {}, "alpha_pattern": {}},
+    "null": dict.fromkeys(
+        [
+            "fan_in_fan_out",
+            "use_rslora",
+            "use_dora",
+            "lora_bias",
+            "ensure_weight_tying",
+            "rank_pattern",
+            "alpha_pattern",
+            "gralora_k_pattern",
+            "target_parameters",
+            "exclude_modules",
+            "modules_to_save",
+            "layers_to_transform",
+            "layers_pattern",
+            "lora_dropout",
+            "layer_replication",
+            "trainable_token_indices",
+            "alora_invocation_tokens",
+            "megatron_config",
+            "loftq_config",
+        ]
+    ),
+    "empty": {"exclude_modules": [], "modules_to_save": [], "layer_replication": [], "megatron_config": {}},
+    "of a newer PEFT": {"a_new_field": None, "another": [], "a_third": False},
+}
+
+
+@pytest.mark.filterwarnings("error:.*config.*:UserWarning")
+@pytest.mark.parametrize("fields", LEFT_ALONE.values(), ids=LEFT_ALONE)
+def test_fields_left_alone_are_not_refused(tmp_path: Path, fields: dict[str, Any]) -> None:
+    """Loaded, converted to PEFT's tuner, exported to every program and merged: with the same logits as without."""
+    expected = save_gralora(tmp_path / "in")
+    edit(tmp_path / "in", **fields)
+    torch.testing.assert_close(logits(gralora.load_adapter(tiny_llama(), tmp_path / "in")), expected)
+    assert gralora.inspect_adapter(tmp_path / "in")["anomalies"] == []
+    gralora.convert_adapter(tmp_path / "in", tmp_path / "tuner", to="peft")
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "tuner")
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-10)
+    base_config = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1}
+    for target in TARGETS:
+        gralora.to_lora(tmp_path / "in", tmp_path / target, target, base_config=base_config)
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "peft")
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-4)
+    tiny_llama().save_pretrained(tmp_path / "base")
+    gralora.merge_adapter(tmp_path / "in", tmp_path / "merged", tmp_path / "base")
+    merged = type(tiny_llama()).from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-4)
+
+
+def test_config_made_as_axolotl_makes_it(tmp_path: Path) -> None:
+    """Axolotl passes None and [] to PEFT's config, which saves them as they are."""
+    fields = {"fan_in_fan_out": None, "target_parameters": [], "layers_to_transform": None, "modules_to_save": None}
+    expected = save_gralora(tmp_path, **fields, init_lora_weights=True, bias="none", task_type="CAUSAL_LM")
+    saved = read(tmp_path)[0]
+    assert saved["fan_in_fan_out"] is None and saved["target_parameters"] == []
+    torch.testing.assert_close(logits(gralora.load_adapter(tiny_llama(), tmp_path)), expected)

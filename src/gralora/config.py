@@ -2,23 +2,26 @@
 
 import copy
 import dataclasses
+import functools
 import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import gcd
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import peft
 from peft.utils.other import get_pattern_key
 
+from . import fields
+from .fields import Facts
+
 FORMAT = 1  # of the saved tensors; rises when an older gralora could misread them
 FORMAT_MATCHED = 2  # the same tensors with gralora_scaling="matched", which an older gralora would not know
-SCALINGS = ("lora", "matched")
 SUPPORTED_VARIANTS = ("use_dora", "alora_invocation_tokens")
 SUPPORTED_INITS = (True, False, "gaussian")
-PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "gralora_k": "gralora_k_pattern"}
+OWN = Facts(beside_factors=False, hotswap=True, resume=True)  # a GraLoRA field that says how factors are read
 
 
 def divisors(n: int) -> list[int]:
@@ -73,7 +76,13 @@ class LoraConfig(peft.LoraConfig):
         ValueError: if a field does not fit the others; the message names field, value and what would work.
     """
 
-    use_gralora: bool = field(default=False, metadata={"help": "Train GraLoRA instead of plain LoRA."})
+    use_gralora: bool = field(
+        default=False,
+        metadata={
+            "help": "Train GraLoRA instead of plain LoRA.",
+            "facts": dataclasses.replace(OWN, flag="use_gralora"),
+        },
+    )
     gralora_k: int | Literal["auto"] = field(
         default="auto",
         metadata={
@@ -81,7 +90,10 @@ class LoraConfig(peft.LoraConfig):
                 "Blocks per side of the grid; must divide r - hybrid_r and the input and output features of every "
                 "targeted layer. 'auto': for each layer 2 below rank 64, 4 from there on, or the nearest smaller "
                 "number that divides; the numbers chosen are in the model's own peft_config, and get saved."
-            )
+            ),
+            "facts": dataclasses.replace(
+                OWN, in_peft_tuner=True, flag="gralora_k", pattern="gralora_k_pattern", saved_as="rank"
+            ),
         },
     )
     gralora_k_pattern: dict[str, int] = field(
@@ -90,11 +102,16 @@ class LoraConfig(peft.LoraConfig):
             "help": (
                 "Layers with another gralora_k: regular expressions that end a layer's name, as in rank_pattern, "
                 "and their k, e.g. {'down_proj': 4}."
-            )
+            ),
+            "facts": OWN,
         },
     )
     hybrid_r: int = field(
-        default=0, metadata={"help": "Part of the rank r that is plain LoRA, 0 <= hybrid_r < r (Hybrid GraLoRA)."}
+        default=0,
+        metadata={
+            "help": "Part of the rank r that is plain LoRA, 0 <= hybrid_r < r (Hybrid GraLoRA).",
+            "facts": dataclasses.replace(OWN, in_peft_tuner=True, flag="hybrid_r", saved_as="rank"),
+        },
     )
     gralora_scaling: Literal["lora", "matched"] = field(
         default="lora",
@@ -103,11 +120,16 @@ class LoraConfig(peft.LoraConfig):
                 "Factor on the update. 'lora': lora_alpha / r, as in LoRA (lora_alpha / sqrt(r) with use_rslora). "
                 "'matched': that times sqrt(r / (hybrid_r + (r - hybrid_r) / gralora_k)), since fewer ranks meet in "
                 "one entry of the update than in LoRA's; docs/scaling.md derives it."
-            )
+            ),
+            "facts": dataclasses.replace(OWN, flag="gralora_scaling"),
         },
     )
     gralora_format: int | None = field(
-        default=None, metadata={"help": "Format of the saved tensors; set by gralora, leave it empty."}
+        default=None,
+        metadata={
+            "help": "Format of the saved tensors; set by gralora, leave it empty.",
+            "facts": Facts(beside_factors=False),
+        },
     )
 
     def __post_init__(self) -> None:
@@ -205,8 +227,8 @@ class LoraConfig(peft.LoraConfig):
         )
 
     def _warn_about_unused_fields(self) -> None:
-        unset = {"gralora_k": "auto", "gralora_k_pattern": {}, "hybrid_r": 0, "gralora_scaling": "lora"}
-        given = {name: getattr(self, name) for name in unset if getattr(self, name) != unset[name]}
+        settable = [name for name in GRALORA_FIELDS if name != "gralora_format"]
+        given = {name: value for name in settable if is_set(name, value := getattr(self, name))}
         if given:
             names = ", ".join(f"{name}={value!r}" for name, value in given.items())
             warnings.warn(f"{names} has no effect without use_gralora=True: this is a plain LoRA.", stacklevel=4)
@@ -230,7 +252,7 @@ class LoraConfig(peft.LoraConfig):
             if name in SUPPORTED_VARIANTS:
                 continue
             value = getattr(self, name, None)
-            if value or isinstance(value, dict):  # {} asks for a variant with its defaults
+            if is_set(name, value):
                 raise ValueError(
                     f"{name}={value!r} cannot be combined with GraLoRA (use_gralora=True); "
                     f"leave {name} at its default, or set use_gralora=False."
@@ -279,3 +301,16 @@ def _is_positive(k: Any) -> bool:
 
 _PEFT_FIELDS = {f.name for f in dataclasses.fields(peft.LoraConfig)}
 GRALORA_FIELDS = tuple(f.name for f in dataclasses.fields(LoraConfig) if f.name not in _PEFT_FIELDS)
+SCALINGS = get_args(get_type_hints(LoraConfig)["gralora_scaling"])
+# field -> the field that gives single layers another value
+PATTERNS = {f.name: found for f in dataclasses.fields(LoraConfig) if (found := fields.facts(f).pattern)}
+
+# the functions of fields.py, of this class
+names = functools.partial(fields.names, LoraConfig)
+is_set = functools.partial(fields.is_set, LoraConfig)
+same = functools.partial(fields.same, LoraConfig)
+parse = functools.partial(fields.parse, LoraConfig)
+# field -> the flag of `gralora finetune` that sets it
+FLAGS = {f.name: found for f in dataclasses.fields(LoraConfig) if (found := fields.facts(f).flag)}
+# GraLoRA's fields that are flags, and settings in other programs
+SETTINGS = {f.name: f for f in dataclasses.fields(LoraConfig) if f.name in FLAGS and f.name in GRALORA_FIELDS}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import blocks
 from .blocks import GranularDown, GranularUp, Weights
-from .ops.factors import hybrid_to_lora
+from .factors import hybrid_to_lora
 
 CONVOLUTIONS = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from . import blocks
 from .blocks import Weights
+from .factors import hybrid_to_lora
 from .ops import reference
-from .ops.factors import hybrid_to_lora
 
 
 class GranularEmbeddingVariant(LoraVariant):

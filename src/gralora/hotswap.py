@@ -14,8 +14,8 @@ from peft.utils import hotswap
 from torch import Tensor, nn
 
 from .blocks import GranularDown, GranularUp, scaling_gain
+from .factors import pad_grid, pad_lora
 from .layers import GraloraLayer
-from .ops.factors import pad_grid, pad_lora
 
 
 def prepare_model_for_compiled_hotswap(

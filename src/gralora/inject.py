@@ -27,7 +27,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import blocks
-from .config import SUPPORTED_VARIANTS, LoraConfig, auto_k
+from .config import SUPPORTED_VARIANTS, LoraConfig, auto_k, names
 from .dora import GranularDora
 from .experts import TargetParameter, param_wrapper, targeted_parameters
 from .kinds import base_layer, check_fields, check_kind, keep_weights_unpacked, kind_of
@@ -42,13 +42,7 @@ def install() -> None:
         return
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = LoraConfig
     lora.LoraModel._create_and_replace = _with_gralora(lora.LoraModel._create_and_replace)
-    CONFIG_KEYS_TO_CHECK[PeftType.LORA] += [
-        "use_gralora",
-        "gralora_k",
-        "gralora_k_pattern",
-        "hybrid_r",
-        "gralora_scaling",
-    ]
+    CONFIG_KEYS_TO_CHECK[PeftType.LORA] += sorted(names(lambda facts: facts.hotswap))
 
 
 def _with_gralora(stock: Callable[..., None]) -> Callable[..., None]:

@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from . import blocks
 from .blocks import GranularDown, GranularUp
+from .factors import hybrid_to_lora
 from .kinds import keep_bias
 from .ops import add_update, dispatch, gralora_linear
-from .ops.factors import hybrid_to_lora
 from .ops.transforms import is_transformed
 from .promote import Promoted
 

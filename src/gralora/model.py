@@ -6,8 +6,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from .config import SUPPORTED_VARIANTS
+from .factors import pad_lora
 from .layers import GraloraLayer
-from .ops.factors import pad_lora
 from .promote import Promoted
 
 

@@ -3,6 +3,7 @@
 import os
 
 from . import formats
+from .adapter import Adapter
 from .files import CONFIG, WEIGHTS, new_folder, read_adapter_folder, write_json, write_safetensors
 
 
@@ -11,7 +12,7 @@ def convert_adapter(
     out: str | os.PathLike[str],
     to: str = "gralora",
     source: str | None = None,
-) -> formats.Adapter:
+) -> Adapter:
     """Write an adapter in another GraLoRA format: tensors are renamed, byte for byte, and the config is rewritten.
 
     Args:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from ..ops.factors import block_norms, hybrid_to_lora, singular_values
+from ..factors import block_norms, hybrid_to_lora, singular_values
+from ..fields import plain
 from . import formats
+from .adapter import Adapter
 from .files import read_adapter_folder
-from .formats import Adapter
 from .untrusted import is_finite
 
 PANELS = 16  # in one heat map
@@ -47,7 +48,7 @@ def inspect_adapter(adapter: str | os.PathLike[str], source: str | None = None) 
         "hybrid_r": read.config.hybrid_r,
         "lora_alpha": read.config.lora_alpha,
         "use_rslora": read.config.use_rslora,
-        "target_modules": formats.plain(read.config.target_modules),
+        "target_modules": plain(read.config.target_modules),
         "dtype": sorted({str(t.dtype).removeprefix("torch.") for t in factors}),
         "parameters": sum(t.numel() for t in factors),
         "lora_rank": max(map(read.lora_rank, read.layers)),

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .. import inject
 from ..kinds import check_kind
 from . import formats
+from .adapter import Adapter
 from .files import read_adapter_folder
-from .formats import Adapter
 from .untrusted import check_finite, check_matching_time, listed
 
 

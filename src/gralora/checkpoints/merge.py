@@ -17,7 +17,10 @@ from torch import Tensor
 
 from .. import blocks
 from ..blocks import GranularDown, GranularUp
+from ..config import names
+from ..factors import hybrid_to_lora
 from . import formats
+from .adapter import PREFIX, Adapter, set_fields
 from .files import (
     WEIGHTS,
     LazyTensors,
@@ -30,7 +33,6 @@ from .files import (
     write_json,
     write_safetensors,
 )
-from .formats import PREFIX, Adapter
 from .untrusted import is_finite, listed
 
 INDEX = "model.safetensors.index.json"
@@ -39,7 +41,7 @@ STATE = "merge_state.json"
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
 LOST = 0.1  # of a layer's update, by rounding, above which a merge warns
 VERIFIED = 8  # layers that are checked after writing
-NEUTRAL = formats.NOT_IN_OUTPUT | {"hybrid_r", "gralora_k", "lora_bias", "trainable_token_indices", "use_dora"}
+MERGEABLE = names(lambda facts: facts.mergeable or not facts.beside_factors)
 
 
 def merge_adapter(
@@ -206,7 +208,7 @@ class Merges:
 
     def __init__(self, adapter: Adapter, model: BaseModel, device: str) -> None:
         self.adapter, self.model, self.device = adapter, model, device
-        for name in sorted(formats.set_fields(adapter.config).keys() - NEUTRAL - {"ensure_weight_tying"}):
+        for name in sorted(set_fields(adapter.config).keys() - MERGEABLE):
             raise ValueError(f"{name}={getattr(adapter.config, name)!r} cannot be merged into the base's files.")
         strip = self._prefix_to_strip()
         self.weights = {f"{layer.removeprefix(strip)}.weight": layer for layer in adapter.layers}
@@ -340,10 +342,8 @@ class Merges:
         Raises:
             ValueError: if a weight is off by more than a rounding of its dtype.
         """
-        from ..ops.factors import hybrid_to_lora
-
-        names = list(self.weights)
-        sample = names[:: max(1, len(names) // count)] if len(names) > count else names
+        weights = list(self.weights)
+        sample = weights[:: max(1, len(weights) // count)] if len(weights) > count else weights
         for name in sample:
             layer = self.weights[name]
             A, B = hybrid_to_lora(*self.adapter.factors(layer).moved(Tensor.double))

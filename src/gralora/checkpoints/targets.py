@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.factors import permute_heads, unpermute_heads
-from .export import PlainLora, plain_config
+from ..config import names
+from .adapter import BIAS, MAGNITUDE, PREFIX, A, B
 from .files import CONFIG, WEIGHTS, LazyTensors, read_safetensors, spec, write_json, write_safetensors
-from .formats import BIAS, MAGNITUDE, PREFIX, A, B
+from .plain import PlainLora, plain_config
 
 ReadBack = Callable[[str], tuple[Tensor, Tensor]]
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
@@ -117,12 +117,12 @@ def write_gguf(plain: PlainLora, folder: Path, base_config: dict[str, Any] | Non
     table = gguf.get_tensor_name_map(
         next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), blocks
     )
-    names: dict[str, str] = {}
+    gguf_names: dict[str, str] = {}
     for layer in plain.layers:
         name = table.get_name(f"{layer}.weight", try_suffixes=(".weight",))
         if name is None:
             raise ValueError(f"llama.cpp has no name for layer {layer!r} in its architecture {architecture!r}.")
-        names[layer] = name
+        gguf_names[layer] = name
 
     def rows(layer: str, reorder: Callable[[Tensor, int], Tensor], B: Tensor) -> Tensor:
         kind = layer.rpartition(".")[2]
@@ -132,14 +132,14 @@ def write_gguf(plain: PlainLora, folder: Path, base_config: dict[str, Any] | Non
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(plain.rank))
-    for layer, name in names.items():
+    for layer, name in gguf_names.items():
         in_features, out_features = plain.adapter.features(layer)
         for suffix, shape in ((".lora_a", (plain.rank, in_features)), (".lora_b", (out_features, plain.rank))):
             writer.add_tensor_info(name + suffix, shape, torch.empty(0).numpy().dtype, 4 * shape[0] * shape[1])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for layer in names:
+    for layer in gguf_names:
         lora_A, lora_B = plain.factors(layer)
         writer.write_tensor_data(lora_A.contiguous().numpy())
         writer.write_tensor_data(rows(layer, permute_heads, lora_B).contiguous().numpy())
@@ -148,10 +148,25 @@ def write_gguf(plain: PlainLora, folder: Path, base_config: dict[str, Any] | Non
     written = {t.name: t for t in gguf.GGUFReader(folder / GGUF).tensors}
 
     def read_back(layer: str) -> tuple[Tensor, Tensor]:
-        lora_A, lora_B = (torch.from_numpy(written[names[layer] + s].data.copy()) for s in (".lora_a", ".lora_b"))
+        lora_A, lora_B = (torch.from_numpy(written[gguf_names[layer] + s].data.copy()) for s in (".lora_a", ".lora_b"))
         return lora_A, rows(layer, unpermute_heads, lora_B)
 
     return read_back
+
+
+def permute_heads(rows: Tensor, heads: int) -> Tensor:
+    """Reorder the rows of a q or k projection from halves to pairs, as GGUF stores those of Llama models.
+
+    Args:
+        rows: `[O, ...]`: the weight, or the B factor of a LoRA on it, whose rotary dimensions are (half, i) in a head.
+        heads: number of heads that the rows form.
+    """
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def unpermute_heads(rows: Tensor, heads: int) -> Tensor:
+    """The inverse of `permute_heads`."""
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def gguf_base(config: dict[str, Any] | None) -> tuple[str, bool, dict[str, int]]:
@@ -236,10 +251,7 @@ class Target:
     finish: Callable[[Path, str], None] = nothing
 
 
-PEFT_KEEPS = frozenset(
-    {"bias", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "ensure_weight_tying"}
-    | {"use_dora", "alora_invocation_tokens"}
-)
+PEFT_KEEPS = names(lambda facts: facts.beside_factors and facts.in_lora)
 TARGETS = {
     "peft": Target(write_peft, peft_command, keeps=PEFT_KEEPS, is_peft=True),
     "vllm": Target(write_peft, vllm_command, max_rank=VLLM_RANKS[-1], is_peft=True),

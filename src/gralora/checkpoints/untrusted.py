@@ -3,6 +3,7 @@
 A config's values have the types that they are used as, its regular expressions end, and tensors are finite.
 """
 
+import dataclasses
 import functools
 import json
 import re
@@ -18,6 +19,7 @@ from huggingface_hub.dataclasses import type_validator
 from torch import Tensor
 
 from ..config import PATTERNS, LoraConfig
+from ..fields import facts
 
 MATCHING_S = 10.0  # that matching an adapter's patterns with the model's layers may take
 # of a regular expression that may take exponential time, or a high power of a name's length; others are not tried out
@@ -25,20 +27,13 @@ REPEATED_GROUP, REPEAT, FEW_REPEATS = re.compile(r"\)\s*[*+{]"), re.compile(r"[*
 LARGEST = torch.finfo(torch.float32).max
 LARGEST_RANK = 1 << 20  # no layer has as many features
 SHOWN = 5  # names in a message
-# where PEFT's annotations differ from what its code takes, or from how JSON holds it
-TYPES = {
-    "lora_alpha": int | float,
-    "lora_dropout": int | float,
-    "rank_pattern": dict[str, int],
-    "alpha_pattern": dict[str, int | float],
-    "init_lora_weights": bool | str,
-    "layer_replication": list[list[int]] | None,
-}
 
 
 @functools.cache
 def field_types() -> dict[str, Any]:
-    return typing.get_type_hints(LoraConfig) | TYPES
+    """The type of each field's values, as JSON holds them."""
+    given = {f.name: facts(f).json_type for f in dataclasses.fields(LoraConfig)}
+    return typing.get_type_hints(LoraConfig) | {name: kind for name, kind in given.items() if kind is not None}
 
 
 def check_fields(fields: Mapping[str, Any]) -> None:
@@ -55,14 +50,15 @@ def check_fields(fields: Mapping[str, Any]) -> None:
             what = getattr(expected, "__name__", None) if isinstance(expected, type) else None
             what = what or str(expected).replace("typing.", "")
             raise ValueError(f"{name}={reprlib.repr(value)} in the config must be of type {what}.") from None
-    for name in ("r", "gralora_k", "hybrid_r"):
-        check_rank(name, fields.get(name))
-    for name in ("rank_pattern", "gralora_k_pattern"):
-        for key, value in fields.get(name, {}).items():
-            check_rank(f"{name}[{key!r}]", value)
-    for key, value in fields.get("alpha_pattern", {}).items():
-        check_number(f"alpha_pattern[{key!r}]", value)
-    check_number("lora_alpha", fields.get("lora_alpha"))
+    for field in dataclasses.fields(LoraConfig):
+        check = {"rank": check_rank, "number": check_number}.get(facts(field).saved_as or "")
+        if check is None:
+            continue
+        if field.name in fields or fields.get("use_gralora"):
+            check(field.name, fields.get(field.name))
+        pattern = facts(field).pattern
+        for key, value in (fields.get(pattern) or {}).items() if pattern else ():
+            check(f"{pattern}[{key!r}]", value)
     dropout = fields.get("lora_dropout", 0.0)
     check_number("lora_dropout", dropout)
     if not 0 <= dropout <= 1:

@@ -16,16 +16,17 @@ Axolotl's `lora_` and `peft_` settings are taken as for `adapter: lora`. Axolotl
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, get_type_hints
 
 import peft
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from axolotl.loaders.adapter import load_lora
 from peft import PeftConfig, PeftModel, get_peft_model
-from pydantic import BaseModel, Field
+from pydantic import Field, create_model
 from transformers import PreTrainedModel
 
 from gralora import LoraConfig
+from gralora.config import SETTINGS
 
 NAME = "gralora"
 # Axolotl's fused kernels read lora_A and lora_B as plain matrices; it quantises the base for `lora` and `qlora` only
@@ -33,12 +34,12 @@ REFUSED: tuple[str, ...] = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel
 REFUSED += ("load_in_4bit", "load_in_8bit", "gptq")
 
 
-class GraloraArgs(BaseModel):
-    """What the plugin adds to Axolotl's YAML."""
-
-    gralora_k: int | str = Field(default="auto", description="GraLoRA's blocks per side, a number or auto.")
-    hybrid_r: int = Field(default=0, description="Part of lora_r that is plain LoRA (Hybrid GraLoRA).")
-    gralora_scaling: str = Field(default="lora", description="lora or matched, as in gralora.LoraConfig.")
+SETTING_FIELDS: dict[str, Any] = {
+    name: (get_type_hints(LoraConfig)[name], Field(default=f.default, description=f.metadata["help"]))
+    for name, f in SETTINGS.items()
+    if name != "use_gralora"  # which `adapter: gralora` says
+}
+GraloraArgs = create_model("GraloraArgs", __module__=__name__, **SETTING_FIELDS)  # what is added to Axolotl's YAML
 
 
 class GraloraPlugin(BasePlugin):

@@ -20,6 +20,7 @@ from swift.tuner_plugin import PeftTuner, tuners_map
 from torch import nn
 
 from gralora import LoraConfig
+from gralora.config import SETTINGS, parse
 
 NAME = "gralora"
 REFUSED = ("lorap_lr_ratio", "target_parameters")  # arguments of ms-swift that mean other optimizers and layers
@@ -33,7 +34,9 @@ class GraloraTuner(PeftTuner):
         for name in REFUSED:
             if getattr(args, name, None):
                 raise ValueError(f"--{name} {getattr(args, name)} cannot be combined with --tuner_type {NAME}.")
-        k = os.environ.get("GRALORA_K", "auto")
+        # --model_kwargs '{"gralora_hybrid_r": 2}' is the variable GRALORA_HYBRID_R
+        variables = {name: f"GRALORA_{name.removeprefix('gralora_').upper()}" for name in SETTINGS}
+        settings = {n: parse(n, os.environ[variable]) for n, variable in variables.items() if variable in os.environ}
         config = LoraConfig(
             task_type=args.task_type.upper(),
             r=args.lora_rank,
@@ -45,10 +48,7 @@ class GraloraTuner(PeftTuner):
             use_rslora=args.use_rslora,
             use_dora=args.use_dora,
             init_lora_weights=args.init_weights,
-            use_gralora=True,
-            gralora_k=k if k == "auto" else int(k),
-            hybrid_r=int(os.environ.get("GRALORA_HYBRID_R", "0")),
-            gralora_scaling=os.environ.get("GRALORA_SCALING", "lora"),
+            **settings | {"use_gralora": True},
         )
         model = get_peft_model(model, config)
         if args.lora_dtype:

@@ -1,6 +1,7 @@
 """What a fine-tuning run is asked for: one field per flag, and every check that needs neither model nor data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
+from typing import Any, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -10,7 +11,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from ..config import SCALINGS, LoraConfig
+from ..config import FLAGS, SETTINGS, LoraConfig, parse
 from .data.examples import RECORD_NAMES
 from .data.readers import READERS
 from .models import EMBEDDED, QUANTIZATIONS
@@ -21,7 +22,6 @@ KNOWN = {
     "lr_scheduler_type": [kind.value for kind in SchedulerType],
     "report_to": ["none", *INTEGRATION_TO_CALLBACK],
     "quantization": ["none", *QUANTIZATIONS],
-    "gralora_scaling": SCALINGS,
 }
 LEAST = {"batch_size": 1, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "max_seq_length": 2, "lora_r": 1}
 LEAST |= {"val_set_size": 0, "max_grad_norm": 0, "neftune_noise_alpha": 0, "early_stopping_patience": 1}
@@ -30,8 +30,21 @@ BATCH_SIZE = 16  # unless asked for otherwise
 HELD_OUT = 64  # examples held out, unless asked for otherwise
 
 
+def _flag_type(name: str) -> type:
+    """The type of a flag: of what has words among its values it is text, which `parse` reads."""
+    kind = get_type_hints(LoraConfig)[name]
+    return kind if kind in (bool, int, float) else str
+
+
+# one flag for each of gralora's own fields, with the field's default and help
+GraloraFlags: Any = make_dataclass(
+    "GraloraFlags",
+    [(name, _flag_type(name), HfArg(default=f.default, help=f.metadata["help"])) for name, f in SETTINGS.items()],
+)
+
+
 @dataclass
-class FinetuneArguments:
+class FinetuneArguments(GraloraFlags):
     """What a fine-tuning run is asked for. Checked here as far as no model or data are needed."""
 
     base_model: str = HfArg(
@@ -92,18 +105,12 @@ class FinetuneArguments:
     attn_implementation: str | None = HfArg(
         default=None, help="The base model's attention, as transformers names it: sdpa, eager, flash_attention_2."
     )
-    use_gralora: bool = HfArg(default=False, help="Train GraLoRA; without it, plain LoRA of the same size.")
     lora_r: int = HfArg(default=32, help="Total rank.")
     lora_alpha: int = HfArg(default=64, help="Scale of the adapter: it is multiplied by lora_alpha / lora_r.")
     use_rslora: bool = HfArg(default=False, help="Multiply the adapter by lora_alpha / sqrt(lora_r) instead.")
     lora_dropout: float = HfArg(default=0.0, help="Dropout on the adapter's input.")
     lora_target_modules: list[str] | None = HfArg(
         default=None, help="Names of the layers to adapt, or all-linear; without it, PEFT's choice for the model."
-    )
-    gralora_k: str = HfArg(default="auto", help="GraLoRA's blocks per side, a number or auto.")
-    hybrid_r: int = HfArg(default=0, help="Part of lora_r that is plain LoRA (Hybrid GraLoRA).")
-    gralora_scaling: str = HfArg(
-        default="lora", help="'matched' makes GraLoRA's update as large as LoRA's at the same learning rate."
     )
     seed: int = HfArg(default=42, help="Of the adapter's start, the order of the data, and dropout.")
     num_train_epochs: float = HfArg(default=1.0, help="Passes over the data.")
@@ -151,11 +158,9 @@ class FinetuneArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.gralora_k != "auto":
-            try:
-                self.gralora_k = int(self.gralora_k)
-            except ValueError:
-                raise ValueError(f"gralora_k={self.gralora_k!r} must be a whole number or 'auto'.") from None
+        for name in SETTINGS:
+            if isinstance(text := getattr(self, name), str):
+                setattr(self, name, parse(name, text))
         for name, minimum in LEAST.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
@@ -226,19 +231,10 @@ class FinetuneArguments:
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     def lora_config(self) -> LoraConfig:
-        targets = self.lora_target_modules
-        return LoraConfig(
-            task_type="CAUSAL_LM",
-            r=self.lora_r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            use_rslora=self.use_rslora,
-            target_modules="all-linear" if targets == ["all-linear"] else targets,
-            use_gralora=self.use_gralora,
-            gralora_k=self.gralora_k,
-            hybrid_r=self.hybrid_r,
-            gralora_scaling=self.gralora_scaling,
-        )
+        fields = {name: getattr(self, flag) for name, flag in FLAGS.items()}
+        if self.lora_target_modules == ["all-linear"]:
+            fields["target_modules"] = "all-linear"
+        return LoraConfig(task_type="CAUSAL_LM", **fields)
 
     def training_arguments(self) -> TrainingArguments:
         gpu = torch.accelerator.is_available()

@@ -13,14 +13,13 @@ from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...config import names, same
 from .distributed import any_process
 
 LATEST = ("latest", "true")
 STATE = "trainer_state.json"  # what the Trainer writes last
 WEIGHTS = "adapter_model.safetensors"
 PLAIN, FSDP = "one process or DDP", "FSDP2"
-ADAPTER_FIELDS: tuple[str, ...] = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
-ADAPTER_FIELDS += ("use_gralora", "gralora_k", "gralora_k_pattern", "hybrid_r", "gralora_scaling")
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -142,8 +141,8 @@ def check_checkpoint(checkpoint: str | None, model: PeftModel) -> None:
     if checkpoint is None:
         return
     saved, asked = PeftConfig.from_pretrained(checkpoint), model.peft_config["default"]
-    for name in ADAPTER_FIELDS:
-        if getattr(saved, name) != getattr(asked, name):
+    for name in sorted(names(lambda facts: facts.resume)):
+        if not same(name, getattr(saved, name), getattr(asked, name)):
             raise ValueError(
                 f"the checkpoint {checkpoint!r} has {name}={getattr(saved, name)!r}, this run "
                 f"{getattr(asked, name)!r}; resume with the arguments of the run that wrote it."

@@ -135,18 +135,3 @@ def block_norms(A: Tensor, B: Tensor) -> Tensor:
     B_blocks = B.double().unflatten(1, (k, q))  # [k_j, k_i, q, O/k]
     gram_A, gram_B = A_blocks @ A_blocks.mT, B_blocks @ B_blocks.mT  # [k_j, k_i, q, q]; |b^T a|^2 = <b b^T, a a^T>
     return (gram_A * gram_B).sum((-2, -1)).clamp(min=0).sqrt()
-
-
-def permute_heads(rows: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of a q or k projection from halves to pairs, as GGUF stores those of Llama models.
-
-    Args:
-        rows: `[O, ...]`: the weight, or the B factor of a LoRA on it, whose rotary dimensions are (half, i) in a head.
-        heads: number of heads that the rows form.
-    """
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def unpermute_heads(rows: Tensor, heads: int) -> Tensor:
-    """The inverse of `permute_heads`."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)

@@ -1,0 +1,222 @@
+"""A saved GraLoRA adapter as an object: its config, its factors layer by layer, and whether the two fit together.
+
+Whatever format an adapter was saved in (see formats.py), its tensors have gralora's names here and its config is a
+`gralora.LoraConfig`. Tensors are read when they are asked for.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..blocks import scaling_gain
+from ..config import LoraConfig, is_set
+from ..fields import plain
+from .files import LazyTensors
+
+PREFIX = "base_model.model."  # PEFT's, before the name of the layer in the base model
+A, HYBRID_A = ".lora_A.weight", ".lora_A.hybrid_weight"
+B, HYBRID_B, BIAS = ".lora_B.weight", ".lora_B.hybrid_weight", ".lora_B.bias"
+MAGNITUDE = ".lora_magnitude_vector"  # as PEFT saves it, without ".weight"
+SUFFIXES = (A, B, HYBRID_A, HYBRID_B, BIAS, MAGNITUDE)  # in the order of Factors
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Factors(NamedTuple):
+    """One layer: A `[k, I/k, r_g]`, B `[k, r_g, O/k]`, A_s `[hybrid_r, I]`, B_s `[O, hybrid_r]`, bias and m `[O]`."""
+
+    A: Tensor
+    B: Tensor
+    hybrid_A: Tensor | None = None
+    hybrid_B: Tensor | None = None
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """A, B, A_s and B_s, each after `move`, which gives another dtype or device."""
+        hybrid_A, hybrid_B = (None if t is None else move(t) for t in (self.hybrid_A, self.hybrid_B))
+        return move(self.A), move(self.B), hybrid_A, hybrid_B
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A saved GraLoRA adapter, of whatever format it was.
+
+    Attributes:
+        config: its config, as gralora's.
+        tensors: named as gralora saves them, with PEFT's prefix.
+        format: the format it was read from.
+        notices: what was dropped or assumed in reading it; for the user.
+    """
+
+    config: LoraConfig
+    tensors: LazyTensors
+    format: str = "gralora"
+    notices: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """Names of the adapted layers in the base model, in the order of the file's names."""
+        names = [layer_and_suffix(name)[0] for name in self.tensors if layer_and_suffix(name)[1]]
+        return list(dict.fromkeys(names))
+
+    @cached_property
+    def others(self) -> list[str]:
+        """Tensors that are no factors: modules_to_save, biases of the base, embeddings; as named in the file."""
+        return [name for name in self.tensors if not layer_and_suffix(name)[1]]
+
+    def factors(self, layer: str) -> Factors:
+        return self._factors(self.tensors, layer)
+
+    def specs(self, layer: str) -> Factors:
+        """As `factors`, without values."""
+        return self._factors(self.tensors.specs, layer)
+
+    def _factors(self, tensors: Mapping[str, Tensor], layer: str) -> Factors:
+        names = (self._names.get((layer, suffix)) for suffix in SUFFIXES)
+        return Factors(*(None if name is None else tensors[name] for name in names))  # type: ignore[arg-type]
+
+    @cached_property
+    def _names(self) -> dict[tuple[str, str], str]:
+        return {layer_and_suffix(name): name for name in self.tensors}
+
+    def features(self, layer: str) -> tuple[int, int]:
+        """Input and output features."""
+        f = self.specs(layer)
+        return f.A.shape[0] * f.A.shape[1], f.B.shape[0] * f.B.shape[2]
+
+    def rank(self, layer: str) -> int:
+        """Total rank by the config: its rank_pattern, else its r."""
+        return self.config.of_layer("r", layer)
+
+    def alpha(self, layer: str) -> float:
+        return self.config.of_layer("lora_alpha", layer)
+
+    def gain(self, layer: str) -> float:
+        """Factor of the config's gralora_scaling."""
+        k, _, r_g = self.specs(layer).A.shape
+        return scaling_gain(self.config.gralora_scaling, k, r_g, self.config.hybrid_r)
+
+    def peft_scaling(self, layer: str) -> float:
+        """PEFT's scaling, without the gain: the factor on an adapter's bias."""
+        rank = self.rank(layer)
+        return self.alpha(layer) / (math.sqrt(rank) if self.config.use_rslora else rank)
+
+    def scaling(self, layer: str) -> float:
+        """Factor on dW: PEFT's scaling times the gain."""
+        return self.peft_scaling(layer) * self.gain(layer)
+
+    def k(self, layer: str) -> int:
+        """Blocks per side, by the tensors."""
+        return self.specs(layer).A.shape[0]
+
+    def lora_rank(self, layer: str) -> int:
+        """Rank of the plain LoRA that equals the layer's adapter: k * r_g + hybrid_r."""
+        k, _, r_g = self.specs(layer).A.shape
+        return k * r_g + self.config.hybrid_r
+
+
+def layer_and_suffix(name: str) -> tuple[str, str]:
+    """Split a tensor's name into the base model's layer and which factor it is; `(name, "")` if it is none."""
+    for suffix in SUFFIXES:
+        if name.endswith(suffix):
+            return name.removesuffix(suffix).removeprefix(PREFIX), suffix
+    return name, ""
+
+
+def json_config(config: LoraConfig) -> dict[str, Any]:
+    """A config as adapter_config.json has it."""
+    return {name: plain(value) for name, value in config.to_dict().items()}
+
+
+def set_fields(config: LoraConfig) -> dict[str, Any]:
+    """The fields of a config that ask for anything but their defaults, as JSON has them."""
+    return {name: value for name, value in json_config(config).items() if is_set(name, value)}
+
+
+# Whether tensors and config fit together
+
+
+def check(adapter: Adapter) -> None:
+    """Raise ValueError, naming layer, field and value, if the tensors are not what the config says."""
+    config = adapter.config
+    if not isinstance(config.gralora_k, int):
+        raise ValueError(f"gralora_k={config.gralora_k!r} must be a number in a saved adapter.")
+    _check_linear(adapter)
+    if not adapter.layers:
+        raise ValueError("the file has no GraLoRA tensors; the adapter is empty or of another method.")
+    names = [layer_and_suffix(name) for name in adapter.tensors]
+    if len(set(names)) < len(names):
+        twice = next(layer for layer, suffix in names if names.count((layer, suffix)) > 1)
+        raise ValueError(f"layer {twice!r} has a factor twice, with and without the prefix {PREFIX!r}.")
+    for layer in adapter.layers:
+        f = adapter.specs(layer)
+        _check_present(layer, f, config)
+        _check_shapes(layer, f, adapter)
+
+
+def _check_linear(adapter: Adapter) -> None:
+    """Raise ValueError, naming field or layer, if the adapter has factors that are not those of a linear layer."""
+    problem = ""
+    if adapter.config.target_parameters:
+        problem = f"target_parameters={plain(adapter.config.target_parameters)!r} in its config"
+    for name in adapter.others:
+        if ".lora_embedding_" in name:
+            problem = problem or f"an embedding's factor {name!r}"
+    for layer in adapter.layers:
+        A = adapter.specs(layer).A
+        if A is not None and A.ndim > 3:
+            problem = problem or f"a convolution's factors {tuple(A.shape)} in layer {layer!r}"
+        if ".base_layer." in layer:
+            problem = problem or f"layer {layer!r} inside of an attention module"
+    if problem:
+        raise ValueError(
+            f"the adapter has {problem}, and gralora's tools for saved adapters read those of linear layers only. "
+            "Load it with peft.PeftModel.from_pretrained; merge_and_unload() there merges it into the model."
+        )
+
+
+def _check_present(layer: str, f: Factors, config: LoraConfig) -> None:
+    wanted = {"A": True, "B": True, "hybrid_A": config.hybrid_r > 0, "hybrid_B": config.hybrid_r > 0}
+    wanted |= {"bias": config.lora_bias, "magnitude": config.use_dora}
+    for factor, needed in wanted.items():
+        if (getattr(f, factor) is not None) != needed:
+            problem = "is missing" if needed else "is there"
+            raise ValueError(
+                f"layer {layer!r}: factor {factor} {problem}, with hybrid_r={config.hybrid_r}, "
+                f"lora_bias={config.lora_bias} and use_dora={config.use_dora} in the config."
+            )
+
+
+def _check_shapes(layer: str, f: Factors, adapter: Adapter) -> None:
+    config, rank = adapter.config, adapter.rank(layer)
+    k, hybrid_r = config.of_layer("gralora_k", layer), config.hybrid_r
+    for factor, t in zip(f._fields, f, strict=True):
+        if t is not None and (t.dtype not in FLOATS or t.numel() == 0):
+            raise ValueError(
+                f"layer {layer!r}: factor {factor} is {tuple(t.shape)} {t.dtype}; it must be floating point and not "
+                "empty (an empty one was saved from a sharded model without gathering it)."
+            )
+    shapes = f"A {tuple(f.A.shape)}, B {tuple(f.B.shape)}"
+    if f.A.ndim != 3 or f.B.ndim != 3 or f.A.shape[0] != k or f.B.shape[0] != k or f.A.shape[2] != f.B.shape[1]:
+        raise ValueError(
+            f"layer {layer!r}: factors have shapes {shapes}; with gralora_k={k} they must be (k, I/k, r_g) and "
+            "(k, r_g, O/k)."
+        )
+    if f.A.shape[2] != rank - hybrid_r:
+        raise ValueError(
+            f"layer {layer!r}: factors have shapes {shapes}, so a grid rank of {f.A.shape[2]}, but the config, read "
+            f"as {adapter.format}, gives r={rank} in total less hybrid_r={hybrid_r}, {rank - hybrid_r}. (A "
+            "SqueezeBits adapter that PEFT has read and saved again has lost its gralora_alpha, so its scale.)"
+        )
+    in_features, out_features = adapter.features(layer)
+    expected = {"hybrid_A": (hybrid_r, in_features), "hybrid_B": (out_features, hybrid_r), "bias": (out_features,)}
+    expected["magnitude"] = (out_features,)
+    for factor, shape in expected.items():
+        t = getattr(f, factor)
+        if t is not None and tuple(t.shape) != shape:
+            raise ValueError(f"layer {layer!r}: factor {factor} has shape {tuple(t.shape)}, expected {shape}.")

@@ -1,0 +1,165 @@
+"""What gralora has to know of each field of `LoraConfig`, said once, and whether a field is set.
+
+The facts of gralora's own fields are in their metadata, in config.py; those of PEFT's fields are in the table here.
+Every list of fields elsewhere is derived from them with `names`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import peft
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What readers, writers and commands have to know of one field; the defaults are the cautious answers.
+
+    Attributes:
+        beside_factors: Whether the field changes what a saved adapter computes in a way that its factors, their
+            scaling and the names of their layers do not show. A tool that reads nothing else must refuse it.
+        mergeable: Whether `gralora merge` writes what such a field stands for into the base model.
+        in_lora: Whether the config of a plain LoRA says the same with this field.
+        in_peft_tuner: Whether the config of PEFT's GRALORA tuner says the same under the same name.
+        hotswap: Whether two adapters must agree in it to be swapped.
+        resume: Whether a run must agree in it with the checkpoint that it resumes from.
+        flag: The flag of `gralora finetune` that sets it, or None.
+        json_type: The type of its values in adapter_config.json, where PEFT's annotation differs from what its code
+            takes or from how JSON holds it.
+        pattern: The field that gives single layers another value, or None.
+        saved_as: What a saved GraLoRA adapter must have there: a "rank", which is bounded, or a finite "number". None:
+            it may leave the field out.
+    """
+
+    beside_factors: bool = True
+    mergeable: bool = False
+    in_lora: bool = False
+    in_peft_tuner: bool = False
+    hotswap: bool = False
+    resume: bool = False
+    flag: str | None = None
+    json_type: Any = None
+    pattern: str | None = None
+    saved_as: Literal["rank", "number"] | None = None
+
+
+_LABEL = Facts(beside_factors=False, in_peft_tuner=True)  # of the file, without effect on the output
+_LAYERS = Facts(beside_factors=False, in_peft_tuner=True)  # selects layers, or says how their weights are stored
+_BESIDE = Facts(mergeable=True, in_lora=True)
+
+PEFT_FACTS = {
+    "task_type": _LABEL,
+    "auto_mapping": _LABEL,
+    "peft_version": _LABEL,
+    "base_model_name_or_path": _LABEL,
+    "revision": _LABEL,
+    "inference_mode": _LABEL,
+    "peft_type": Facts(beside_factors=False),
+    "r": Facts(beside_factors=False, resume=True, flag="lora_r", pattern="rank_pattern", saved_as="rank"),
+    "lora_alpha": Facts(
+        beside_factors=False,
+        resume=True,
+        flag="lora_alpha",
+        json_type=int | float,
+        pattern="alpha_pattern",
+        saved_as="number",
+    ),
+    "rank_pattern": Facts(beside_factors=False, json_type=dict[str, int]),
+    "alpha_pattern": Facts(beside_factors=False, json_type=dict[str, int | float]),
+    "use_rslora": Facts(beside_factors=False, resume=True, flag="use_rslora"),
+    "lora_dropout": Facts(beside_factors=False, resume=True, flag="lora_dropout", json_type=int | float),
+    "init_lora_weights": Facts(beside_factors=False, json_type=bool | str),
+    "target_modules": dataclasses.replace(_LAYERS, resume=True, flag="lora_target_modules"),
+    "exclude_modules": Facts(beside_factors=False),
+    "layers_to_transform": _LAYERS,
+    "layers_pattern": _LAYERS,
+    "fan_in_fan_out": _LAYERS,
+    "modules_to_save": dataclasses.replace(_BESIDE, in_peft_tuner=True),
+    "bias": _BESIDE,
+    "lora_bias": _BESIDE,
+    "trainable_token_indices": _BESIDE,
+    "ensure_weight_tying": _BESIDE,
+    "use_dora": _BESIDE,
+    "alora_invocation_tokens": Facts(in_lora=True),
+    "layer_replication": Facts(in_lora=True, json_type=list[list[int]] | None),
+}
+
+
+def facts(field: dataclasses.Field[Any]) -> Facts:
+    """The facts of one field of `LoraConfig`; the cautious ones of a field that is in no table, as of a newer PEFT."""
+    return field.metadata.get("facts") or PEFT_FACTS.get(field.name) or Facts()
+
+
+def names(config_class: type[peft.LoraConfig], has: Callable[[Facts], Any]) -> frozenset[str]:
+    """The names of a config's fields whose facts satisfy `has`."""
+    return frozenset(field.name for field in dataclasses.fields(config_class) if has(facts(field)))
+
+
+def default(field: dataclasses.Field[Any]) -> Any:
+    """The value of a field that is not given; None where a field must be given."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def is_set(config_class: type[peft.LoraConfig], name: str, value: Any) -> bool:
+    """Whether a value of a config's field asks for anything but the field's default.
+
+    None, False and what is empty mean the same where the default is one of them: programs write `fan_in_fan_out: null`
+    and `target_parameters: []` for fields that they leave alone. Where the default is a word or a number, they do not.
+
+    Args:
+        config_class: `gralora.LoraConfig`.
+        name: of the field; of a field that the class does not have, the default is None.
+        value: as in the config or as in JSON.
+    """
+    field = next((field for field in dataclasses.fields(config_class) if field.name == name), None)
+    usual = None if field is None else plain(default(field))
+    value = plain(value)
+    if usual:
+        return value != usual
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    if isinstance(value, int | float):  # layers_to_transform=0 is the first layer
+        return value != usual
+    if isinstance(value, dict) and field is not None and field.metadata.get("is_lora_variant"):
+        return True  # {} asks for the variant with its defaults
+    return bool(value)
+
+
+def same(config_class: type[peft.LoraConfig], name: str, one: Any, other: Any) -> bool:
+    """Whether two values of a field mean the same: they are equal, or neither is set."""
+    return plain(one) == plain(other) or not (is_set(config_class, name, one) or is_set(config_class, name, other))
+
+
+def plain(value: Any) -> Any:
+    """A config's value as JSON has it: sets sorted, enumerations as their values, and objects as their fields."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return getattr(value, "value", value)
+
+
+def parse(config_class: type[peft.LoraConfig], name: str, text: str) -> Any:
+    """The value of a field that is given as text, as in a flag or an environment variable.
+
+    Raises:
+        ValueError: if the field does not take it; the message names the field and what it takes.
+    """
+    kind = get_type_hints(config_class)[name]
+    kinds = get_args(kind) if get_origin(kind) is UnionType or get_origin(kind) is Union else (kind,)
+    words = [word for one in kinds if get_origin(one) is Literal for word in get_args(one)]
+    if text in words:
+        return text
+    if bool in kinds and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if int in kinds:
+        try:
+            return int(text)
+        except ValueError:
+            also = "".join(f" or {word!r}" for word in words)
+            raise ValueError(f"{name}={text!r} must be a whole number{also}.") from None
+    raise ValueError(f"{name}={text!r} must be one of {', '.join(words or ['true', 'false'])}.")
