@@ -388,43 +388,6 @@ def test_launches_describe_the_memory_they_are_given(monkeypatch):
     assert encoded == [t.data_ptr() for t in (x, y, x, z, x, y)]
 
 
-@pytest.mark.parametrize("capability, memory", [(86, 101376), (90, 232448)], ids=["sm86", "sm90"])
-@pytest.mark.parametrize("r", [16, 64, 128, 512])
-def test_kernels_fit_into_shared_memory(capability, memory, r, monkeypatch):
-    """Compiled for GPUs with little of it and with much, for any rank, and float32 factors, which take more."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-
-    from gralora.ops import kernels, launch
-
-    taken = {}
-
-    def compile_only(self, key, grid, tensors, numbers, constants):
-        names = self.kernel.arg_names
-        types = [f"*{TYPES[t.dtype]}" for t in tensors] + ["fp32" if type(n) is float else "i32" for n in numbers]
-        signature = dict(zip(names, types, strict=False)) | dict.fromkeys(names[len(types) :], "constexpr")
-        values = dict(zip(names[len(types) :], constants, strict=True))
-        if "PRECISION" in values:  # that of the interpreter, on a CPU
-            values["PRECISION"] = "bf16x6"
-        aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(tensors))}
-        source = triton.compiler.ASTSource(self.kernel, signature, values, aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
-        taken[self.kernel.__name__] = compiled.metadata.shared
-
-    monkeypatch.setattr(launch.Launcher, "__call__", compile_only)
-    x, dy, g = (torch.empty(*size, dtype=torch.float16) for size in [(64, 2048), (64, 4096), (2, 64, r)])
-    A, B = torch.empty(2, 1024, r), torch.empty(2, r, 2048)
-    kernels.down(x, A, 1.0, g, B, B.half())
-    kernels.up(g, B, dy)
-    kernels.gradients(x, dy, g, g, A, x, A, B)
-    kernels.dropout(x, 0.5, 2.0, torch.tensor(0))
-    kernels.delta_weight(A, B, 1.0)
-    assert len(taken) == 5 and all(shared <= memory for shared in taken.values()), taken
-
-
-TYPES = {torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
-
-
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-{}x{}-k{}-r{}-h{}".format(*s))

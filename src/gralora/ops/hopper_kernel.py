@@ -17,6 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .gluon import async_load, async_store, reinterpret
+
 TURNS = gl.constexpr(8)  # entries of the queue from the loading warp: more than a program can have begun tiles
 
 
@@ -74,12 +76,12 @@ def _load(small_desc, small_at, large_desc, large_at, ring, step):
     SLOTS: gl.constexpr = small_slots.type.shape[0]
     slot = step % SLOTS
     bar = ready.index(slot)
-    small = small_slots.index(slot)._reinterpret(small_desc.dtype, small_desc.block_type.shape, small_desc.layout)
-    large = large_slots.index(slot)._reinterpret(large_desc.dtype, large_desc.block_type.shape, large_desc.layout)
+    small = reinterpret(small_slots.index(slot), small_desc.dtype, small_desc.block_type.shape, small_desc.layout)
+    large = reinterpret(large_slots.index(slot), large_desc.dtype, large_desc.block_type.shape, large_desc.layout)
     mbarrier.wait(empty.index(slot), (step // SLOTS & 1) ^ 1)
     mbarrier.expect(bar, small_desc.block_type.nbytes + large_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(small_desc, small_at, bar, small)
-    tma.async_copy_global_to_shared(large_desc, large_at, bar, large)
+    async_load(small_desc, small_at, bar, small)
+    async_load(large_desc, large_at, bar, large)
     return step + 1
 
 
@@ -192,8 +194,8 @@ def _multiply_gradient(
     i, c, n = _gradient_at(tile, r, chunk, BLOCK_C, BLOCK_R)
     acc = gl.zeros((BLOCK_R, BLOCK_C), dtype=gl.float32, layout=layout)
     for t in range(0, T, BLOCK_S):
-        h = small_slots.index(step % SLOTS)._reinterpret(dtype, [BLOCK_S, BLOCK_R], H_LAYOUT)
-        z = large_slots.index(step % SLOTS)._reinterpret(dtype, [BLOCK_S, BLOCK_C], Z_LAYOUT)
+        h = reinterpret(small_slots.index(step % SLOTS), dtype, [BLOCK_S, BLOCK_R], H_LAYOUT)
+        z = reinterpret(large_slots.index(step % SLOTS), dtype, [BLOCK_S, BLOCK_C], Z_LAYOUT)
         mbarrier.wait(ready.index(step % SLOTS), step // SLOTS & 1)
         acc = warpgroup_mma(h.permute((1, 0)), z, acc, is_async=True, use_acc=t != 0)
         # at once, unlike a product's steps: this tile waits for memory, and an empty slot is one more load on its way
@@ -252,9 +254,8 @@ def _multiply_tiles(
                 acc, step = _multiply(small_slots.index(step % SLOTS), w, acc, ring, step, c == 0)
             for _j in range(n // chunk, (gl.minimum(n + BLOCK_N, N) - 1) // chunk + 1):
                 for _c in range(0, r, BLOCK_K):
-                    b = large_slots.index(step % SLOTS)._reinterpret(
-                        dtype, [BLOCK_N, BLOCK_K] if B_TRANSPOSED else [BLOCK_K, BLOCK_N], B_LAYOUT
-                    )
+                    b_block: gl.constexpr = [BLOCK_N, BLOCK_K] if B_TRANSPOSED else [BLOCK_K, BLOCK_N]
+                    b = reinterpret(large_slots.index(step % SLOTS), dtype, b_block, B_LAYOUT)
                     if B_TRANSPOSED:
                         b = b.permute((1, 0))
                     acc, step = _multiply(small_slots.index(step % SLOTS), b, acc, ring, step, False)
@@ -265,7 +266,7 @@ def _multiply_tiles(
             tma.store_wait(pendings=0)
             y_tile.store(acc.to(dtype))
             fence_async_shared()
-            tma.async_copy_shared_to_global(y_desc, [t, n], y_tile)
+            async_store(y_desc, [t, n], y_tile)
         if MAKES_GRADIENTS:
             z_desc, h_desc, _, _, z_grad_ptr, x_grad_ptr, z_strides, x_strides = gradients
             BLOCK_S: gl.constexpr = z_desc.block_type.shape[0]

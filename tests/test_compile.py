@@ -1,0 +1,92 @@
+"""Triton compiles every kernel for every architecture that it is written for; this needs no GPU."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from gralora.ops import hopper, kernels, launch  # noqa: E402
+
+SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a program may take
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Of kernels that are launched on CPU tensors, what Triton compiles for the architecture `target`, by name."""
+    kernels = SimpleNamespace(target=None, made={})
+
+    def compile_only(self, key, grid, tensors, numbers, constants, tiled=launch.UNTILED):
+        constants = tuple("bf16x6" if c == "ieee" else c for c in constants)  # the precision on a GPU
+        arguments = *launch._described(self.describe, tiled), *tensors, *numbers, *constants
+        kernel = self.kernel.warmup(*arguments, grid=grid, **self.options)
+        kernels.made[kernel.name] = kernel
+
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", kernels.target, 32),
+        get_current_device=lambda: kernels.target,  # Triton asks for the target once for each device
+        get_current_stream=lambda device: 0,
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(launch.Launcher, "__call__", compile_only)
+    monkeypatch.setattr(hopper, "_processors", lambda device: 132)
+    monkeypatch.setattr(hopper, "_counter", lambda device: torch.zeros(1, dtype=torch.int32))
+    return kernels
+
+
+def check(compiled):
+    for name, kernel in compiled.made.items():
+        assert len(kernel.asm["cubin"]) > 1000 and f".target sm_{compiled.target}" in kernel.asm["ptx"], name
+        assert kernel.metadata.shared <= SHARED_MEMORY[compiled.target], (name, kernel.metadata.shared)
+
+
+HALF, FLOAT = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    "r, dtype, factors", [(16, HALF, HALF), (64, torch.half, FLOAT), (128, HALF, FLOAT), (512, HALF, FLOAT)]
+)
+@pytest.mark.parametrize("capability", list(SHARED_MEMORY), ids="sm{}".format)
+def test_portable_kernels_compile(capability, r, dtype, factors, compiled):
+    """They fit into the shared memory, for any rank and for float32 factors, which take more of it."""
+    compiled.target = capability
+    x, dy, g = (torch.empty(*size, dtype=dtype) for size in [(64, 2048), (64, 4096), (2, 64, r)])
+    A, B = torch.empty(2, 1024, r, dtype=factors), torch.empty(2, r, 2048, dtype=factors)
+    kernels.down(x, A, 1.0, g, B, B.half())
+    kernels.up(g, B, dy)
+    kernels.gradients(x, dy, g, g, A, x, A, B)
+    kernels.dropout(x, 0.5, 2.0, torch.tensor(0))
+    kernels.delta_weight(A.float(), B.float(), 1.0)
+    assert len(compiled.made) == 5
+    check(compiled)
+
+
+@pytest.mark.parametrize("block_r", [None, 64, 128], ids="gradients-{}".format)
+@pytest.mark.parametrize("w_transposed, b_transposed", list(itertools.product([False, True], repeat=2)))
+def test_hopper_kernel_compiles(w_transposed, b_transposed, block_r, compiled):
+    """For either layout of weight and B, and with what it computes in the backward."""
+    compiled.target = 90
+    T, n_in, n_out, k, r = 256, 256, 512, 2, block_r or 64
+    dtype, has_bias = torch.float16 if w_transposed else torch.bfloat16, w_transposed != b_transposed
+
+    def draw(*size, transposed=False):
+        t = torch.empty(size, dtype=dtype)
+        return t.mT.contiguous().mT if transposed else t
+
+    hopper.linear_up(
+        draw(T, n_out),
+        draw(T, n_in),
+        draw(n_out, n_in, transposed=w_transposed),
+        draw(n_out) if has_bias else None,
+        draw(k, T, r),
+        draw(k, r, n_out // k, transposed=b_transposed),
+        (draw(T, n_out), draw(k, T, r), torch.empty(k, n_out // k, r), torch.empty(k, r, n_in // k).mT)
+        if block_r
+        else None,
+    )
+    check(compiled)
+    assert "wgmma.mma_async" in compiled.made["linear_kernel"].asm["ptx"]
