@@ -1,14 +1,14 @@
 """Training steps on several GPUs, DDP and FSDP2, with the configs in configs/accelerate.
 
-    python benchmarks/multi_gpu.py [--nproc 1 2 4] [--engines ddp fsdp2] [--out results.json]
+    python -m benchmarks.multi_gpu [--nproc 1 2 4] [--engines ddp fsdp2] [--out results.json]
 
 Llama-3-8B's shape with random weights, bf16, r = 64, k = 4, all seven linears, sequences of 2048 tokens: the frozen
-base, PEFT LoRA, PEFT GRALORA and gralora, interleaved step by step as in speed.py. A table for each engine and number
-of GPUs: time of a step on the slowest GPU, tokens per second over all GPUs, most memory of a GPU that the method alone
-would use, and scaling efficiency: tokens per second, over those of one GPU times the number of GPUs. One GPU runs DDP
-only: there is nothing to shard. Before that, `STEPS` steps on the same sequences for any number of GPUs, each of which
-takes its share: how far their losses are from those on one GPU, as a share. `--tiny` is a model of a few thousand
-weights on CPU processes, to test this script.
+base, PEFT LoRA, PEFT GRALORA and gralora, interleaved step by step as in benchmarks.speed. For each engine and number
+of GPUs there is a table: time of a step on the slowest GPU, tokens per second over all GPUs, most memory of a GPU that
+the method alone would use, and scaling efficiency: tokens per second, over those of one GPU times the number of GPUs.
+One GPU runs DDP only: there is nothing to shard. Before that, `STEPS` steps on the same sequences for any number of
+GPUs, each of which takes its share: how far their losses are from those on one GPU, as a share. `--tiny` is a model of
+a few thousand weights on CPU processes, to test this script.
 """
 
 import argparse
@@ -18,7 +18,10 @@ import os
 import tempfile
 from pathlib import Path
 
-from speed import BF16, FP32, LINEARS, METHODS, _llama, adapt, configs, environment, interleave, report
+from .speed.methods import LINEARS, METHODS, methods_of
+from .speed.report import environment, report
+from .speed.steps import BF16, FP32, llama
+from .speed.timing import interleave
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs" / "accelerate"
@@ -51,7 +54,7 @@ def measure(args: argparse.Namespace) -> None:
     accelerator = Accelerator(cpu=args.tiny)
     device = accelerator.device.type
     shape, dtype = (TINY, FP32) if args.tiny else (LLAMA_8B, BF16)
-    base = _llama(shape, device, dtype)
+    base = llama(shape, device, dtype)
     base_mib = sum(p.numel() * p.element_size() for p in base.parameters()) / 2**20
     shares = (math.lcm(*args.nproc), args.batch, args.sequence)
     batches = torch.randint(0, shape["vocab_size"], shares, device=device)  # the same in all processes
@@ -61,9 +64,10 @@ def measure(args: argparse.Namespace) -> None:
         return torch.cuda.memory_allocated() / 2**20 if device == "cuda" else 0.0
 
     steps, memory, losses = {}, {}, {}
-    for name, config in configs(*((4, 2) if args.tiny else (64, 4)), LINEARS).items():
-        before = allocated_mib()
-        steps[name] = training_step(adapt(base, config, fp32_adapters=False), batches, accelerator, args.checkpointing)
+    for method in methods_of(args.methods, *((4, 2) if args.tiny else (64, 4)), LINEARS):
+        name, before = method.name, allocated_mib()
+        model = method.adapt(base, fp32_adapters=False)
+        steps[name] = training_step(model, batches, accelerator, args.checkpointing)
         means = torch.stack([steps[name](len(batches)) for _ in range(STEPS)])  # over this process's batches
         losses[name] = accelerator.reduce(means, "mean").tolist()
         # without FSDP all methods share the base model's weights, and each alone would have them
@@ -91,7 +95,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def training_step(model, batches, accelerator, checkpointing: bool):
-    """Forward, backward and AdamW on the adapter, as speed.py's, through accelerate.
+    """Forward, backward and AdamW on the adapter, as in benchmarks.speed, through accelerate.
 
     Returns:
         A function (number of batches, 1 unless given) -> their mean loss.
@@ -127,7 +131,16 @@ def launch(engine: str, processes: int, args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "rows.json")
         command = ["--config_file", str(CONFIGS / f"{engine}.yaml"), "--num_processes", str(processes)]
-        command += ["--main_process_port", "0", __file__, "--worker", str(out), "--rounds", str(args.rounds)]
+        command += [
+            "--main_process_port",
+            "0",
+            "--module",
+            "benchmarks.multi_gpu",
+            "--worker",
+            str(out),
+            "--rounds",
+            str(args.rounds),
+        ]
         command += ["--batch", str(args.batch), "--sequence", str(args.sequence), "--methods", *args.methods]
         command += ["--nproc", *map(str, args.nproc)]
         command += [flag for flag in ("--tiny", "--checkpointing") if getattr(args, flag[2:])]
@@ -148,7 +161,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write all rows as JSON")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    METHODS[:] = args.methods
     if args.worker:
         measure(args)
         return

@@ -15,13 +15,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+from benchmarks.multi_gpu import take_cpu_for_gpus
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-from multi_gpu import take_cpu_for_gpus  # noqa: E402
 
 FSDP = os.environ.get("ACCELERATE_USE_FSDP") == "true"
 DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"

@@ -296,8 +296,8 @@ def test_verify_of_shards(arguments, tmp_path):
 
 @pytest.mark.slow
 def test_benchmark(tmp_path):
-    """benchmarks/multi_gpu.py on the tiny model: a row for each method, engine and number of processes."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "multi_gpu.py"), "--tiny", "--batch", "1", "--sequence", "16"]
+    """`benchmarks.multi_gpu` on the tiny model: a row for each method, engine and number of processes."""
+    command = [sys.executable, "-m", "benchmarks.multi_gpu", "--tiny", "--batch", "1", "--sequence", "16"]
     command += ["--rounds", "2", "--out", str(tmp_path / "rows.json")]
     output_of(command)
     rows = json.loads((tmp_path / "rows.json").read_text())

@@ -1,15 +1,10 @@
 """The mechanism that GraLoRA is made for, on data whose answer is known: an outlier stays in its chunk's blocks."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from benchmarks import outlier
 from helpers import CASES, case_config, factors_of, one_layer, only_layer, randomize
 from peft import get_peft_model
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import outlier
 
 
 @pytest.mark.parametrize("k", [2, 4])

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from benchmarks import update_size
 from helpers import (
     CASES,
     TARGETS,
@@ -39,9 +39,6 @@ from gralora.checkpoints.files import read_adapter_folder
 from gralora.config import FORMAT, FORMAT_MATCHED
 from gralora.ops import dispatch
 from gralora.optimizers import lora_pairs
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import update_size
 
 MATCHED = {"gralora_scaling": "matched"}
 FIELDS = {

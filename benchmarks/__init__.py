@@ -1,0 +1,1 @@
+"""Measurements behind the figures of the documentation, run from the root: `python -m benchmarks.speed`."""
