@@ -191,11 +191,19 @@ def test_commands_parse(page: Path, desk: Path, parsers: list[argparse.ArgumentP
         elif program == "make":
             targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
             assert set(arguments) <= set(targets), where
-        elif arguments[0] != "-m":
-            source = (ROOT / arguments[0]).read_text(encoding="utf-8")
+        elif arguments[0] != "-m" or arguments[1].startswith("benchmarks"):
+            source = source_of(arguments)
             for flag in (word for word in arguments[1:] if word.startswith("--")):
                 if "parse" in source:
                     assert f'"{flag}"' in source, f"{where}: {arguments[0]} has no {flag}"
+
+
+def source_of(arguments: list[str]) -> str:
+    """Of the script, or of the module after -m, which may be a package, that Python is given."""
+    if arguments[0] != "-m":
+        return (ROOT / arguments[0]).read_text(encoding="utf-8")
+    path = ROOT.joinpath(*arguments[1].split("."))
+    return (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

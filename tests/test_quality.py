@@ -6,7 +6,6 @@ import math
 import multiprocessing
 import re
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,19 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmarks.quality import __main__ as quality
+from benchmarks.quality import data as quality_data
+from benchmarks.quality import plan as quality_plan
+from benchmarks.quality import report as quality_report
+from benchmarks.quality import runs, stats
+from benchmarks.quality.data import Task
+from benchmarks.quality.generate import Generator
+from benchmarks.quality.plan import Results, Stage
+from benchmarks.quality.stats import Difference
+from benchmarks.quality.train import Cell, Job, Trainer, schedule
 from helpers import adapter_parameters, tiny_llama
 from peft import get_peft_model
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import quality
-import quality_data
-import quality_plan
-import quality_report
-from quality_data import Task
-from quality_generate import Generator
-from quality_plan import Results, Stage
-from quality_report import Difference
-from quality_train import Cell, Job, Trainer, schedule
 
 ROOT = Path(__file__).parents[1]
 RUN = {"steps": 4, "tokens_per_step": 32}
@@ -104,11 +102,11 @@ def test_worker_keeps_its_model() -> None:
     """A worker gets jobs of the cell that it has built, then of one that nobody has."""
     jobs = {(cell, e): quality_plan.job(cell, e, 0, RUN) for cell in (LORA, GRID) for e in (0, 1)}
     todo = [("s", job) for job in jobs.values()]
-    assert quality.choose(todo, GRID, {LORA}) == jobs[GRID, 0]
-    assert quality.choose(todo, None, {LORA}) == jobs[GRID, 0]
-    assert quality.choose(todo, None, set()) == jobs[LORA, 0]
-    assert quality.choose(todo[:1], None, {LORA}) == jobs[LORA, 0]  # rather than nothing
-    assert quality.choose([], LORA, set()) is None
+    assert runs.choose(todo, GRID, {LORA}) == jobs[GRID, 0]
+    assert runs.choose(todo, None, {LORA}) == jobs[GRID, 0]
+    assert runs.choose(todo, None, set()) == jobs[LORA, 0]
+    assert runs.choose(todo[:1], None, {LORA}) == jobs[LORA, 0]  # rather than nothing
+    assert runs.choose([], LORA, set()) is None
 
 
 # Training
@@ -264,7 +262,7 @@ def test_runs_made_are_kept_and_skipped(tmp_path: Path, task: Task, capsys: Any,
     done = [quality_plan.job(LORA, e, 0, RUN) for e in (0, 1)]
     lines = [json.dumps(record(job, loss)) + "\n" for job, loss in zip(done, (2.0, 3.0), strict=True)]
     (tmp_path / "r.jsonl").write_text("".join(lines) + lines[0][:40])
-    results = quality.run(quality.parser().parse_args([*arguments, "--max_runs", "1"]), stages)
+    results = runs.run(quality.parser().parse_args([*arguments, "--max_runs", "1"]), stages)
     assert len(results) == 3 and "1 runs made" in capsys.readouterr().out
     (new,) = [r for r in results if r["lr"] == 5e-4]
     assert (
@@ -273,7 +271,7 @@ def test_runs_made_are_kept_and_skipped(tmp_path: Path, task: Task, capsys: Any,
         and set(new["update_rms"]) == {"1", "4"}
         and new["parameters"] > 0
     )
-    assert [r["lr"] for r in quality.read(tmp_path / "r.jsonl")] == [1e-3, 2e-3, 5e-4]
+    assert [r["lr"] for r in runs.read(tmp_path / "r.jsonl")] == [1e-3, 2e-3, 5e-4]
 
 
 def test_a_cell_that_fails_is_left_out_and_named(tmp_path: Path, task: Task, capsys: Any, monkeypatch: Any) -> None:
@@ -286,8 +284,8 @@ def test_a_cell_that_fails_is_left_out_and_named(tmp_path: Path, task: Task, cap
     bad = Cell("python", "gralora", 8, 7)  # 7 divides nothing here
     stages = [Stage(str(cell), (cell,), 0, exponents=(0,)) for cell in (LORA, bad, GRID)]
     with pytest.raises(RuntimeError, match=r"cells that failed: GraLoRA k=7 r=8, python"):
-        quality.run(quality.parser().parse_args(arguments), stages)
-    made = {(r["method"], r["k"]) for r in quality.read(tmp_path / "r.jsonl")}
+        runs.run(quality.parser().parse_args(arguments), stages)
+    made = {(r["method"], r["k"]) for r in runs.read(tmp_path / "r.jsonl")}
     assert made == {("lora", 1), ("gralora", 2)} and "gralora_k=7" in capsys.readouterr().out
 
 
@@ -373,8 +371,8 @@ def test_verdicts_are_paired_by_seed(tmp_path: Path, shift: list[float], verdict
     """Seeds that differ more than methods hide nothing; a single seed decides nothing."""
     lora = [1.0, 3.0, 2.0][: len(shift)]
     results = results_with([a + b for a, b in zip(lora, shift, strict=True)], lora)
-    runs = quality_report.collect(results)
-    assert quality_report.difference(runs[GRID], runs[LORA]).verdict == verdict
+    runs = stats.collect(results)
+    assert stats.difference(runs[GRID], runs[LORA]).verdict == verdict
     text = quality_report.write(results, tmp_path / "q.md")
     assert f"GraLoRA k=2 r=8 against LoRA r=8: **{verdict}**" in text == (tmp_path / "q.md").read_text()
     holds = "GraLoRA k=2 r=8, python" if verdict in ("better", "worse") else "none"
@@ -406,7 +404,7 @@ def test_others_are_those_of_equal_parameters_or_equal_rank() -> None:
 
 def test_between_is_what_a_parabola_goes_below() -> None:
     """Of loss (log2 lr - 0.2)^2, tried at -1, 0 and 1: 0.04 below the best. None at an edge."""
-    runs = quality_report.Runs(LORA, 4, {1e-3 * 2.0**e: (e - 0.2) ** 2 for e in (-1, 0, 1)})
+    runs = stats.Runs(LORA, 4, {1e-3 * 2.0**e: (e - 0.2) ** 2 for e in (-1, 0, 1)})
     assert runs.between == pytest.approx(0.04)
     del runs.tuning[2e-3]
     assert runs.between is None
@@ -432,8 +430,8 @@ def test_matched_is_compared_with_loras_scaling_at_loras_rate(tmp_path: Path) ->
 
 def test_intervals_are_students() -> None:
     """Three values 1, 2, 3: 4.303 / sqrt(3) times their deviation of 1."""
-    assert quality_report.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
-    assert quality_report.half_width([1.0]) is None and quality_report.half_width([1.0, math.inf]) is None
+    assert stats.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / math.sqrt(3))
+    assert stats.half_width([1.0]) is None and stats.half_width([1.0, math.inf]) is None
 
 
 def shifted(t: float, pairs: int) -> Difference:
@@ -443,12 +441,17 @@ def shifted(t: float, pairs: int) -> Difference:
     return Difference(tuple(value - statistics.mean(values) + t * error for value in values))
 
 
-@pytest.mark.parametrize("degrees", range(1, 10))
-def test_p_is_students(degrees: int) -> None:
-    """5% at the ends of the 95% interval."""
-    end = quality_report.T95[degrees - 1]
+STUDENTS = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 20: 2.086, 30: 2.042}
+"""Degrees of freedom -> end of the 95% interval, as printed in statistical tables."""
+
+
+@pytest.mark.parametrize("degrees", STUDENTS)
+def test_p_and_interval_are_students(degrees: int) -> None:
+    """At the ends of the 95% interval p is 5%, for as many seeds as one likes."""
     for sign in (-1, 1):
-        assert shifted(sign * end, degrees + 1).p == pytest.approx(0.05, abs=1e-4)
+        found = shifted(sign * STUDENTS[degrees], degrees + 1)
+        assert found.p == pytest.approx(0.05, abs=1e-4)
+        assert found.half == pytest.approx(abs(found.mean), rel=1e-3)
     assert Difference((0.25, 0.25)).p == 0 and Difference((0.0, 0.0)).p == 1
 
 
@@ -456,9 +459,9 @@ def test_what_holds_together_is_holms() -> None:
     """Of three at 5%, the first needs a third of it, the second half: one that does not hold ends it."""
     small, middle, large = (shifted(t, 4) for t in (-20, 4, 3.3))
     assert small.p < 0.05 / 3 and 0.05 / 2 < middle.p < large.p < 0.05
-    assert quality_report.holds_together([large, small, middle]) == [small]
-    assert quality_report.holds_together([middle, small]) == [small, middle]
-    assert quality_report.holds_together([middle, large]) == []
+    assert stats.holds_together([large, small, middle]) == [small]
+    assert stats.holds_together([middle, small]) == [small, middle]
+    assert stats.holds_together([middle, large]) == []
 
 
 def test_fewer_rows_are_beside_all(tmp_path: Path) -> None:
@@ -482,7 +485,7 @@ def test_tuning_seed_decides_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def published() -> Results:
-    return Results(quality.read(ROOT / "benchmarks" / "results" / "quality-h100.jsonl"))
+    return Results(runs.read(ROOT / "benchmarks" / "results" / "quality-h100.jsonl"))
 
 
 def test_page_is_that_of_the_results(published: Results, tmp_path: Path) -> None:
@@ -494,13 +497,11 @@ def test_page_is_that_of_the_results(published: Results, tmp_path: Path) -> None
 def test_quoted_differences_are_in_the_results(published: Results, page: str) -> None:
     """Each "-0.0094 ± 0.0018" is a difference of two methods on one task, at some learning rates; the sign may be in
     words, as in "0.0070 ± 0.0011 below"."""
-    runs = quality_report.collect(published).values()
+    runs = stats.collect(published).values()
     pairs = [(a, b) for a, b in itertools.permutations(runs, 2) if a.cell.task == b.cell.task]
     rates = {own.cell: {r["lr"] for r in own.records if r["seed"] != quality_plan.TUNING_SEED} for own in runs}
     known = {
-        str(quality_report.difference(a, b, at=at))
-        for a, b in pairs
-        for at in itertools.product(rates[a.cell], rates[b.cell])
+        str(stats.difference(a, b, at=at)) for a, b in pairs for at in itertools.product(rates[a.cell], rates[b.cell])
     }
     quoted = re.findall(r"[-+]?\d\.\d{4} ± \d\.\d{4}", (ROOT / page).read_text(encoding="utf-8"))
     assert quoted and not {q if q[0] in "-+" else f"-{q}" for q in quoted} - known

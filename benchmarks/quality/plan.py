@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quality_train import Cell, Job
+from .train import Cell, Job
 
 LR = 1e-3  # of exponent 0
 TUNING_SEED = 0

@@ -1,37 +1,25 @@
-"""Quality of GraLoRA against LoRA at equal trainable parameters, each method at its own best learning rate.
-
-    python benchmarks/quality.py data --task python --model MODEL --out python.npz [--data FOLDER ...]
-    python benchmarks/quality.py run --model MODEL --tasks python.npz gsm8k.npz --results results.jsonl --budget_s 500
-    python benchmarks/quality.py report benchmarks/results/quality-*.jsonl --out docs/quality.md
-    python benchmarks/quality.py --tiny            # all of it on the CPU, in less than a minute
-
-`run` adds one JSON line for every finished run and skips those that are there, so that it can be stopped and called
-again; it stops by itself when the budget is used up. All methods see the same rows in the same order for one seed.
-"""
+"""Makes the runs of the plan, in worker processes that share the device, and keeps each result as a JSON line."""
 
 import argparse
 import copy
 import gc
 import json
 import multiprocessing
-import tempfile
 import time
 import traceback
-from collections.abc import Sequence
 from dataclasses import fields
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import quality_data
-import quality_plan
-import quality_report
 import torch
-from quality_data import Task
-from quality_plan import Results, Stage
-from quality_train import Cell, Job, Trainer
-from speed import environment
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..speed.report import environment
+from . import plan
+from .data import Task
+from .plan import Results, Stage
+from .train import Cell, Job, Trainer
 
 
 class Worker:
@@ -60,7 +48,7 @@ class Worker:
             self.trainer = Trainer(model, job.cell, task, job.steps, job.tokens_per_step, launch)
         build_s = time.perf_counter() - start
         # only for what the tables show, which is not the runs that choose the learning rate
-        wanted = self.tokenizer is not None and job.seed != quality_plan.TUNING_SEED
+        wanted = self.tokenizer is not None and job.seed != plan.TUNING_SEED
         results = self.trainer.run(job, (self.tokenizer, self.args.exact_match) if wanted else None)
         return job.key | results | {"build_s": build_s} | self.facts
 
@@ -101,9 +89,9 @@ def run(args: argparse.Namespace, stages: list[Stage] | None = None) -> Results:
         if not args.results.read_text().endswith("\n"):  # else the next run would be added to half a line
             args.results.write_text("".join(json.dumps(record) + "\n" for record in records))
     names = [Task.load(path).name for path in args.tasks]
-    stages = quality_plan.stages(names) if stages is None else stages
+    stages = plan.stages(names) if stages is None else stages
     settings = {"steps": args.steps, "tokens_per_step": args.tokens_per_step}
-    if not any(quality_plan.pending(stages, settings, results)):
+    if not any(plan.pending(stages, settings, results)):
         print(f"{len(results)} runs there, nothing to do")
         return results
     pool = Pool(args)
@@ -143,7 +131,7 @@ def run(args: argparse.Namespace, stages: list[Stage] | None = None) -> Results:
                 running = [job for job, _ in pool.sent.values()]
                 todo = [
                     (stage, job)
-                    for stage, job in quality_plan.pending(stages, settings, results)
+                    for stage, job in plan.pending(stages, settings, results)
                     if job not in running and job.cell not in failed
                 ]
                 job = choose(todo, pool.held[pipe], {cell for p, cell in pool.held.items() if p is not pipe and cell})
@@ -151,7 +139,7 @@ def run(args: argparse.Namespace, stages: list[Stage] | None = None) -> Results:
                     pool.send(pipe, job)
     finally:
         pool.close()
-    left_over = sum(1 for _ in quality_plan.pending(stages, settings, results))
+    left_over = sum(1 for _ in plan.pending(stages, settings, results))
     print(f"{made} runs made in {time.monotonic() - start:.0f} s, {len(results)} there, {left_over} or more to do")
     if failed:
         raise RuntimeError(f"cells that failed: {', '.join(f'{cell.name}, {cell.task}' for cell in failed)}")
@@ -225,115 +213,3 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The records of a results file; a last line that was cut off is left out."""
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def data(args: argparse.Namespace) -> None:
-    """Write one task as an .npz file."""
-    if args.task == "fewer":
-        _save(quality_data.fewer_rows(Task.load(args.train[0]), args.train_rows), args.out)
-        return
-    if args.model is None:
-        raise ValueError(f"--task {args.task} needs --model, the folder of the tokenizer.")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False, verbose=False)
-
-    end, length = tokenizer.eos_token_id, args.length + 1
-    if args.task == "python":
-        folders = args.data or quality_data.default_folders()
-        task = quality_data.python_task(
-            folders, encode, end, length, args.train_rows, args.test_rows, args.per_package
-        )
-    elif args.task == "gsm8k":
-        task = quality_data.gsm8k_task(args.train[0], args.test, encode, end, length)
-    else:
-        task = quality_data.choice_task(args.train, args.test, encode, end, length)
-    _save(task, args.out)
-
-
-def _save(task: Task, out: Path) -> None:
-    task.save(out)
-    print(f"{out}: {task.describe()}; {out.stat().st_size / 2**20:.1f} MiB")
-
-
-def tiny(folder: Path, workers: int) -> Results:
-    """Data, training of a base model from scratch, and the whole plan, on a model of bytes; writes to `folder`."""
-
-    def encode(text: str) -> list[int]:
-        return list(text.encode())
-
-    task = quality_data.python_task([quality_data.default_folders()[0]], encode, 0, 65, 256, 32, 8)
-    task.save(folder / "python.npz")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    options = {"vocab_size": 256, "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": True}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **options))
-    trainer = Trainer(model, Cell("python", "full"), task, 100, 512, "eager")
-    trainer.run(Job(Cell("python", "full"), 4e-3, seed=9, steps=100, tokens_per_step=512))
-    model.save_pretrained(folder / "model")
-    args = parser().parse_args(
-        ["run", "--model", str(folder / "model"), "--tasks", str(folder / "python.npz"), "--workers", str(workers)]
-        + ["--results", str(folder / "results.jsonl"), "--steps", "20", "--tokens_per_step", "512"]
-    )
-    return run(args, quality_plan.tiny_stages("python"))
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--tiny", action="store_true", help="run everything in the small on the CPU, print the report")
-    commands = p.add_subparsers(dest="command")
-    d = commands.add_parser("data", help="make a task's tokens")
-    d.add_argument("--task", choices=["python", "gsm8k", "choice", "fewer"], required=True)
-    d.add_argument("--model", type=Path, help="folder with the tokenizer; not for fewer")
-    d.add_argument("--out", type=Path, required=True)
-    d.add_argument(
-        "--data", type=Path, nargs="+", help="python: folders of packages [standard library, site-packages]"
-    )
-    d.add_argument(
-        "--train",
-        type=Path,
-        nargs="+",
-        help="gsm8k: the .jsonl; choice: .json files in LLM-Adapters' layout; fewer: a task's .npz",
-    )
-    d.add_argument("--test", type=Path, help="as --train")
-    d.add_argument("--length", type=int, default=512, help="tokens a row [512]")
-    d.add_argument("--train_rows", type=int, default=6400, help="python, fewer: [6400]")
-    d.add_argument("--test_rows", type=int, default=128, help="python: [128]")
-    d.add_argument("--per_package", type=int, default=200, help="python: most rows of one package [200]")
-    r = commands.add_parser("run", help="make the runs that are not there yet")
-    r.add_argument("--model", type=Path, required=True, help="folder of a causal LM of the Llama family")
-    r.add_argument("--tasks", type=Path, nargs="+", required=True, help=".npz files of `data`")
-    r.add_argument("--results", type=Path, required=True, help=".jsonl, read and added to")
-    r.add_argument("--steps", type=int, default=200, help="optimizer steps a run [200]")
-    r.add_argument("--tokens_per_step", type=int, default=8192, help="[8192]")
-    r.add_argument("--workers", type=int, default=4, help="processes that share the device [4]")
-    r.add_argument("--budget_s", type=float, default=float("inf"), help="seconds after which it ends")
-    r.add_argument("--max_runs", type=int, default=10**9, help="runs after which it ends")
-    r.add_argument(
-        "--launch", choices=["eager", "graph", "compiled"], default="compiled", help="how a GPU runs a step [compiled]"
-    )
-    r.add_argument("--exact_match", type=int, default=0, help="GSM8K: test problems to generate answers for [0: none]")
-    t = commands.add_parser("report", help="tables, plots and summary")
-    t.add_argument("results", type=Path, nargs="+", help=".jsonl files of `run`")
-    t.add_argument("--out", type=Path, required=True, help="the Markdown file; plots are written beside it")
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    if args.tiny:
-        with tempfile.TemporaryDirectory() as folder:
-            print(quality_report.write(tiny(Path(folder), workers=1), Path(folder) / "quality.md"))
-    elif args.command == "data":
-        data(args)
-    elif args.command == "run":
-        run(args)
-    elif args.command == "report":
-        print(quality_report.write(Results(r for path in args.results for r in read(path)), args.out))
-    else:
-        parser().error("give a command, or --tiny")
-
-
-if __name__ == "__main__":
-    main()

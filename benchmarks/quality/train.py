@@ -16,12 +16,13 @@ import numpy as np
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from quality_data import Task, gsm8k_number
-from quality_generate import Generator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gralora
+
+from .data import Task, gsm8k_number
+from .generate import Generator
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NEW_TOKENS = 192  # of a generated answer; 99% of GSM8K's have fewer
