@@ -8,9 +8,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers import MODELS, adapted, gralora_config, tiny_llama
+from helpers import MODELS, adapted, assert_unchanged, gralora_config, tiny_llama, token_ids
 from saved import CONFIG, FORMATS, WEIGHTS, edit, logits, read, save, save_gralora, save_peft, write
-from torch import nn
+from torch import Tensor, nn
 
 import gralora
 from gralora.checkpoints import formats
@@ -436,3 +436,70 @@ def test_config_made_as_axolotl_makes_it(tmp_path: Path) -> None:
     saved = read(tmp_path)[0]
     assert saved["fan_in_fan_out"] is None and saved["target_parameters"] == []
     torch.testing.assert_close(logits(gralora.load_adapter(tiny_llama(), tmp_path)), expected)
+
+
+# Plain LoRA, which load_adapter takes too
+
+PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("llama", {"target_modules": ["q_proj", "down_proj"]}),
+    "Conv1D": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "ranks": ("llama", {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2}, "use_rslora": True}),
+    "DoRA": ("llama", {"target_modules": ["q_proj"], "use_dora": True}),
+    "bias": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "lora_bias": True}),
+    "embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "modules_to_save": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "parameters": ("llama", {"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]}),
+    "initialised by EVA": ("llama", {"target_modules": ["q_proj"], "eva_config": {"rho": 2.0}}),
+}
+
+
+def save_plain(folder: Path, model: str = "llama", **fields: Any) -> Tensor:
+    trained = adapted(MODELS[model](), peft.LoraConfig(r=4, lora_alpha=7, **fields))
+    trained.save_pretrained(folder, save_embedding_layers=False)
+    return logits(trained)
+
+
+@pytest.mark.parametrize("loaded_before", [False, True])
+@pytest.mark.parametrize("model, fields", PLAIN.values(), ids=PLAIN)
+def test_plain_lora_is_loaded(tmp_path: Path, model: str, fields: dict[str, Any], loaded_before: bool) -> None:
+    """With the logits that it had, also beside a GraLoRA adapter."""
+    expected, base = save_plain(tmp_path / "plain", model, **fields), MODELS[model]()
+    if loaded_before:
+        save_gralora(tmp_path / "gralora", model)
+        base = gralora.load_adapter(base, tmp_path / "gralora")
+    loaded = gralora.load_adapter(base, tmp_path / "plain", "plain")
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-10)
+    assert loaded.active_adapter == "plain" and not loaded.peft_config["plain"].use_gralora
+
+
+def rename(tensors: dict[str, Tensor], name: str) -> None:
+    """Give a layer's factors the name of a layer that no model has."""
+    for factor in (name, name.replace("lora_A", "lora_B")):
+        tensors[factor.replace("q_proj", "x_proj")] = tensors.pop(factor)
+
+
+PLAIN_FAULTS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor], str], Any], str]] = {
+    "NaN": (lambda c, t, n: t[n].view(-1)[0:1].fill_(torch.nan), "1 of 8 tensors have NaN or infinite .*q_proj"),
+    "infinite": (lambda c, t, n: t[n].view(-1)[0:1].fill_(-torch.inf), "NaN or infinite"),
+    "zero": (lambda c, t, n: [x.zero_() for name, x in t.items() if "lora_B" in name], "B factors .* zero"),
+    "missing factor": (lambda c, t, n: t.pop(n), "layers.1.self_attn.q_proj': factor A is missing"),
+    "missing layer": (lambda c, t, n: (t.pop(n), t.pop(n.replace("_A", "_B"))), "selects 1 layers .*q_proj"),
+    "rank": (lambda c, t, n: c.update(r=1 << 20), "A .4, 24., B .16, 4.; the config gives it rank 1048576"),
+    "unselected": (lambda c, t, n: c.update(target_modules=["q_proj"]), "not select 2 layers .*down_proj"),
+    "other layers": (lambda c, t, n: rename(t, n), "lacks 1 of the 4 layers .*x_proj"),
+    "features": (lambda c, t, n: t.update({n: torch.ones(4, 5)}), r"q_proj' has \(in, out\) features \(16, 16\)"),
+    "wrong type": (lambda c, t, n: c.update(lora_alpha="8"), "lora_alpha='8'"),
+    "pattern": (lambda c, t, n: c.update(rank_pattern={"(": 3}), "rank_pattern .* no regular expression"),
+}
+
+
+@pytest.mark.parametrize("change, message", PLAIN_FAULTS.values(), ids=PLAIN_FAULTS)
+def test_plain_lora_with_faults_is_refused(tmp_path: Path, change: Callable, message: str) -> None:
+    """As a GraLoRA adapter is, and the model stays as it was."""
+    save_plain(tmp_path, target_modules=["q_proj", "down_proj"])
+    config, tensors = read(tmp_path)
+    change(config, tensors, "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight")
+    write(tmp_path, config, tensors)
+    model = tiny_llama()
+    with assert_unchanged(model, token_ids(2, 5)), pytest.raises(ValueError, match=message):
+        gralora.load_adapter(model, tmp_path)

@@ -1,7 +1,7 @@
-"""A saved GraLoRA adapter as an object: its config, its factors layer by layer, and whether the two fit together.
+"""A saved adapter as an object: its config, its factors layer by layer, and whether the two fit together.
 
 Whatever format an adapter was saved in (see formats.py), its tensors have gralora's names here and its config is a
-`gralora.LoraConfig`. Tensors are read when they are asked for.
+`gralora.LoraConfig`. Tensors are read when they are asked for. A plain LoRA is one, too: its factors are matrices.
 """
 
 import math
@@ -44,7 +44,7 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A saved GraLoRA adapter, of whatever format it was.
+    """A saved adapter: GraLoRA of whatever format it was, or a plain LoRA, which load_adapter alone takes.
 
     Attributes:
         config: its config, as gralora's.
@@ -87,6 +87,8 @@ class Adapter:
     def features(self, layer: str) -> tuple[int, int]:
         """Input and output features."""
         f = self.specs(layer)
+        if f.A.ndim == 2:  # of a plain LoRA
+            return f.A.shape[1], f.B.shape[0]
         return f.A.shape[0] * f.A.shape[1], f.B.shape[0] * f.B.shape[2]
 
     def rank(self, layer: str) -> int:
@@ -220,3 +222,26 @@ def _check_shapes(layer: str, f: Factors, adapter: Adapter) -> None:
         t = getattr(f, factor)
         if t is not None and tuple(t.shape) != shape:
             raise ValueError(f"layer {layer!r}: factor {factor} has shape {tuple(t.shape)}, expected {shape}.")
+
+
+def check_plain(adapter: Adapter) -> None:
+    """Raise ValueError, naming layer and factor, if the matrices of a plain LoRA are not what its config says.
+
+    PEFT makes room for them by the config's ranks before it reads them, so these are checked first.
+    """
+    for layer in adapter.layers:
+        A, B = adapter.specs(layer)[:2]
+        if A is None or B is None:
+            raise ValueError(f"layer {layer!r}: factor {'A' if A is None else 'B'} is missing.")
+        for factor, t in (("A", A), ("B", B)):
+            if t.dtype not in FLOATS or t.numel() == 0:
+                raise ValueError(
+                    f"layer {layer!r}: factor {factor} is {tuple(t.shape)} {t.dtype}; it must be floating point and "
+                    "not empty."
+                )
+        rank = adapter.rank(layer)
+        if not adapter.config.target_parameters and (A.shape[0] != rank or B.shape[1] != rank):
+            raise ValueError(
+                f"layer {layer!r}: factors have shapes A {tuple(A.shape)}, B {tuple(B.shape)}; the config gives it "
+                f"rank {rank}."
+            )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import FORMAT, SUPPORTED_VARIANTS, LoraConfig, is_set, names
 from ..fields import plain
-from .adapter import HYBRID_A, HYBRID_B, A, Adapter, B, check, json_config, set_fields
+from .adapter import HYBRID_A, HYBRID_B, A, Adapter, B, check, check_plain, json_config, set_fields
 from .files import LazyTensors
 from .untrusted import check_fields, check_matching_time, check_rank
 
@@ -85,6 +85,23 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str |
     if not adapter.config.target_modules or adapter.config.target_modules == "all-linear":
         adapter.config.target_modules = set(adapter.layers)  # type: ignore[assignment]  # PEFT keeps a set; what the words stood for is no longer known
     check(adapter)
+    return adapter
+
+
+def is_plain_lora(config: Mapping[str, Any]) -> bool:
+    """Whether a config is that of a LoRA that is no GraLoRA."""
+    return config.get("peft_type") == PeftType.LORA and not config.get("use_gralora")
+
+
+def read_plain(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+    """Read a plain LoRA as PEFT saves it.
+
+    Raises:
+        ValueError: if values of the config have wrong types, its patterns take too long, or tensors do not fit it.
+    """
+    adapter = Adapter(_config(dict(config)), LazyTensors.of(tensors), "lora")
+    check_matching_time(config, adapter.layers)
+    check_plain(adapter)
     return adapter
 
 

@@ -1,4 +1,7 @@
-"""Load a saved GraLoRA adapter into a model; raise where PEFT warns: nothing missing, left over, NaN, or all zero."""
+"""Load a saved adapter into a model strictly: an error where PEFT warns, so that nothing is missing or left over.
+
+Nothing is NaN or all zero either, and after an error the model is as it was.
+"""
 
 import copy
 import os
@@ -12,11 +15,12 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .. import inject
-from ..kinds import check_kind
+from ..kinds import base_layer, check_kind
 from . import formats
-from .adapter import Adapter
+from .adapter import PREFIX, Adapter
 from .files import read_adapter_folder
 from .untrusted import check_finite, check_matching_time, listed
 
@@ -29,7 +33,7 @@ def load_adapter(
     source: str | None = None,
     is_trainable: bool = False,
 ) -> PeftModel:
-    """Add an adapter of any GraLoRA format to a model, strictly.
+    """Add an adapter of any GraLoRA format, or a plain LoRA, to a model, strictly.
 
     Args:
         model: the base model, or a PeftModel that has other adapters already.
@@ -47,7 +51,9 @@ def load_adapter(
             B is zero in all layers, if the model lacks layers of the adapter or has others that its config selects,
             or if tensors are missing, left over or of a wrong shape.
     """
-    adapter = formats.read(*read_adapter_folder(path), source=source)
+    config, saved = read_adapter_folder(path)
+    is_plain = source is None and formats.is_plain_lora(config)
+    adapter = formats.read_plain(config, saved) if is_plain else formats.read(config, saved, source=source)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if isinstance(model, PeftModel) and adapter_name in model.peft_config:
         raise ValueError(f"adapter_name={adapter_name!r} is taken; the model has {sorted(model.peft_config)}.")
@@ -69,26 +75,34 @@ def load_adapter(
 def check_layers(adapter: Adapter, base: nn.Module) -> None:
     """Raise ValueError, with names, if the base model lacks layers of the adapter or they have other features."""
     modules = dict(base.named_modules())
-    missing = [layer for layer in adapter.layers if layer not in modules]
+    places = {layer: layer.replace(".base_layer", "") for layer in adapter.layers}  # what PEFT wraps has this in front
+    missing = [layer for layer, place in places.items() if place not in modules]
     if missing:
         raise ValueError(
             f"the base model {type(base).__name__} lacks {len(missing)} of the {len(adapter.layers)} layers that the "
             f"adapter has: {listed(missing)}. It was trained on {adapter.config.base_model_name_or_path!r}."
         )
-    for layer in adapter.layers:
-        check_kind(layer, modules[layer], base)
-        if inject.features(modules[layer]) != adapter.features(layer):
+    is_gralora = adapter.config.use_gralora
+    for layer, place in places.items():
+        if is_gralora:
+            check_kind(layer, modules[place], base)
+        elif adapter.config.target_parameters or not isinstance(base_layer(modules[place]), nn.Linear | Conv1D):
+            continue  # `check_tensors` compares shapes
+        if inject.features(modules[place]) != adapter.features(layer):
             raise ValueError(
-                f"layer {layer!r} has (in, out) features {inject.features(modules[layer])} in the base model and "
+                f"layer {layer!r} has (in, out) features {inject.features(modules[place])} in the base model and "
                 f"{adapter.features(layer)} in the adapter, which was trained on "
                 f"{adapter.config.base_model_name_or_path!r}."
             )
 
     check_matching_time(adapter.config.to_dict(), modules)
+    if not is_gralora and (adapter.config.target_parameters or places != {n: n for n in places}):
+        return  # other names than those of modules: `check_tensors` compares them
     # before PEFT makes room for them: the config sets how much
     tuner: Any = SimpleNamespace(model=base, _check_target_module_exists=check_target_module_exists)
     selected = [name for name, _ in inject.targeted_layers(tuner, adapter.config)]
-    without = [name for name in selected if name not in adapter.layers]
+    here = {*adapter.layers, *(name.split(".lora_embedding_")[0].removeprefix(PREFIX) for name in adapter.others)}
+    without = [name for name in selected if name not in here]
     if without:
         raise ValueError(
             f"the config selects {len(without)} layers of the base model that the file has no tensors of: "
@@ -101,9 +115,8 @@ def check_layers(adapter: Adapter, base: nn.Module) -> None:
 
 def check_not_zero(adapter: Adapter) -> None:
     """Raise ValueError if every B is zero: such an adapter was never trained, or was read under wrong names."""
-    for layer in adapter.layers:
-        f = adapter.factors(layer)
-        if any(t is not None and t.count_nonzero() for t in (f.B, f.hybrid_B, f.bias)):
+    for name in adapter.tensors:
+        if any(part in name for part in (".lora_B.", ".lora_embedding_B")) and adapter.tensors[name].count_nonzero():
             return
     raise ValueError("all B factors of the adapter are zero: it was not trained, and does nothing.")
 

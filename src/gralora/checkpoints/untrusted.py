@@ -30,10 +30,22 @@ SHOWN = 5  # names in a message
 
 
 @functools.cache
-def field_types() -> dict[str, Any]:
-    """The type of each field's values, as JSON holds them."""
-    given = {f.name: facts(f).json_type for f in dataclasses.fields(LoraConfig)}
-    return typing.get_type_hints(LoraConfig) | {name: kind for name, kind in given.items() if kind is not None}
+def field_types(is_gralora: bool) -> dict[str, Any]:
+    """The type of each field's values, as JSON holds them.
+
+    Args:
+        is_gralora: Whether the adapter is GraLoRA. A plain LoRA may also have the parts of PEFT's config that are
+            classes of their own, as those of initialisations; JSON holds them as objects.
+    """
+    types = typing.get_type_hints(LoraConfig)
+    types |= {f.name: kind for f in dataclasses.fields(LoraConfig) if (kind := facts(f).json_type) is not None}
+    if is_gralora:
+        return types
+    return {name: (dict | None) if _is_optional_class(kind) else kind for name, kind in types.items()}
+
+
+def _is_optional_class(kind: Any) -> bool:
+    return type(None) in typing.get_args(kind) and any(map(dataclasses.is_dataclass, typing.get_args(kind)))
 
 
 def check_fields(fields: Mapping[str, Any]) -> None:
@@ -42,8 +54,9 @@ def check_fields(fields: Mapping[str, Any]) -> None:
     Args:
         fields: of `LoraConfig`, as JSON holds them; all of them must be known.
     """
+    types = field_types(bool(fields.get("use_gralora")))
     for name, value in fields.items():
-        expected = field_types()[name]
+        expected = types[name]
         try:
             type_validator(name, value, expected)
         except TypeError:

@@ -5,14 +5,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import peft
 import torch
-from peft import PeftConfig, PeftModel
-from peft.utils.save_and_load import set_peft_model_state_dict
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoints.files import CONFIG, read_adapter_folder, read_json
-from ..checkpoints.load import check_tensors, expected_tensors, load_adapter
+from ..checkpoints.files import CONFIG, read_json
+from ..checkpoints.load import load_adapter
 from .embedded import embedded_model
 from .models import EMBEDDED, load_pretrained, load_tokenizer
 
@@ -72,7 +70,7 @@ def load_side_by_side(
         if is_adapter(path):
             adapters[label] = f"adapter_{number}"
             try:
-                model = load_strictly(model, path, adapters[label])
+                model = load_adapter(model, path, adapters[label])
             except ValueError as error:
                 raise ValueError(f"adapter {path!r}: {error}") from error
     return SideBySide(model.eval(), tokenizer, adapters)
@@ -119,22 +117,3 @@ def place(base_model: str) -> str:
     if base_model == EMBEDDED:
         return str(embedded_model().resolve())
     return str(Path(base_model).resolve()) if Path(base_model).is_dir() else base_model
-
-
-def load_strictly(model: PreTrainedModel | PeftModel, path: str, name: str) -> PeftModel:
-    """Add a GraLoRA or plain LoRA adapter; ValueError if anything of it is missing, left over or does not fit."""
-    config, tensors = read_adapter_folder(path)
-    if config.get("peft_type") != "LORA" or config.get("use_gralora"):
-        return load_adapter(model, path, name)
-    if not any(tensors[tensor].count_nonzero() for tensor in tensors if "lora_B" in tensor):
-        raise ValueError("all B factors of the adapter are zero: it was not trained, and does nothing.")
-    plain = PeftConfig.from_pretrained(path)
-    plain.inference_mode = True
-    if isinstance(model, PeftModel):
-        model.add_adapter(name, plain)
-    else:
-        model = peft.get_peft_model(model, plain, name)
-    tensors = dict(tensors)
-    check_tensors(tensors, expected_tensors(model, name))
-    set_peft_model_state_dict(model, tensors, name)
-    return model
