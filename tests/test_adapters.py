@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import gralora
 from gralora.checkpoints import files, formats, inspection, merge
+from gralora.checkpoints.base import INDEX
 from gralora.checkpoints.files import LazyTensors, new_folder, read_safetensors, write_safetensors
 from gralora.tool import adapters, cli
 
@@ -69,7 +70,7 @@ def test_merged_weights_are_rounded_once(tmp_path: Path, dtype: torch.dtype, cho
     expected = with_adapter.merge_and_unload().state_dict()
     for name, t in merged.state_dict().items():
         assert torch.equal(t, expected[name].to(dtype)), name
-    index = json.loads((tmp_path / "out" / merge.INDEX).read_text())
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
     tensors = [t for path in (tmp_path / "out").glob("*.safetensors") for t in load_file(path).values()]
     assert index["metadata"]["total_size"] == sum(t.numel() * 2 for t in tensors)
 
@@ -175,7 +176,7 @@ def test_wrong_weights_on_disk_are_found(
 ) -> None:
     """Also of a sample, which is spread over the layers, and if they are off by few roundings of a low precision."""
     save_gralora(tmp_path / "in")
-    save_base(tmp_path / "base", tiny_llama())
+    base = save_base(tmp_path / "base", tiny_llama(), shards=True)
     monkeypatch.setattr(merge, "VERIFIED", checked)
     result = gralora.merge_adapter(tmp_path / "in", tmp_path / "good", tmp_path / "base", dtype=dtype)
     assert result["verified"] == min(checked, 6)
@@ -187,10 +188,72 @@ def test_wrong_weights_on_disk_are_found(
         factor = 1 + 4 * torch.finfo(dtype or torch.bfloat16).eps
         write_safetensors(path, {n: t * factor if n == wrong else t for n, t in tensors.items()})
 
-    monkeypatch.setattr(merge, "write_safetensors", damaged)
-    with pytest.raises(ValueError, match=f"weight '{wrong}' is not base"):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"weight '{wrong}' is not base"):
+        patch.setattr(merge, "write_safetensors", damaged)
         gralora.merge_adapter(tmp_path / "in", tmp_path / "out", tmp_path / "base", dtype=dtype)
+    assert not (tmp_path / "out").exists()
+    result = gralora.merge_adapter(tmp_path / "in", tmp_path / "out", tmp_path / "base", dtype=dtype)
+    shards = {path.name for path in base.glob("*.safetensors")}
+    assert shards - set(result["resumed"]) == {json.loads((base / INDEX).read_text())["weight_map"][wrong]}
+    expected = gralora.load_adapter(tiny_llama(), tmp_path / "in").merge_and_unload().to(dtype or torch.float32)
+    for name, t in load(tmp_path / "out", "auto").state_dict().items():
+        torch.testing.assert_close(t, expected.state_dict()[name], rtol=0, atol=1e-6)
+
+
+def test_what_can_be_known_is_checked_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in the last layer of an adapter is no surprise after hours."""
+    save_gralora(tmp_path / "in")
+    config, tensors = read(tmp_path / "in")
+    tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"].view(-1)[-1] = torch.nan
+    write(tmp_path / "in", config, tensors)
+    save_base(tmp_path / "base", tiny_llama(), shards=True)
+    monkeypatch.setattr(merge, "write_safetensors", lambda *_: pytest.fail("a file was written"))
+    with pytest.raises(ValueError, match="1 of 24 tensors have NaN or infinite values: .*q_proj"):
+        gralora.merge_adapter(tmp_path / "in", tmp_path / "out", tmp_path / "base")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "in"]
+
+
+def test_sum_that_no_dtype_holds_leaves_nothing_behind(tmp_path: Path) -> None:
+    """float16 ends at 65504: such a merge can never be done, so its files are of no use."""
+    save_gralora(tmp_path / "in", lora_alpha=10**7)
+    save_base(tmp_path / "base", tiny_llama(), shards=True)
+    with pytest.raises(ValueError, match="NaN or infinite values in torch.float16"):
+        gralora.merge_adapter(tmp_path / "in", tmp_path / "out", tmp_path / "base", dtype=torch.float16)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "in"]
+
+
+def test_layer_without_an_update_is_merged(tmp_path: Path) -> None:
+    """Its weight is rounded, and of its update, which is zero, nothing is lost."""
+    save_gralora(tmp_path / "in", hybrid_r=0)
+    config, tensors = read(tmp_path / "in")
+    tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"].zero_()
+    write(tmp_path / "in", config, tensors)
+    save_base(tmp_path / "base", tiny_llama())
+    result = gralora.merge_adapter(tmp_path / "in", tmp_path / "out", tmp_path / "base", dtype=torch.bfloat16)
+    rounding = result["rounding"]["model.layers.1.self_attn.q_proj"]
+    assert rounding["of_update"] == 0 < rounding["of_weight"]
+
+
+@pytest.mark.parametrize("tool", ["load", "inspect", "convert", "export", "merge"])
+@pytest.mark.parametrize(
+    "fields",
+    [{"target_modules": ["q_proj", "k_proj"]}, {"exclude_modules": ["down_proj"]}, {"layers_to_transform": [0]}],
+    ids=str,
+)
+def test_layers_that_the_config_does_not_select_are_refused(tmp_path: Path, tool: str, fields: dict) -> None:
+    """By every tool: PEFT would load such an adapter without them."""
+    save_gralora(tmp_path / "in")
+    edit(tmp_path / "in", **fields)
+    save_base(tmp_path / "base", tiny_llama())
+    tools = {
+        "load": lambda adapter, out: gralora.load_adapter(tiny_llama(), adapter),
+        "inspect": lambda adapter, out: gralora.inspect_adapter(adapter),
+        "convert": gralora.convert_adapter,
+        "export": gralora.to_lora,
+        "merge": lambda adapter, out: gralora.merge_adapter(adapter, out, tmp_path / "base"),
+    }
+    with pytest.raises(ValueError, match="the config does not select [23] layers of the file: .*target_modules="):
+        tools[tool](tmp_path / "in", tmp_path / "out")
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])

@@ -475,7 +475,7 @@ def test_plain_lora_is_loaded(tmp_path: Path, model: str, fields: dict[str, Any]
 def rename(tensors: dict[str, Tensor], name: str) -> None:
     """Give a layer's factors the name of a layer that no model has."""
     for factor in (name, name.replace("lora_A", "lora_B")):
-        tensors[factor.replace("q_proj", "x_proj")] = tensors.pop(factor)
+        tensors[factor.replace("layers.1", "layers.7")] = tensors.pop(factor)
 
 
 PLAIN_FAULTS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor], str], Any], str]] = {
@@ -486,7 +486,7 @@ PLAIN_FAULTS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor], str],
     "missing layer": (lambda c, t, n: (t.pop(n), t.pop(n.replace("_A", "_B"))), "selects 1 layers .*q_proj"),
     "rank": (lambda c, t, n: c.update(r=1 << 20), "A .4, 24., B .16, 4.; the config gives it rank 1048576"),
     "unselected": (lambda c, t, n: c.update(target_modules=["q_proj"]), "not select 2 layers .*down_proj"),
-    "other layers": (lambda c, t, n: rename(t, n), "lacks 1 of the 4 layers .*x_proj"),
+    "other layers": (lambda c, t, n: rename(t, n), "lacks 1 of the 4 layers .*layers.7"),
     "features": (lambda c, t, n: t.update({n: torch.ones(4, 5)}), r"q_proj' has \(in, out\) features \(16, 16\)"),
     "wrong type": (lambda c, t, n: c.update(lora_alpha="8"), "lora_alpha='8'"),
     "pattern": (lambda c, t, n: c.update(rank_pattern={"(": 3}), "rank_pattern .* no regular expression"),

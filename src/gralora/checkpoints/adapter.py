@@ -11,12 +11,14 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
 from ..blocks import scaling_gain
 from ..config import LoraConfig, is_set
 from ..fields import plain
 from .files import LazyTensors
+from .untrusted import listed
 
 PREFIX = "base_model.model."  # PEFT's, before the name of the layer in the base model
 A, HYBRID_A = ".lora_A.weight", ".lora_A.hybrid_weight"
@@ -159,6 +161,7 @@ def check(adapter: Adapter) -> None:
         f = adapter.specs(layer)
         _check_present(layer, f, config)
         _check_shapes(layer, f, adapter)
+    check_selected(adapter)
 
 
 def _check_linear(adapter: Adapter) -> None:
@@ -224,6 +227,17 @@ def _check_shapes(layer: str, f: Factors, adapter: Adapter) -> None:
             raise ValueError(f"layer {layer!r}: factor {factor} has shape {tuple(t.shape)}, expected {shape}.")
 
 
+def check_selected(adapter: Adapter) -> None:
+    """Raise ValueError, with names, if the file has layers that its config does not select: PEFT would ignore them."""
+    unselected = [layer for layer in adapter.layers if not check_target_module_exists(adapter.config, layer)]
+    if unselected:
+        raise ValueError(
+            f"the config does not select {len(unselected)} layers of the file: {listed(unselected)}. It has "
+            f"target_modules={plain(adapter.config.target_modules)!r}; either the config or the file is of another "
+            "adapter."
+        )
+
+
 def check_plain(adapter: Adapter) -> None:
     """Raise ValueError, naming layer and factor, if the matrices of a plain LoRA are not what its config says.
 
@@ -245,3 +259,5 @@ def check_plain(adapter: Adapter) -> None:
                 f"layer {layer!r}: factors have shapes A {tuple(A.shape)}, B {tuple(B.shape)}; the config gives it "
                 f"rank {rank}."
             )
+    if not adapter.config.target_parameters and not any(".base_layer" in layer for layer in adapter.layers):
+        check_selected(adapter)

@@ -108,9 +108,6 @@ def check_layers(adapter: Adapter, base: nn.Module) -> None:
             f"the config selects {len(without)} layers of the base model that the file has no tensors of: "
             f"{listed(without)}."
         )
-    unselected = [layer for layer in adapter.layers if layer not in selected]
-    if unselected:
-        raise ValueError(f"the config does not select {len(unselected)} layers of the file: {listed(unselected)}.")
 
 
 def check_not_zero(adapter: Adapter) -> None:

@@ -21,24 +21,22 @@ from ..config import names
 from ..factors import hybrid_to_lora
 from . import formats
 from .adapter import PREFIX, Adapter, set_fields
+from .base import BaseModel, base_folder, copy_other_files
 from .files import (
+    CONFIG,
     WEIGHTS,
     LazyTensors,
     check_absent,
     publish,
     read_adapter_folder,
     read_json,
-    read_safetensors,
     spec,
     write_json,
     write_safetensors,
 )
-from .untrusted import is_finite, listed
+from .untrusted import check_finite, is_finite, listed
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 STATE = "merge_state.json"
-WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
 LOST = 0.1  # of a layer's update, by rounding, above which a merge warns
 VERIFIED = 8  # layers that are checked after writing
 MERGEABLE = names(lambda facts: facts.mergeable or not facts.beside_factors)
@@ -83,6 +81,7 @@ def merge_adapter(
     folder = base_folder(base or read.config.base_model_name_or_path)
     model = BaseModel(folder)
     merges = Merges(read, model, device)
+    check_finite(read.tensors)
 
     partial = out.with_name(f".{out.name}.partial")
     fingerprint = fingerprint_of(Path(adapter), model, dtype)
@@ -104,11 +103,11 @@ def merge_adapter(
                     write_safetensors(partial / f"{name}.tmp", tensors, done=bar.update)
                     write_json(partial / STATE, state)
                     os.replace(partial / f"{name}.tmp", partial / name)
-        copy_other_files(model, partial, dtype)
-        verified = merges.verify(BaseModel(partial), VERIFIED)
-    except ValueError:
+    except ValueError:  # no merge of these can be written, so nothing can go on from what is
         shutil.rmtree(partial)
         raise
+    copy_other_files(model, partial, dtype)
+    verified = merges.verify(BaseModel(partial), VERIFIED)
     (partial / STATE).unlink()
     publish(partial, out)
     rounding = {layer: error for layers in state["rounding"].values() for layer, error in layers.items()}
@@ -141,66 +140,6 @@ def _progress_bar(model: "BaseModel", resumed: list[str], show: bool) -> Any:
 
     done = sum(len(model.files[name]) for name in resumed)
     return tqdm(total=len(model.file_of), initial=done, desc="merge", unit=" tensors", disable=not show)
-
-
-def base_folder(base: str | os.PathLike[str] | None) -> Path:
-    """The base model's folder: a folder, or a Hub id that is in the local cache.
-
-    Raises:
-        FileNotFoundError: if it is neither.
-    """
-    if not base:
-        raise FileNotFoundError("the adapter's config names no base model; give --base FOLDER.")
-    if Path(base).is_dir():
-        return Path(base)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(base), local_files_only=True))
-    except Exception as error:
-        raise FileNotFoundError(
-            f"the base model {str(base)!r} is no folder and not in the local Hub cache; give --base FOLDER."
-        ) from error
-
-
-class BaseModel:
-    """A model folder of safetensors.
-
-    Attributes:
-        folder: the folder.
-        files: file name -> its tensors.
-        file_of: tensor name -> file name.
-        config: content of config.json.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config = read_json(folder / "config.json")
-        if self.config.get("quantization_config"):
-            raise ValueError(f"base model {str(folder)!r} is quantised; merge into the unquantised model.")
-        if (folder / INDEX).is_file():
-            weight_map = read_json(folder / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise ValueError(f"{str(folder / INDEX)!r} has no weight_map from tensors to files.")
-            names = sorted(set(weight_map.values()))
-        elif (folder / SINGLE).is_file():
-            names = [SINGLE]
-        else:
-            raise FileNotFoundError(f"base model {str(folder)!r} has neither {SINGLE} nor {INDEX}.")
-        for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise FileNotFoundError(f"base model {str(folder)!r} lacks the file {name!r} of its index.")
-        self.files = {name: read_safetensors(folder / name) for name in names}
-        self.file_of = {tensor: name for name, tensors in self.files.items() for tensor in tensors}
-
-    def spec(self, name: str) -> Tensor:
-        return self.files[self.file_of[name]].specs[name]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.files[self.file_of[name]][name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.file_of
 
 
 class Merges:
@@ -340,7 +279,7 @@ class Merges:
             The number of layers compared.
 
         Raises:
-            ValueError: if a weight is off by more than a rounding of its dtype.
+            ValueError: if a weight is off by more than a rounding of its dtype; the file that has it is then deleted.
         """
         weights = list(self.weights)
         sample = weights[:: max(1, len(weights) // count)] if len(weights) > count else weights
@@ -357,18 +296,24 @@ class Merges:
             roundings = 4 if self.adapter.config.use_dora else 1
             rounding = roundings * precision.eps * exact.abs() + 1e-5 * dW.abs().max() + precision.tiny
             if not ((weight.double() - exact).abs() <= rounding).all():
-                raise ValueError(f"weight {name!r} is not base + dW after writing: NaN in the adapter, or a bad disk.")
+                file = written.folder / written.file_of[name]
+                file.unlink()
+                raise ValueError(
+                    f"weight {name!r} is not base + dW after writing, which a bad disk or bad memory does: "
+                    f"{file.name} is deleted, and the same command writes it again and keeps the rest."
+                )
         return len(sample)
 
 
 def _share(part: float, whole: float) -> float:
-    return part / whole if part else 0.0
+    """`part / whole`, and 0 of nothing: a layer without an update has none to lose."""
+    return part / whole if whole else 0.0
 
 
 def fingerprint_of(adapter: Path, model: BaseModel, dtype: torch.dtype | None) -> dict[str, Any]:
     """What must be unchanged for an interrupted merge to go on."""
     digest = hashlib.sha256()
-    for name in ("adapter_config.json", WEIGHTS):
+    for name in (CONFIG, WEIGHTS):
         with (adapter / name).open("rb") as file:
             while chunk := file.read(1 << 24):
                 digest.update(chunk)
@@ -378,21 +323,3 @@ def fingerprint_of(adapter: Path, model: BaseModel, dtype: torch.dtype | None) -
         "base": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
         "dtype": str(dtype),
     }
-
-
-def copy_other_files(model: BaseModel, folder: Path, dtype: torch.dtype | None) -> None:
-    """Tokenizer, config, generation config and the rest; the index and the config's dtype are brought up to date."""
-    for path in sorted(model.folder.iterdir()):
-        if path.is_file() and not path.name.endswith(WEIGHT_ENDINGS) and path.name != "config.json":
-            shutil.copyfile(path, folder / path.name)
-    config = dict(model.config)
-    if dtype is not None:
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        config[key] = str(dtype).removeprefix("torch.")
-    write_json(folder / "config.json", config)
-    if (model.folder / INDEX).is_file():
-        index = read_json(model.folder / INDEX)
-        written = [t for name in model.files for t in read_safetensors(folder / name).specs.values()]
-        total = sum(t.numel() * t.element_size() for t in written)
-        index["metadata"] = {**index.get("metadata", {}), "total_size": total}
-        write_json(folder / INDEX, index)
