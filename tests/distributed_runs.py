@@ -29,12 +29,12 @@ if FSDP or DEEPSPEED:
 from helpers import Case, adapted, adapter_parameters, case_config, one_layer, random_input  # noqa: E402
 from peft import get_peft_model_state_dict  # noqa: E402
 
-from gralora import layers  # noqa: E402
+from gralora import fast_path  # noqa: E402
 from gralora.tool import finetune as module  # noqa: E402
 from gralora.tool.arguments import FinetuneArguments  # noqa: E402
 
 fused_calls: list[bool] = []  # of each fused operation, whether it was given a DTensor
-gralora_linear = layers.gralora_linear
+gralora_linear = fast_path.gralora_linear
 
 
 def watched(*operands: Any) -> torch.Tensor:
@@ -139,7 +139,7 @@ def shard_by_hand(case: Case) -> None:
 
 
 def main() -> None:
-    layers.gralora_linear = watched
+    fast_path.gralora_linear = watched
     module.AdapterTrainer = Recorder
     plan = json.loads(Path(sys.argv[1]).read_text())
     for name, arguments in plan["runs"].items():

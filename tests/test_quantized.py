@@ -38,7 +38,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments
 
 import gralora
-from gralora import layers
+from gralora import fast_path
 from gralora.layers import GraloraLayer
 from gralora.tool.embedded import embedded_model
 
@@ -250,7 +250,7 @@ def test_output_and_gradients(name):
 @backends
 def test_base_layer_is_computed_by_its_own_library(name, monkeypatch):
     """The fused operation, which reads the weight as a matrix of numbers, stays out of quantised layers."""
-    monkeypatch.setattr(layers, "gralora_linear", lambda *args: pytest.fail("the fused operation was used"))
+    monkeypatch.setattr(fast_path, "gralora_linear", lambda *args: pytest.fail("the fused operation was used"))
     model = adapted(quantized_layer(name), case_config(CASE))
     model(random_input(3, CASE.in_features, dtype=torch.float32))
     model.train()(random_input(3, CASE.in_features, dtype=torch.float32))

@@ -7,11 +7,16 @@ and calls no module.
 from typing import Any
 
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor
+
+from .layers import GraloraLayer
+from .seam import MultiheadAttention
 
 
-class GranularAttention:
-    """Mixin in front of `GraloraLayer`, over PEFT's `lora.MultiheadAttention`."""
+class GranularAttention(GraloraLayer):
+    """Mixin over PEFT's `lora.MultiheadAttention`, whose factors are those of the in-projection."""
 
+    peft_class = MultiheadAttention
     not_combinable = "PEFT's plain LoRA on nn.MultiheadAttention adds the out-projection's dW twice"
 
     @property
@@ -19,9 +24,15 @@ class GranularAttention:
         """False where adapters are to be added: nn.TransformerEncoderLayer else reads the weights, without calling."""
         return super()._qkv_same_embed_dim and (self.merged or self.disable_adapters)
 
+    def base_weight(self) -> Tensor:
+        return self.get_base_layer().in_proj_weight
 
-class GranularOutProjection:
-    """Mixin in front of `GraloraLayer`, over the `lora.Linear` that PEFT puts around the out-projection.
+    def fused_call(self, x: Tensor) -> None:
+        return None
+
+
+class GranularOutProjection(GraloraLayer):
+    """Mixin over the `lora.Linear` that PEFT puts around the out-projection of an attention module.
 
     `lora.MultiheadAttention` adds dW to the weight, differentiably, and then calls `merge` here, by which plain LoRA
     adds it a second time (PEFT 0.20 to 0.21.2). So for a GraLoRA adapter this only notes that it is merged.

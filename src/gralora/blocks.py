@@ -15,24 +15,33 @@ from . import ops
 from .ops import reference
 
 
-class Weights(NamedTuple):
-    """The tensors of one factor without a module; attributes as those of `GranularDown` or `GranularUp`."""
+class Factors(NamedTuple):
+    """The tensors of one adapter of one layer as a linear map, and its scaling.
 
-    weight: Tensor
-    hybrid_weight: Tensor | None = None
-
-    @property
-    def gain(self) -> float:
-        return 1.0
-
-
-class GranularDown(nn.Module):
-    """The down-projections A and the exchange, with the plain LoRA part A_s beside them.
+    The factors of experts have one more dimension, `E`, in front.
 
     Attributes:
-        weight: A, `[k, I/k, r_g]`.
-        hybrid_weight: A_s, `[hybrid_r, I]`, or None for a pure GraLoRA.
+        A, B: of the grid, `[k, I/k, r_g]` and `[k, r_g, O/k]`.
+        hybrid_A, hybrid_B: of the plain LoRA part, `[hybrid_r, I]` and `[O, hybrid_r]`; None for a pure GraLoRA.
+        scaling: factor on the adapter's output, the gain of `gralora_scaling` included.
     """
+
+    A: Tensor
+    B: Tensor
+    hybrid_A: Tensor | None = None
+    hybrid_B: Tensor | None = None
+    scaling: float | Tensor = 1.0
+
+
+class GridFactor(nn.Module):
+    """What the two factors have in common: a grid's tensor, the plain LoRA part's beside it, and their sizes.
+
+    Attributes:
+        weight: of the grid.
+        hybrid_weight: of the plain LoRA part, or None for a pure GraLoRA.
+    """
+
+    experts = 0  # 1 where both tensors have a dimension of experts in front
 
     weight: nn.Parameter
     hybrid_weight: nn.Parameter | None
@@ -42,24 +51,63 @@ class GranularDown(nn.Module):
         self.weight = nn.Parameter(weight)
         self.register_parameter("hybrid_weight", None if hybrid_weight is None else nn.Parameter(hybrid_weight))
 
+    @property
+    def k(self) -> int:
+        """Blocks per side."""
+        return self.weight.shape[self.experts]
+
+    @property
+    def r_g(self) -> int:
+        """Rank of the grid."""
+        raise NotImplementedError
+
+    @property
+    def hybrid_r(self) -> int:
+        """Rank of the plain LoRA part."""
+        raise NotImplementedError
+
+    def features(self) -> str:
+        """The number of features, and what the tensors have besides, for `repr`."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        experts = f"experts={self.weight.shape[0]}, " if self.experts else ""
+        return f"{experts}{self.features()}, k={self.k}, r={self.r_g + self.hybrid_r}, hybrid_r={self.hybrid_r}"
+
+
+class GranularDown(GridFactor):
+    """The down-projections A and the exchange, with the plain LoRA part A_s beside them.
+
+    Attributes:
+        weight: A, `[k, I/k, r_g]`.
+        hybrid_weight: A_s, `[hybrid_r, I]`, or None for a pure GraLoRA.
+    """
+
     @classmethod
-    def from_linear(cls, linear: nn.Linear, k: int, hybrid_r: int, gain: float = 1.0) -> "GranularDown":
-        """Read the A of a plain LoRA, `[r, I]`, as GraLoRA factors of as many elements: nothing is drawn anew.
+    def from_linear(cls, linear: nn.Linear, k: int, hybrid_r: int) -> "GranularDown":
+        """Regroup the A of a plain LoRA, `[r, I]`, as GraLoRA factors of as many elements: nothing is drawn anew.
 
         Args:
             linear: PEFT's freshly initialised `lora_A[adapter]`.
             k: blocks per side.
             hybrid_r: rows that stay plain LoRA.
-            gain: factor on A: sqrt(k) turns Kaiming's bound 1/sqrt(I) into the 1/sqrt(I/k) of a block.
         """
-        return cls(*cls.read(linear.weight.detach(), k, hybrid_r, gain))
+        return cls(*cls.read(linear.weight.detach(), k, hybrid_r))
 
     @staticmethod
-    def read(A: Tensor, k: int, hybrid_r: int, gain: float = 1.0) -> Weights:
+    def read(A: Tensor, k: int, hybrid_r: int) -> tuple[Tensor, Tensor | None]:
         """A plain LoRA's A, `[..., r, I]` -> `[..., k, I/k, r_g]` and `[..., hybrid_r, I]`; see `from_linear`."""
         hybrid, grid = A.split([hybrid_r, A.shape[-2] - hybrid_r], dim=-2)
-        grid = (gain * grid.mT).unflatten(-2, (k, -1)).contiguous()
-        return Weights(grid, hybrid.clone() if hybrid_r else None)
+        grid = grid.mT.unflatten(-2, (k, -1)).clone(memory_format=torch.contiguous_format)
+        return grid, hybrid.clone() if hybrid_r else None
+
+    @property
+    def r_g(self) -> int:
+        return self.weight.shape[-1]
+
+    @property
+    def hybrid_r(self) -> int:
+        return 0 if self.hybrid_weight is None else self.hybrid_weight.shape[self.experts]
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., I]` -> exchanged sub-ranks and hybrid part, `[..., k * r_g + hybrid_r]`."""
@@ -68,13 +116,11 @@ class GranularDown(nn.Module):
             return g
         return torch.cat([g, nn.functional.linear(x, self.hybrid_weight)], dim=-1)
 
-    def extra_repr(self) -> str:
-        k, chunk, r_g = self.weight.shape
-        hybrid_r = 0 if self.hybrid_weight is None else self.hybrid_weight.shape[0]
-        return f"in={k * chunk}, k={k}, r={r_g + hybrid_r}, hybrid_r={hybrid_r}"
+    def features(self) -> str:
+        return f"in={self.k * self.weight.shape[self.experts + 1]}"
 
 
-class GranularUp(nn.Module):
+class GranularUp(GridFactor):
     """The up-projections B, with the plain LoRA part B_s beside them.
 
     Attributes:
@@ -84,35 +130,38 @@ class GranularUp(nn.Module):
         gralora_scaling: as in the config; what it multiplies the output by, on top of PEFT's scaling, is `gain`.
     """
 
-    weight: nn.Parameter
-    hybrid_weight: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(self, weight: Tensor, hybrid_weight: Tensor | None = None, bias: Tensor | None = None) -> None:
-        super().__init__()
+        super().__init__(weight, hybrid_weight)
         self.gralora_scaling = "lora"
-        self.weight = nn.Parameter(weight)
-        self.register_parameter("hybrid_weight", None if hybrid_weight is None else nn.Parameter(hybrid_weight))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, k: int, hybrid_r: int) -> "GranularUp":
-        """Read the B of a plain LoRA, `[O, r]`, as GraLoRA factors; see `GranularDown.from_linear`."""
+        """Regroup the B of a plain LoRA, `[O, r]`, as GraLoRA factors; see `GranularDown.from_linear`."""
         bias = None if linear.bias is None else linear.bias.detach().clone()
         return cls(*cls.read(linear.weight.detach(), k, hybrid_r), bias)
 
     @staticmethod
-    def read(B: Tensor, k: int, hybrid_r: int) -> Weights:
+    def read(B: Tensor, k: int, hybrid_r: int) -> tuple[Tensor, Tensor | None]:
         """A plain LoRA's B, `[..., O, r]` -> `[..., k, r_g, O/k]` and `[..., O, hybrid_r]`; see `from_linear`."""
         hybrid, grid = B.split([hybrid_r, B.shape[-1] - hybrid_r], dim=-1)
         grid = grid.unflatten(-2, (k, -1)).mT.contiguous()
-        return Weights(grid, hybrid.contiguous() if hybrid_r else None)
+        return grid, hybrid.contiguous() if hybrid_r else None
+
+    @property
+    def r_g(self) -> int:
+        return self.weight.shape[-2]
+
+    @property
+    def hybrid_r(self) -> int:
+        return 0 if self.hybrid_weight is None else self.hybrid_weight.shape[-1]
 
     @property
     def gain(self) -> float:
-        k, r_g, _ = self.weight.shape[-3:]
-        hybrid_r = 0 if self.hybrid_weight is None else self.hybrid_weight.shape[-1]
-        return scaling_gain(self.gralora_scaling, k, r_g, hybrid_r)
+        """The factor that `gralora_scaling` puts on top of PEFT's scaling."""
+        return scaling_gain(self.gralora_scaling, self.k, self.r_g, self.hybrid_r)
 
     def forward(self, g: Tensor) -> Tensor:
         """Exchanged sub-ranks and hybrid part, `[..., k * r_g + hybrid_r]` -> `[..., O]`."""
@@ -123,28 +172,51 @@ class GranularUp(nn.Module):
         y = y if self.gain == 1 else self.gain * y
         return y if self.bias is None else y + self.bias  # PEFT merges a bias without the gain
 
+    def features(self) -> str:
+        return f"out={self.k * self.weight.shape[-1]}"
+
     def extra_repr(self) -> str:
-        k, r_g, chunk = self.weight.shape
-        hybrid_r = 0 if self.hybrid_weight is None else self.hybrid_weight.shape[1]
-        return f"out={k * chunk}, k={k}, r={r_g + hybrid_r}, hybrid_r={hybrid_r}, bias={self.bias is not None}"
+        return f"{super().extra_repr()}, bias={self.bias is not None}"
 
 
-def delta_weight(down: GranularDown | Weights, up: GranularUp | Weights, scaling: float | Tensor) -> Tensor:
-    """dW = scaling * gain * (grid + B_s A_s), `[O, I]`, in float32 for factors of half precision, else in their dtype.
+def delta_weight(factors: Factors) -> Tensor:
+    """dW = scaling * (grid + B_s A_s), `[O, I]`, in float32 for factors of half precision, else in their dtype.
 
     Half-precision factors are multiplied in float32, so that merging rounds once, when the sum is stored.
     """
-    dtype = torch.promote_types(up.weight.dtype, torch.float32)
-    scaling = float(scaling) * up.gain  # a tensor after prepare_model_for_compiled_hotswap
-    dW = ops.delta_weight(down.weight.to(dtype), up.weight.to(dtype), scaling)
-    if down.hybrid_weight is not None and up.hybrid_weight is not None:
-        dW.addmm_(up.hybrid_weight.to(dtype), down.hybrid_weight.to(dtype), alpha=scaling)
+    A, B, hybrid_A, hybrid_B, scaling = factors
+    dtype = torch.promote_types(B.dtype, torch.float32)
+    scaling = float(scaling)  # it is a tensor after prepare_model_for_compiled_hotswap
+    dW = ops.delta_weight(A.to(dtype), B.to(dtype), scaling)
+    if hybrid_A is not None and hybrid_B is not None:
+        dW.addmm_(hybrid_B.to(dtype), hybrid_A.to(dtype), alpha=scaling)
     return dW
 
 
-def kaiming_gain(k: int, init_lora_weights: bool | str) -> float:
-    """Factor from LoRA's initial A to GraLoRA's: a block's fan-in is I/k; "gaussian" does not depend on fan-in."""
-    return 1.0 if init_lora_weights == "gaussian" else math.sqrt(k)
+def blocks_of_A(A: Tensor) -> Tensor:
+    """View a grid's A, or its gradient, as those of k x k LoRAs, in PEFT's layout.
+
+    Block (j, i) of dW, output block j and input block i, is `scaling * blocks_of_B(B)[j, i] @ blocks_of_A(A)[j, i]`.
+
+    Args:
+        A: `[k, I/k, r_g]`.
+
+    Returns:
+        `[k, k, r_g/k, I/k]`, indexed by j and i.
+    """
+    return A.unflatten(2, (A.shape[0], -1)).permute(2, 0, 3, 1)
+
+
+def blocks_of_B(B: Tensor) -> Tensor:
+    """View a grid's B `[k, r_g, O/k]`, or its gradient, as `[k, k, O/k, r_g/k]`; see `blocks_of_A`."""
+    return B.unflatten(1, (B.shape[0], -1)).mT
+
+
+def transposed(factors: Factors) -> Factors:
+    """The factors, as views, of the grid whose dW is the transpose: A and B swap their roles."""
+    A, B, hybrid_A, hybrid_B, scaling = factors
+    hybrid_A, hybrid_B = (None if t is None else t.mT for t in (hybrid_B, hybrid_A))
+    return Factors(B.mT, A.mT, hybrid_A, hybrid_B, scaling)
 
 
 def scaling_gain(gralora_scaling: str, k: int, r_g: int, hybrid_r: int) -> float:

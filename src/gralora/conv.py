@@ -9,11 +9,13 @@ sub-ranks are exchanged at every position; B_j is a 1x1 convolution. dW is the g
 from typing import Any
 
 import torch
+from peft.tuners import lora
 from torch import Tensor, nn
 
-from . import blocks
-from .blocks import GranularDown, GranularUp, Weights
-from .factors import hybrid_to_lora
+from .blocks import Factors, GranularDown, GranularUp
+from .layers import GraloraLayer
+from .ops.torch_seam import reversed_padding
+from .seam import Conv1d
 
 CONVOLUTIONS = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)
 
@@ -32,21 +34,16 @@ class ConvDown(GranularDown):
         self.options = {"stride": base.stride, "padding": base.padding, "dilation": base.dilation}
         self.pad: tuple[list[int], str] | None = None
         if base.padding_mode != "zeros":  # as nn.Conv2d does it
-            self.pad = base._reversed_padding_repeated_twice, base.padding_mode
+            self.pad = reversed_padding(base), base.padding_mode
             self.options["padding"] = 0
 
     @classmethod
-    def from_conv(cls, conv: Any, base: Any, k: int, hybrid_r: int, gain: float) -> "ConvDown":
-        """Read the A of PEFT's plain LoRA, weight `[r, I, *kernel]`; see `GranularDown.from_linear`."""
+    def from_conv(cls, conv: Any, base: Any, k: int, hybrid_r: int) -> "ConvDown":
+        """Regroup the A of PEFT's plain LoRA, weight `[r, I, *kernel]`; see `GranularDown.from_linear`."""
         A = conv.weight.detach()
-        grid, hybrid = cls.read(A.flatten(1), k, hybrid_r, gain)
+        grid, hybrid = cls.read(A.flatten(1), k, hybrid_r)
         grid = grid.unflatten(1, (A.shape[1] // k, *A.shape[2:]))
         return cls(grid, None if hybrid is None else hybrid.unflatten(1, A.shape[1:]), base)
-
-    def of_patches(self) -> Weights:
-        """The factors of the linear map of patches, `[k, I/k * P, r_g]` and `[hybrid_r, I * P]`."""
-        hybrid = self.hybrid_weight
-        return Weights(self.weight.flatten(1, -2), None if hybrid is None else hybrid.flatten(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., I, *space]` -> exchanged sub-ranks and hybrid part, `[..., k * r_g + hybrid_r, *space']`."""
@@ -61,10 +58,8 @@ class ConvDown(GranularDown):
             return g
         return torch.cat([g, convolve(x, self.hybrid_weight, **self.options)], dim=channels)
 
-    def extra_repr(self) -> str:
-        k, chunk, *kernel, r_g = self.weight.shape
-        hybrid_r = 0 if self.hybrid_weight is None else self.hybrid_weight.shape[0]
-        return f"in={k * chunk}, kernel={tuple(kernel)}, k={k}, r={r_g + hybrid_r}, hybrid_r={hybrid_r}"
+    def features(self) -> str:
+        return f"{super().features()}, kernel={tuple(self.weight.shape[2:-1])}"
 
 
 class ConvUp(GranularUp):
@@ -79,7 +74,7 @@ class ConvUp(GranularUp):
 
     @classmethod
     def from_conv(cls, conv: Any, k: int, hybrid_r: int) -> "ConvUp":
-        """Read the B of PEFT's plain LoRA, a 1x1 convolution of weight `[O, r, 1, ...]`."""
+        """Regroup the B of PEFT's plain LoRA, a 1x1 convolution of weight `[O, r, 1, ...]`."""
         B, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach().clone()
         return cls(*cls.read(B.flatten(1), k, hybrid_r), bias, dims=B.ndim - 2)
 
@@ -89,29 +84,40 @@ class ConvUp(GranularUp):
         return super().forward(g.movedim(channels, -1)).movedim(-1, channels)
 
 
-class GranularConv:
-    """Mixin in front of `GraloraLayer`, over PEFT's `lora.Conv1d`, `lora.Conv2d` and `lora.Conv3d`."""
+class GranularConv(GraloraLayer):
+    """Mixin over PEFT's `lora.Conv1d`, `lora.Conv2d` and `lora.Conv3d`, whose factors are convolutions."""
 
-    def read_factors(self, adapter_name: str, k: int, hybrid_r: int, gain: float) -> None:
+    peft_class = Conv1d, lora.Conv2d, lora.Conv3d
+    linear_factors = False
+
+    def read_factors(self, adapter_name: str, k: int, hybrid_r: int) -> None:
         A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
-        down = ConvDown.from_conv(A, self.get_base_layer(), k, hybrid_r, gain)
+        down = ConvDown.from_conv(A, self.get_base_layer(), k, hybrid_r)
         up = ConvUp.from_conv(B, k, hybrid_r)
         self.lora_A[adapter_name] = down.requires_grad_(A.weight.requires_grad)
         self.lora_B[adapter_name] = up.requires_grad_(B.weight.requires_grad)
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """dW of one adapter, scaling included, `[O, I, *kernel]`."""
-        if not self.is_gralora(adapter):
-            return super().get_delta_weight(adapter)
-        down = self.lora_A[adapter]
-        dW = blocks.delta_weight(down.of_patches(), self.lora_B[adapter], self.scaling[adapter])
-        return dW.unflatten(1, (-1, *down.weight.shape[2:-1]))
+    def factors(self, adapter: str) -> Factors:
+        """Those of the linear map of patches: its input features are the channels times the kernel's positions."""
+        A, B, hybrid_A, hybrid_B, scaling = super().factors(adapter)
+        return Factors(A.flatten(1, -2), B, None if hybrid_A is None else hybrid_A.flatten(1), hybrid_B, scaling)
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """`[O, I * P]` -> `[O, I, *kernel]`."""
+        return matrix.unflatten(1, (-1, *self.get_base_layer().kernel_size))
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """`[O, I, *kernel]` -> `[O, I * P]`."""
+        return weight.flatten(1)
 
     def plain_lora(self, adapter: str, rank: int | None = None) -> tuple[Tensor, Tensor]:
-        down, up = self.lora_A[adapter], self.lora_B[adapter]
-        (A, hybrid_A), kernel = down.of_patches(), down.weight.shape[2:-1]
-        A_lora, B_lora = hybrid_to_lora(A, up.weight, hybrid_A, up.hybrid_weight, rank)
-        return A_lora.unflatten(1, (-1, *kernel)), B_lora.unflatten(1, (-1, *[1] * len(kernel)))
+        """`[rank, I, *kernel]` and `[O, rank, 1, ...]`."""
+        A, B = super().plain_lora(adapter, rank)
+        kernel = self.get_base_layer().kernel_size
+        return A.unflatten(1, (-1, *kernel)), B.unflatten(1, (-1, *[1] * len(kernel)))
+
+    def fused_call(self, x: Tensor) -> None:
+        return None
 
 
 def conv_obstacle(base: Any) -> str:

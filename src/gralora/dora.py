@@ -8,7 +8,7 @@ import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
-from .blocks import GranularDown, GranularUp
+from .blocks import GranularDown, GranularUp, blocks_of_A, blocks_of_B
 
 
 class GranularDora(DoraLinearLayer):
@@ -79,8 +79,8 @@ def row_norms(weight: Tensor, down: GranularDown, up: GranularUp, scaling: float
     scaling = scaling * up.gain
     dtype = torch.promote_types(weight.dtype, torch.float32)
     k = down.weight.shape[0]
-    a = down.weight.to(dtype).unflatten(2, (k, -1)).permute(2, 0, 1, 3)  # [k_j, k_i, I/k, q]
-    b = up.weight.to(dtype).unflatten(1, (k, -1)).mT  # [k_j, k_i, O/k, q]
+    a = blocks_of_A(down.weight.to(dtype)).mT  # [k_j, k_i, I/k, q]
+    b = blocks_of_B(up.weight.to(dtype))  # [k_j, k_i, O/k, q]
     squares = []
     for j, W in enumerate(weight.chunk(k)):
         W = W.to(dtype)

@@ -8,12 +8,12 @@ zero. As for PEFT's LoRA, A starts at zero and B is drawn from the normal distri
 from typing import Any
 
 import torch
+from peft.tuners import lora
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from . import blocks
-from .blocks import Weights
-from .factors import hybrid_to_lora
+from .blocks import Factors
+from .layers import GraloraLayer
 from .ops import reference
 
 
@@ -36,54 +36,62 @@ class GranularEmbeddingVariant(LoraVariant):
         return (orig_weight.data - module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
 
 
-class GranularEmbedding:
-    """Mixin in front of `GraloraLayer`, over PEFT's `lora.Embedding`, whose factors are parameters, not modules.
+class GranularEmbedding(GraloraLayer):
+    """Mixin over PEFT's `lora.Embedding`, whose factors are parameters, not modules.
 
     `lora_embedding_A[adapter]` is `[r, k, V/k]` and `lora_embedding_B[adapter]` `[k, O/k, r]`: PEFT's, in blocks. Of
     the r ranks the first hybrid_r are the plain LoRA, the others the grid.
     """
 
+    peft_class = lora.Embedding
+    linear_factors = False
+    drawn_by_fan_in = False
+
     def is_gralora(self, adapter_name: str) -> bool:
         return isinstance(self.lora_variant.get(adapter_name), GranularEmbeddingVariant)
 
-    def read_factors(self, adapter_name: str, k: int, hybrid_r: int, gain: float) -> None:
-        """The elements stay where they are; `gain` is for a fan-in, on which their values do not depend."""
+    def read_factors(self, adapter_name: str, k: int, hybrid_r: int) -> None:
+        """The elements stay where they are."""
         A, B = self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
         self.lora_embedding_A[adapter_name] = nn.Parameter(A.detach().unflatten(1, (k, -1)), A.requires_grad)
         self.lora_embedding_B[adapter_name] = nn.Parameter(B.detach().unflatten(0, (k, -1)), B.requires_grad)
         self.lora_variant[adapter_name] = GranularEmbeddingVariant(hybrid_r)
 
-    def factors(self, adapter: str) -> tuple[Weights, Weights]:
-        """Views as a linear layer's: `[k, V/k, r_g]` and `[hybrid_r, V]`; `[k, r_g, O/k]` and `[O, hybrid_r]`."""
+    def factors(self, adapter: str) -> Factors:
+        """Views as a linear layer's, of input features V."""
         A, B = self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
         hybrid_r = self.lora_variant[adapter].hybrid_r
         down, up = A[hybrid_r:].movedim(0, -1), B[..., hybrid_r:].mT
-        if not hybrid_r:
-            return Weights(down), Weights(up)
-        return Weights(down, A[:hybrid_r].flatten(1)), Weights(up, B[..., :hybrid_r].flatten(0, 1))
+        hybrid = (A[:hybrid_r].flatten(1), B[..., :hybrid_r].flatten(0, 1)) if hybrid_r else (None, None)
+        return Factors(down, up, *hybrid, self.scaling[adapter])
 
     def update(self, adapter: str, ids: Tensor) -> Tensor:
         """The adapter's output, scaling included, for token ids `[...]`: `[..., O]`."""
-        A, up = self.lora_embedding_A[adapter], self.factors(adapter)[1]
-        (r, k, chunk), r_g = A.shape, up.weight.shape[1]
+        A, (_, B, _, hybrid_B, scaling) = self.lora_embedding_A[adapter], self.factors(adapter)
+        (r, k, chunk), r_g = A.shape, B.shape[1]
         hybrid, h = self._embed(ids, A.flatten(1).T).split([r - r_g, r_g], dim=-1)
         place = (ids // chunk).unsqueeze(-1) == torch.arange(k, device=ids.device)  # [..., k_i]
         g = h.unflatten(-1, (k, 1, -1)) * place.unsqueeze(-1).unsqueeze(-3)  # [..., k_j, k_i, q]
-        y = reference.up(g.flatten(-3), up.weight)
-        if up.hybrid_weight is not None:
-            y = y + nn.functional.linear(hybrid, up.hybrid_weight)
+        y = reference.up(g.flatten(-3), B)
+        if hybrid_B is not None:
+            y = y + nn.functional.linear(hybrid, hybrid_B)
         embed_scale = self._get_embed_scale()  # of Gemma's embeddings, whose forward multiplies by it
-        return y * self.scaling[adapter] * (1 if embed_scale is None else embed_scale.to(y.dtype))
+        return y * scaling * (1 if embed_scale is None else embed_scale.to(y.dtype))
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """dW of one adapter, scaling included, `[V, O]` as the weight."""
-        if not self.is_gralora(adapter):
-            return super().get_delta_weight(adapter)
-        return blocks.delta_weight(*self.factors(adapter), self.scaling[adapter]).T
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """`[O, V]` -> `[V, O]`."""
+        return matrix.T
 
-    def plain_lora(self, adapter: str, rank: int | None = None) -> tuple[Tensor, Tensor]:
-        down, up = self.factors(adapter)
-        return hybrid_to_lora(down.weight, up.weight, down.hybrid_weight, up.hybrid_weight, rank)
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """`[V, O]` -> `[O, V]`."""
+        return weight.T
+
+    @staticmethod
+    def plain_weights(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+
+    def fused_call(self, x: Tensor) -> None:
+        return None
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """PEFT's, which ignores variants; the rows of GraLoRA adapters are added to after it."""

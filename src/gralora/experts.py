@@ -14,7 +14,9 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .blocks import GranularDown, GranularUp, Weights
+from . import blocks
+from .blocks import GranularDown, GranularUp
+from .layers import GraloraLayer
 
 
 class TargetParameter(NamedTuple):
@@ -66,45 +68,59 @@ def param_wrapper(layer: nn.Module, name: str) -> Any:
 class ExpertsDown(GranularDown):
     """The A of all experts: `weight` `[E, k, I/k, r_g]`, `hybrid_weight` `[E, hybrid_r, I]`. Never called."""
 
-    def extra_repr(self) -> str:
-        experts, k, chunk, r_g = self.weight.shape
-        hybrid_r = 0 if self.hybrid_weight is None else self.hybrid_weight.shape[1]
-        return f"experts={experts}, in={k * chunk}, k={k}, r={r_g + hybrid_r}, hybrid_r={hybrid_r}"
+    experts = 1
 
 
 class ExpertsUp(GranularUp):
     """The B of all experts: `weight` `[E, k, r_g, O/k]`, `hybrid_weight` `[E, O, hybrid_r]`. Never called."""
 
-    def extra_repr(self) -> str:
-        experts, k, r_g, chunk = self.weight.shape
-        hybrid_r = 0 if self.hybrid_weight is None else self.hybrid_weight.shape[2]
-        return f"experts={experts}, out={k * chunk}, k={k}, r={r_g + hybrid_r}, hybrid_r={hybrid_r}"
+    experts = 1
 
 
-class GranularExperts:
-    """Mixin in front of `GraloraLayer`, over PEFT's `lora.ParamWrapper`."""
+class GranularExperts(GraloraLayer):
+    """Mixin over PEFT's `lora.ParamWrapper`, which adds dW to the parameter for the time of a forward pass."""
 
+    peft_class = lora.ParamWrapper
+    keeps_name = True  # PEFT 0.20 finds these wrappers by the name of their class
+    linear_factors = False
     not_combinable = "PEFT's add_weighted_adapter does not support target_parameters"
 
-    def read_factors(self, adapter_name: str, k: int, hybrid_r: int, gain: float) -> None:
+    def read_factors(self, adapter_name: str, k: int, hybrid_r: int) -> None:
         """PEFT's `[E * r, I]` and `[O, r * E]`, the expert outermost in the one and innermost in the other."""
         A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
         if is_8_bit(A):  # PEFT gives factors the parameter's dtype; one cannot compute with this one
             A, B = A.float(), B.float()
-        down = GranularDown.read(A.detach().unflatten(0, (self.num_experts, -1)), k, hybrid_r, gain)
+        down = GranularDown.read(A.detach().unflatten(0, (self.num_experts, -1)), k, hybrid_r)
         up = GranularUp.read(B.detach().unflatten(1, (-1, self.num_experts)).movedim(-1, 0), k, hybrid_r)
         self.lora_A[adapter_name] = ExpertsDown(*down).requires_grad_(A.requires_grad)
         self.lora_B[adapter_name] = ExpertsUp(*up).requires_grad_(B.requires_grad)
 
-    def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
+    def base_weight(self) -> Tensor:
+        return self.get_param()
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """`[E, O, I]` -> the parameter's layout: that, `[E, I, O]`, or `[O, I]` of one expert."""
+        return (matrix.mT if self.stores_in_out() else matrix).view(self.get_param().shape)
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """The inverse of `as_weight`."""
+        matrix = weight if weight.ndim == 3 else weight.unsqueeze(0)
+        return matrix.mT if self.stores_in_out() else matrix
+
+    def stores_in_out(self) -> bool:
+        """Whether the parameter is `[E, I, O]`."""
+        return self.get_param().ndim == 3 and not self._did_swap_in_out_features
+
+    def delta_weight(self, adapter: str) -> Tensor:
         """dW of one adapter, scaling included, in the parameter's layout, and in its dtype unless that has 8 bits."""
-        if not self.is_gralora(adapter):
-            return super().get_delta_weight(adapter, *args, **kwargs)
         param = self.get_param()
         dtype = torch.promote_types(self.lora_B[adapter].weight.dtype, torch.float32)
         with torch.autocast(param.device.type, enabled=False):  # a forward pass with several adapters comes here
             dW = torch.bmm(*self._rows(adapter, dtype)).mul(float(self.scaling[adapter])).view(param.shape)
         return dW if is_8_bit(param) else dW.to(param.dtype)
+
+    def fused_call(self, x: Tensor) -> None:
+        return None
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
@@ -126,14 +142,10 @@ class GranularExperts:
             self._remove_parametrizations()
 
     def _rows(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`grid_rows` of dW as it is stored; a grid's transpose is the grid of the transposed factors, swapped."""
-        A, B = self.lora_A[adapter], self.lora_B[adapter]
-        down, up = (
-            Weights(*(None if t is None else t.to(dtype) for t in (f.weight, f.hybrid_weight))) for f in (A, B)
-        )
-        if self.get_param().ndim == 3 and not self._did_swap_in_out_features:  # stored [E, I, O]
-            down, up = (Weights(*(None if t is None else t.mT for t in f)) for f in (up, down))
-        return grid_rows(down, up)
+        """`grid_rows` of dW as it is stored: if that is transposed, those of the transposed grid."""
+        factors = self.factors(adapter)
+        factors = blocks.transposed(factors) if self.stores_in_out() else factors
+        return grid_rows(*(t if t is None else t.to(dtype) for t in factors[:4]))
 
 
 def is_8_bit(t: Tensor) -> bool:
@@ -153,24 +165,26 @@ class AddRows(nn.Module):
             return torch.baddbmm(rows, self.lhs, self.rhs, alpha=self.scaling).view_as(weight)
 
 
-def grid_rows(down: Weights, up: Weights) -> tuple[Tensor, Tensor]:
+def grid_rows(
+    A: Tensor, B: Tensor, hybrid_A: Tensor | None = None, hybrid_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Factors of the grids' rows of blocks, with the plain part: as many operations as a plain LoRA of rank r takes.
 
     Row j of the blocks of dW[e] is `lhs[e * k + j] @ rhs[e * k + j]`: output block j gets r_g sub-ranks, each of them
     from one chunk of the input.
 
     Args:
-        down: A `[E, k, I/k, r_g]` and A_s `[E, hybrid_r, I]` or None.
-        up: B `[E, k, r_g, O/k]` and B_s `[E, O, hybrid_r]` or None.
+        A, B: `[E, k, I/k, r_g]` and `[E, k, r_g, O/k]`.
+        hybrid_A, hybrid_B: `[E, hybrid_r, I]` and `[E, O, hybrid_r]`, or None.
 
     Returns:
         lhs `[E * k, O/k, r]` and rhs `[E * k, r, I]`, for which `(lhs @ rhs).view(E, O, I)` is dW without scaling.
     """
-    k, r_g = down.weight.shape[1], down.weight.shape[3]
-    chunks = down.weight.unflatten(-1, (k, r_g // k)).permute(0, 3, 4, 2, 1)  # [E, k_j, q, I/k, k_i]
+    k, r_g = A.shape[1], A.shape[3]
+    chunks = A.unflatten(-1, (k, r_g // k)).permute(0, 3, 4, 2, 1)  # [E, k_j, q, I/k, k_i]
     rhs = torch.diag_embed(chunks, dim1=2, dim2=4).flatten(4).flatten(2, 3)  # [E, k_j, k_i * q, k_i * I/k]
-    lhs = up.weight.mT
-    if down.hybrid_weight is not None:
-        rhs = torch.cat([rhs, down.hybrid_weight.unsqueeze(1).expand(-1, k, -1, -1)], dim=2)
-        lhs = torch.cat([lhs, up.hybrid_weight.unflatten(1, (k, -1))], dim=3)
+    lhs = B.mT
+    if hybrid_A is not None and hybrid_B is not None:
+        rhs = torch.cat([rhs, hybrid_A.unsqueeze(1).expand(-1, k, -1, -1)], dim=2)
+        lhs = torch.cat([lhs, hybrid_B.unflatten(1, (k, -1))], dim=3)
     return lhs.flatten(0, 1), rhs.flatten(0, 1)

@@ -65,9 +65,8 @@ def _padded(layer: Any, where: str, name: str, rank: int) -> tuple[Tensor, Tenso
         if A.weight.shape[0] > rank:
             raise ValueError(f"target_rank={rank} is less than the rank {A.weight.shape[0]} of {where!r}.")
         return pad_lora(A.weight.data, B.weight.data, rank)
-    _check_linear(where, A)
-    k, _, r_g = A.weight.shape
-    hybrid_r = 0 if A.hybrid_weight is None else A.hybrid_weight.shape[0]
+    _check_linear(where, layer, name)
+    k, r_g, hybrid_r = A.k, A.r_g, A.hybrid_r
     if rank < r_g + hybrid_r or (rank - hybrid_r) % k:
         fitting = max(r_g, -(-(rank - hybrid_r) // k) * k) + hybrid_r
         raise ValueError(
@@ -78,15 +77,16 @@ def _padded(layer: Any, where: str, name: str, rank: int) -> tuple[Tensor, Tenso
     return pad_grid(A.weight.data, B.weight.data, rank - hybrid_r)
 
 
-def _check_linear(where: str, down: GranularDown) -> None:
-    if type(down) is not GranularDown:
-        raise ValueError(f"layer {where!r}: ranks of a {type(down).__name__} cannot be padded, only of linear layers.")
+def _check_linear(where: str, layer: GraloraLayer, adapter: str) -> None:
+    if not layer.linear_factors:
+        kind = type(layer.lora_A[adapter]).__name__
+        raise ValueError(f"layer {where!r}: ranks of a {kind} cannot be padded, only of linear layers.")
 
 
 def _check_gain(where: str, up: GranularUp, r_g: int, padded: int) -> None:
     """Raise ValueError if gralora_scaling takes the padding for ranks."""
-    hybrid_r = 0 if up.hybrid_weight is None else up.hybrid_weight.shape[1]
-    gains = [scaling_gain(up.gralora_scaling, up.weight.shape[0], r, hybrid_r) for r in (r_g, padded)]
+    hybrid_r = up.hybrid_r
+    gains = [scaling_gain(up.gralora_scaling, up.k, r, hybrid_r) for r in (r_g, padded)]
     if abs(gains[0] - gains[1]) > 1e-12:  # without hybrid_r they differ by a rounding at most
         raise ValueError(
             f"layer {where!r}: gralora_scaling={up.gralora_scaling!r} with hybrid_r={hybrid_r} depends on the rank: "
@@ -131,7 +131,7 @@ def hotswap_adapter(
         if A in tensors and B in tensors and layer.is_gralora(adapter_name):
             if tensors[A].shape == layer.lora_A[adapter_name].weight.shape:
                 continue
-            _check_linear(where, layer.lora_A[adapter_name])
+            _check_linear(where, layer, adapter_name)
             _check_features(where, tensors[A], tensors[B], layer.lora_A[adapter_name], layer.lora_B[adapter_name])
             rank = max(tensors[A].shape[2], layer.lora_A[adapter_name].weight.shape[2])
             _check_gain(where, layer.lora_B[adapter_name], tensors[A].shape[2], rank)

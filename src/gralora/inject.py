@@ -14,6 +14,7 @@ which kind of layer PEFT chose, on the order in which plain LoRA and GraLoRA ada
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft
@@ -26,12 +27,12 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from . import blocks
 from .config import SUPPORTED_VARIANTS, LoraConfig, auto_k, names
 from .dora import GranularDora
 from .experts import TargetParameter, param_wrapper, targeted_parameters
+from .inits import INITS
 from .kinds import base_layer, check_fields, check_kind, keep_weights_unpacked, kind_of
-from .layers import ARROW, GraloraLayer
+from .layers import ARROW
 from .model import GraloraModel
 from .promote import promote
 
@@ -83,37 +84,46 @@ def create_and_replace(
         check_layer(config, current_key, target, tuner.model)
     if isinstance(tuner, lora.LoraModel):
         promote(tuner, GraloraModel)
-    tied = getattr(config, "target_modules_to_tie", None) or ()
-    if target_name in tied:
-        config.target_modules_to_tie = None  # PEFT would share the embedding's factors as those of a plain LoRA
+    init = INITS[config.init_lora_weights]
+    tied = target_name in (getattr(config, "target_modules_to_tie", None) or ())
+    # PEFT would share a tied embedding's factors as those of a plain LoRA
+    for_peft = {"init_lora_weights": init.drawn} | ({"target_modules_to_tie": None} if tied else {})
     try:
-        stock(tuner, config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs)
+        with _fields(config, for_peft):
+            stock(tuner, config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs)
     except BaseException:
         tuner._gralora_plan = None  # the next attempt is planned anew: model and config may be others by then
         raise
-    finally:
-        if tied:
-            config.target_modules_to_tie = tied
 
     layer = getattr(parent, target_name)
     if isinstance(base, TargetParameter):
         layer = param_wrapper(target, base.name) or param_wrapper(layer, base.name)  # had an adapter, or is new
     else:
         check_kind(current_key, layer, tuner.model)  # that PEFT chose the class that it was expected to
-    k, hybrid_r = config.of_layer("gralora_k", current_key), config.hybrid_r
-    gain = blocks.kaiming_gain(k, config.init_lora_weights)
-    kind = kind_of(base)
+    k, kind = config.of_layer("gralora_k", current_key), kind_of(base)
     for part, mixin in [(layer, kind.mixin), *((getattr(layer.base_layer, n), m) for n, m in kind.inner.items())]:
-        promote(part, *filter(None, [mixin]), GraloraLayer)
-        part.read_factors(adapter_name, k, hybrid_r, gain)
+        promote(part, mixin)
+        part.read_factors(adapter_name, k, config.hybrid_r)
         if adapter_name in part.lora_B:
             part.lora_B[adapter_name].gralora_scaling = config.gralora_scaling
+        init.fill(part, adapter_name, config)
     if config.use_dora:
         factors = layer.lora_A[adapter_name], layer.lora_B[adapter_name], layer.scaling[adapter_name]
         stock_dora = layer.lora_magnitude_vector[adapter_name]
         layer.lora_magnitude_vector[adapter_name] = GranularDora.from_linear(stock_dora, base, *factors)
-    if target_name in tied:
+    if tied:
         layer.tie_factors(adapter_name, tuner.model.get_input_embeddings())
+
+
+@contextmanager
+def _fields(config: LoraConfig, values: dict[str, Any]) -> Iterator[None]:
+    """Give fields of a config other values for a while."""
+    before = {name: getattr(config, name) for name in values}
+    vars(config).update(values)
+    try:
+        yield
+    finally:
+        vars(config).update(before)
 
 
 def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> LoraConfig:

@@ -5,20 +5,20 @@ not matter in which module of the package a class is defined.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .attention import GranularAttention, GranularOutProjection, attention_obstacle
 from .conv import GranularConv, conv_obstacle
 from .embedding import GranularEmbedding, embedding_obstacle
 from .experts import GranularExperts, TargetParameter
+from .layers import GraloraLayer
+from .ops.torch_seam import NonDynamicallyQuantizableLinear
 
 
 def _none(base: nn.Module) -> str:
@@ -70,8 +70,8 @@ class Kind(NamedTuple):
     lora: str
     flag: str = ""
     obstacle: Callable[[Any], str] = _none
-    mixin: type | None = None
-    inner: Mapping[str, type] = MappingProxyType({})
+    mixin: type[GraloraLayer] = GraloraLayer
+    inner: Mapping[str, type[GraloraLayer]] = MappingProxyType({})
     refuses: Mapping[str, str] = MappingProxyType({})
 
 
@@ -211,6 +211,12 @@ def kind_of(base: nn.Module | TargetParameter) -> Kind:
     return _kinds(base)[0]
 
 
+def mixin_of(layer: nn.Module) -> type[GraloraLayer]:
+    """The class of ours for a LoRA layer, which may be one of PEFT's own class; that for linear layers if unknown."""
+    kinds = _kinds(base_layer(layer))
+    return kinds[0].mixin if kinds else GraloraLayer
+
+
 def _kinds(base: nn.Module | TargetParameter) -> list[Kind]:
     weight = getattr(base, "weight", None)
     return [k for k in KINDS if _inherits(base, k.base) and k.weight in ("", _name(type(weight)))]
@@ -249,12 +255,3 @@ def keep_weights_unpacked(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
-@contextmanager
-def keep_bias(layer: Any) -> Iterator[None]:
-    """Keep the base layer's bias where PEFT replaces the base layer by a new one: it forgets that of HQQ layers."""
-    before = layer.base_layer
-    yield
-    if layer.base_layer is not before:
-        layer.base_layer.bias = before.bias

@@ -1,21 +1,18 @@
-"""The mixin over PEFT's LoRA layers: what a layer does with the factors of a grid."""
+"""What a LoRA layer of PEFT's does with the factors of a grid: `GraloraLayer`, the base class of all kinds."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft
-import torch
+from peft.tuners import lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
-from transformers.pytorch_utils import Conv1D
 
-from . import blocks
-from .blocks import GranularDown, GranularUp
+from . import blocks, fast_path
+from .blocks import Factors, GranularDown, GranularUp
 from .factors import hybrid_to_lora
-from .kinds import keep_bias
-from .ops import add_update, dispatch, gralora_linear
-from .ops.transforms import is_transformed
 from .promote import Promoted
 
 ARROW = (
@@ -25,124 +22,163 @@ ARROW = (
 
 
 class GraloraLayer(Promoted):
-    """Mixin over one of PEFT's LoRA layer classes; its adapters may be GraLoRA, plain LoRA, or some of each.
+    """Mixin in front of one of PEFT's LoRA layer classes; its adapters may be GraLoRA, plain LoRA, or some of each.
 
-    What it says of factors is about linear layers; kinds of layers that differ have a mixin of their own in front.
+    This class is the mixin of linear layers, and the base class of all others: another kind of layer is a subclass,
+    named in a row of `kinds.KINDS`. A subclass says what differs from a linear layer, and overrides no more than:
+
+    `read_factors`      make a GraLoRA of the plain LoRA that PEFT has just added: the one method every kind has
+    `is_gralora`        whether an adapter is one, if `lora_B[adapter]` does not tell
+    `factors`           an adapter as the factors of a linear map, A `[k, I/k, r_g]` and B `[k, r_g, O/k]`
+    `as_weight`         lay a matrix `[O, I]` out as the base layer's weight
+    `as_matrix`         the inverse of `as_weight`
+    `base_weight`       the parameter that dW belongs to, if it is not `weight`
+    `delta_weight`      dW, where it is not `as_weight` of the factors' product
+    `plain_lora`        the plain LoRA that an adapter equals, in PEFT's layout
+    `plain_weights`     where PEFT keeps A and B of a plain LoRA
+    `fused_call`        None in all classes but this one, whose base layer is a matrix product
+    `forward`, `merge`, `unmerge` and what else PEFT's class does differently, by PEFT's names
+
+    and the facts, which are attributes of the class:
     """
 
-    not_combinable = ""  # why PEFT's add_weighted_adapter is refused; empty if it is not
+    peft_class: Any = lora.Linear
+    """PEFT's class or classes (a tuple) for such layers: those that this one goes in front of."""
+
+    linear_factors = True
+    """Whether `lora_A` and `lora_B` hold a linear layer's factors, so that ranks can be padded (hotswapping) and
+    gradients preconditioned (`gralora.create_lorafa_optimizer`)."""
+
+    not_combinable = ""
+    """Why PEFT's add_weighted_adapter is refused; empty if it is not."""
+
+    drawn_by_fan_in = True
+    """Whether PEFT draws A from a distribution that depends on the number of input features."""
+
+    _safe_merge = False  # while `merge(safe_merge=True)` runs
+
+    # The factors
 
     def is_gralora(self, adapter_name: str) -> bool:
+        """Whether an adapter of this layer is GraLoRA; False for a plain LoRA, and for an adapter it lacks."""
         return adapter_name in self.lora_B and isinstance(self.lora_B[adapter_name], GranularUp)
 
-    def read_factors(self, adapter_name: str, k: int, hybrid_r: int, gain: float) -> None:
-        """Make a GraLoRA of the plain LoRA that PEFT has just added; see `GranularDown.from_linear`."""
+    def read_factors(self, adapter_name: str, k: int, hybrid_r: int) -> None:
+        """Make a GraLoRA of the plain LoRA that PEFT has just added, with its numbers, dtype and device.
+
+        Args:
+            adapter_name: the adapter.
+            k: blocks per side, a divisor of the layer's features and of the rank less hybrid_r.
+            hybrid_r: ranks that stay a plain LoRA.
+        """
         A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
-        down, up = GranularDown.from_linear(A, k, hybrid_r, gain), GranularUp.from_linear(B, k, hybrid_r)
+        down, up = GranularDown.from_linear(A, k, hybrid_r), GranularUp.from_linear(B, k, hybrid_r)
         self.lora_A[adapter_name] = down.requires_grad_(A.weight.requires_grad)
         self.lora_B[adapter_name] = up.requires_grad_(B.weight.requires_grad)
 
-    def tie_factors(self, adapter: str, embedding: Any) -> None:
+    def factors(self, adapter: str) -> Factors:
+        """A GraLoRA adapter as the factors of a linear map, which share the memory of its parameters."""
+        A, B = self.lora_A[adapter], self.lora_B[adapter]
+        return Factors(A.weight, B.weight, A.hybrid_weight, B.hybrid_weight, self.scaling[adapter] * B.gain)
+
+    def tie_factors(self, adapter: str, embedding: "GraloraLayer") -> None:
         """Share the memory of a GraLoRA of the embedding whose weight is this output layer's, as PEFT's LoRA does.
 
         The transposed grid is a grid: its A are the embedding's B transposed, and the other way round.
         """
-        down, up = embedding.factors(adapter)
-        for factor, source in ((self.lora_A[adapter], up), (self.lora_B[adapter], down)):
-            factor.weight = nn.Parameter(source.weight.detach().mT, factor.weight.requires_grad)
-            if source.hybrid_weight is not None:
-                factor.hybrid_weight = nn.Parameter(source.hybrid_weight.detach().T, factor.weight.requires_grad)
+        shared = blocks.transposed(embedding.factors(adapter))
+        sources = (shared.A, shared.hybrid_A), (shared.B, shared.hybrid_B)
+        for factor, (grid, hybrid) in zip((self.lora_A[adapter], self.lora_B[adapter]), sources, strict=True):
+            factor.weight = nn.Parameter(grid.detach(), factor.weight.requires_grad)
+            if hybrid is not None:
+                factor.hybrid_weight = nn.Parameter(hybrid.detach(), factor.weight.requires_grad)
 
     def plain_lora(self, adapter: str, rank: int | None = None) -> tuple[Tensor, Tensor]:
-        """A and B, in PEFT's layout, of the plain LoRA that it equals, of rank k * r_g + hybrid_r unless told more."""
-        A, B = self.lora_A[adapter], self.lora_B[adapter]
-        return hybrid_to_lora(A.weight, B.weight, A.hybrid_weight, B.hybrid_weight, rank)
+        """A and B, in PEFT's layout, of the plain LoRA that a GraLoRA adapter equals, without its scaling.
+
+        Args:
+            adapter: the adapter.
+            rank: of the result, at least k * r_g + hybrid_r, which is the default.
+        """
+        A, B, hybrid_A, hybrid_B, _ = self.factors(adapter)
+        return hybrid_to_lora(A, B, hybrid_A, hybrid_B, rank)
+
+    @staticmethod
+    def plain_weights(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B of a plain LoRA adapter; the layer may be one of PEFT's own class."""
+        return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+
+    # The weight
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """A matrix `[O, I]` in the layout of the base layer's weight; a view."""
+        return matrix.T if getattr(self, "fan_in_fan_out", False) else matrix  # not all of PEFT's classes have it
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """A tensor in the layout of the base layer's weight as the matrix `[O, I]`; a view."""
+        return weight.T if getattr(self, "fan_in_fan_out", False) else weight
+
+    def base_weight(self) -> Tensor:
+        """The base layer's parameter to which dW is added when the adapter is merged."""
+        return self.get_base_layer().weight
+
+    def base_matrix(self) -> Tensor:
+        """The base weight as the matrix `[O, I]`, detached; writing to it changes the weight.
+
+        Raises:
+            TypeError: if the weight is quantised, so that it holds no such matrix.
+        """
+        weight = self.base_weight()
+        if type(weight) is not nn.Parameter or not weight.is_floating_point():
+            raise TypeError(
+                f"the base weight is a {type(weight).__name__} of {weight.dtype}, which cannot be read as a matrix; "
+                "load the model without quantisation."
+            )
+        return self.as_matrix(weight.detach())
+
+    def delta_weight(self, adapter: str) -> Tensor:
+        """dW of one GraLoRA adapter, scaling included, in the layout of the base weight.
+
+        An adapter of half precision gives float32, so that adding it to a weight rounds once.
+        """
+        return self.as_weight(blocks.delta_weight(self.factors(adapter)))
+
+    def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
+        """dW of one adapter, scaling included, in the layout of the base weight; `delta_weight` if it is GraLoRA."""
+        if not self.is_gralora(adapter):
+            return super().get_delta_weight(adapter, *args, **kwargs)
+        dW = self.delta_weight(adapter)
+        if self._safe_merge and not dW.isfinite().all():  # not all of PEFT's classes look
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+        return dW
+
+    # The forward pass
+
+    fused_call = fast_path.fused_call
+    """The operation that computes this layer's output for an input, or None where PEFT's forward is needed."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """PEFT's forward, or fewer operations that compute the same."""
-        y = self._fused_forward(*args) if len(args) == 1 and not kwargs else None
-        return super().forward(*args, **kwargs) if y is None else y
+        """PEFT's forward, or one operation that computes the same."""
+        call = self.fused_call(*args) if len(args) == 1 and not kwargs else None
+        return super().forward(*args, **kwargs) if call is None else call(*args)
 
-    def _fused_forward(self, x: Tensor) -> Tensor | None:
-        """With one active adapter: base and adapter in one operation, or the adapter added to the base's output.
-
-        None where PEFT's forward is needed.
-        """
-        own = self.__dict__  # nn.Module's lookup of attributes would cost as much as the arithmetic of a small layer
-        if self._disable_adapters or own["merged_adapters"] or dispatch.choice == "reference" or not x.numel():
-            return None
-        if _has_any_global_hook():  # they are to see the base layer and the adapter's modules called
-            return None
-        if is_transformed():  # by torch.func, forward-mode derivatives or a tracer
-            return None
-        modules = own["_modules"]
-        downs = modules["lora_A"]._modules
-        active = [name for name in self.active_adapters if name in downs]
-        if len(active) != 1 or active[0] in own["lora_variant"]:
-            return None
-        name = active[0]
-        A, B, dropout = downs[name], modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
-        if type(A) is not GranularDown or type(B) is not GranularUp:
-            return None
-        factors_A, factors_B = A._parameters, B._parameters
-        if factors_B["bias"] is not None:
-            return None
-        if type(dropout) not in (nn.Identity, nn.Dropout) or _has_hooks(A) or _has_hooks(B) or _has_hooks(dropout):
-            return None
-        device = "cuda" if x.is_cuda else x.device.type  # making the string costs more than all the checks above
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-        A_weight, B_weight = factors_A["weight"], factors_B["weight"]
-        if x.dtype == torch.float64 if autocast else not A_weight.dtype == B_weight.dtype == dtype:
-            return None
-        A_hybrid, B_hybrid = factors_A["hybrid_weight"], factors_B["hybrid_weight"]
-        scaling = own["scaling"][name]
-        if B.gralora_scaling != "lora":
-            scaling = scaling * B.gain
-        if isinstance(scaling, Tensor):  # prepare_model_for_compiled_hotswap: a number would be compiled in
-            B_weight, B_hybrid = B_weight * scaling, None if B_hybrid is None else B_hybrid * scaling
-            scaling = 1.0
-        p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-        adapter = A_weight, B_weight, A_hybrid, B_hybrid, scaling, p
-
-        base = modules["base_layer"]
-        plain = _plain_weights(base)
-        if plain is not None and (autocast or plain[0].dtype == dtype):
-            x, weight, bias = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (x, *plain))
-            if torch.compiler.is_compiling() and dispatch.compiled_as(x, weight, p) == "operations":
-                return None
-            return gralora_linear(x, weight, bias, *adapter)
-        if torch.compiler.is_compiling():
-            return None
-        y = base(x)
-        quantised = type(base._parameters.get("weight")) is not nn.Parameter
-        if not quantised or y._is_view() or not y.is_contiguous() or _has_hooks(base):
-            y = y.clone()  # what is changed below must be nobody else's, nor kept for the backward
-        return add_update(y, x.to(dtype), *adapter)
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """dW of one adapter, scaling included, in the layout of the base weight (`[out, in]`, Conv1D: `[in, out]`).
-
-        A GraLoRA adapter of half precision gives float32, so that adding it to a weight rounds once.
-        """
-        if not self.is_gralora(adapter):
-            return super().get_delta_weight(adapter)
-        dW = blocks.delta_weight(self.lora_A[adapter], self.lora_B[adapter], self.scaling[adapter])
-        return dW.T if getattr(self, "fan_in_fan_out", False) else dW  # not all of PEFT's classes have it
+    # What PEFT does with whole adapters
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT's, one adapter at a time: some of its classes fail on a second one, or on one that a layer lacks.
 
         Raises:
-            ValueError: with safe_merge, if the result would not be finite; not all of PEFT's classes look.
+            ValueError: with safe_merge, if the result would not be finite.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.scaling:
-                if safe_merge and self.is_gralora(name) and not self.get_delta_weight(name).isfinite().all():
-                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-                with keep_bias(self), warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "Already following adapters were merged")  # said once, above
-                    super().merge(safe_merge=safe_merge, adapter_names=[name])
+        self._safe_merge = safe_merge
+        try:
+            for name in check_adapters_to_merge(self, adapter_names):
+                if name in self.scaling:
+                    with keep_bias(self), warnings.catch_warnings():
+                        warnings.filterwarnings("ignore", "Already following adapters were merged")  # said once, above
+                        super().merge(safe_merge=safe_merge, adapter_names=[name])
+        finally:
+            self._safe_merge = False
 
     def unmerge(self) -> None:
         with keep_bias(self):
@@ -161,25 +197,10 @@ class GraloraLayer(Promoted):
         return super().resolve_lora_variant(config=config, **kwargs)
 
 
-def _plain_weights(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """Weight `[O, I]` and bias of a frozen nn.Linear or Conv1D without hooks; None for any other base layer."""
-    parameters = base._parameters
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
-        return None
-    if _has_hooks(base):
-        return None
-    if type(base).forward is nn.Linear.forward:
-        return weight, bias
-    return (weight.t(), bias) if type(base).forward is Conv1D.forward else None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    own = module.__dict__
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    )
+@contextmanager
+def keep_bias(layer: Any) -> Iterator[None]:
+    """Keep the base layer's bias where PEFT replaces the base layer by a new one: it forgets that of HQQ layers."""
+    before = layer.base_layer
+    yield
+    if layer.base_layer is not before:
+        layer.base_layer.bias = before.bias

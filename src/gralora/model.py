@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .config import SUPPORTED_VARIANTS
 from .factors import pad_lora
+from .kinds import mixin_of
 from .layers import GraloraLayer
 from .promote import Promoted
 
@@ -64,7 +65,7 @@ class GraloraModel(Promoted):
         for layer in self.model.modules():
             if isinstance(layer, lora.LoraLayer) and adapter_name in layer.scaling:
                 # where PEFT's SVD gave a lower rank: it cannot give more than a layer has features
-                A, B = plain_weights(layer, adapter_name)
+                A, B = mixin_of(layer).plain_weights(layer, adapter_name)
                 A.data, B.data = pad_lora(A.data, B.data, self.peft_config[adapter_name].r)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -114,10 +115,9 @@ class GraloraModel(Promoted):
         self.peft_config[plain_name] = self.peft_config[adapter_name].as_plain_lora(max(ranks))
         self.inject_adapter(self.model, plain_name)
         for layer in layers:
-            A, B = plain_weights(layer, plain_name)
+            A, B = layer.plain_weights(layer, plain_name)
             lora_A, lora_B = layer.plain_lora(adapter_name, max(ranks))
-            gain = layer.lora_B[adapter_name].gain if adapter_name in layer.lora_B else 1.0
-            A.data, B.data = lora_A.detach(), lora_B.detach() * layer.scaling[adapter_name] * gain
+            A.data, B.data = lora_A.detach(), lora_B.detach() * layer.factors(adapter_name).scaling
 
     def subtract_mutated_init(
         self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None
@@ -128,10 +128,3 @@ class GraloraModel(Promoted):
                 "does not change the base weights, so save it without."
             )
         return super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
-
-
-def plain_weights(layer: Any, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """A and B of a plain LoRA adapter."""
-    if adapter_name in layer.lora_embedding_A:
-        return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
-    return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight

@@ -12,7 +12,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from .blocks import GranularDown
+from .blocks import blocks_of_A, blocks_of_B
+from .layers import GraloraLayer
 
 
 class Pair(NamedTuple):
@@ -27,28 +28,28 @@ class Pair(NamedTuple):
         A, B = read(self.A), read(self.B)
         if self.A.ndim == 2:
             return A, B
-        k = self.A.shape[0]
-        A = None if A is None else A.unflatten(2, (k, -1)).permute(2, 0, 3, 1)  # [k_j, k_i, rank, I/k]
-        return A, None if B is None else B.unflatten(1, (k, -1)).mT  # [k_j, k_i, O/k, rank]
+        return None if A is None else blocks_of_A(A), None if B is None else blocks_of_B(B)
 
 
 def lora_pairs(model: nn.Module) -> Iterator[Pair]:
     """All adapters of linear layers: grids, their hybrid parts, plain LoRAs.
 
     Raises:
-        ValueError: naming the layer, if it has a GraLoRA of a convolution or of experts.
+        ValueError: naming the layer, if it has a GraLoRA whose factors are not a linear layer's.
     """
     for where, layer in model.named_modules():
         for name in layer.lora_A if isinstance(layer, LoraLayer) else ():
-            A, B, scaling = layer.lora_A[name], layer.lora_B[name], float(layer.scaling[name])
-            if type(A) is GranularDown:
-                yield Pair(A.weight, B.weight, scaling * B.gain)
-                if A.hybrid_weight is not None:
-                    yield Pair(A.hybrid_weight, B.hybrid_weight, scaling * B.gain)
-            elif isinstance(A, GranularDown):
-                raise ValueError(f"layer {where!r}: a GraLoRA of a {type(layer).__name__} cannot be preconditioned.")
-            elif A.weight.ndim == 2:
-                yield Pair(A.weight, B.weight, scaling)
+            if isinstance(layer, GraloraLayer) and layer.is_gralora(name):
+                if not layer.linear_factors:
+                    raise ValueError(
+                        f"layer {where!r}: a GraLoRA of a {type(layer).__name__} cannot be preconditioned."
+                    )
+                A, B, hybrid_A, hybrid_B, scaling = layer.factors(name)
+                yield Pair(A, B, float(scaling))
+                if hybrid_A is not None:
+                    yield Pair(hybrid_A, hybrid_B, float(scaling))
+            elif layer.lora_A[name].weight.ndim == 2:
+                yield Pair(layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
 
 
 def create_riemannian_optimizer(

@@ -7,25 +7,32 @@ from typing import Any
 class Promoted:
     """Base of the mixins. Promoted classes are made at run time, so they pickle by their mixin and PEFT's class."""
 
+    keeps_name = False  # whether a promoted class is named as PEFT's; else with "Gralora" in front
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _unpickle, type(self).__bases__, self.__dict__
 
 
 @functools.cache
-def promoted_class(*bases: type) -> type:
-    """The subclass of PEFT's class, the last of `bases`, with mixins in front, the same object at every call."""
-    name = bases[-1].__name__
-    if name != "ParamWrapper":  # PEFT knows this one by its class's name
-        name = f"Gralora{name}"
-    return type(name, bases, {"__module__": __name__})
+def promoted_class(mixin: type[Promoted], stock: type) -> type:
+    """The subclass of a class of PEFT's with a mixin in front, the same object at every call."""
+    name = stock.__name__ if mixin.keeps_name else f"Gralora{stock.__name__}"
+    return type(name, (mixin, stock), {"__module__": __name__})
 
 
-def promote(obj: Any, *mixins: type) -> None:
-    """Make `obj` an instance of the mixins as well. Its state, and the behaviour of adapters it had, stay."""
-    if not isinstance(obj, mixins):
-        obj.__class__ = promoted_class(*mixins, type(obj))
+def promote(obj: Any, mixin: type[Promoted]) -> None:
+    """Make `obj` an instance of the mixin as well. Its state, and the behaviour of adapters it had, stay.
+
+    Raises:
+        TypeError: if it is an instance of another mixin already, which would go on to answer for this one.
+    """
+    if isinstance(obj, mixin):
+        return
+    if isinstance(obj, Promoted):
+        raise TypeError(f"a {type(obj).__name__} cannot be promoted to {mixin.__name__} too.")
+    obj.__class__ = promoted_class(mixin, type(obj))
 
 
-def _unpickle(*bases: type) -> Any:
-    promoted = promoted_class(*bases)
+def _unpickle(mixin: type[Promoted], stock: type) -> Any:
+    promoted = promoted_class(mixin, stock)
     return promoted.__new__(promoted)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import blocks
-from ..blocks import GranularDown, GranularUp
+from ..blocks import Factors
 from ..config import names
 from ..factors import hybrid_to_lora
 from . import formats
@@ -270,7 +270,7 @@ class Merges:
 
     def _update(self, layer: str) -> Tensor:
         A, B, hybrid_A, hybrid_B = self.adapter.factors(layer).moved(lambda t: t.to(self.device))
-        return blocks.delta_weight(GranularDown(A, hybrid_A), GranularUp(B, hybrid_B), self.adapter.scaling(layer))
+        return blocks.delta_weight(Factors(A, B, hybrid_A, hybrid_B, self.adapter.scaling(layer)))
 
     def verify(self, written: BaseModel, count: int) -> int:
         """Compare a sample of written weights with base + dW in float64, by the plain LoRA that equals the adapter.

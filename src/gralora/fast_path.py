@@ -1,0 +1,136 @@
+"""When a linear layer computes base and adapter in one operation, and with which tensors.
+
+`fused_call` answers without computing the layer, so that whoever computes several layers at once can ask each of them
+first. It runs at every forward pass, where it must cost less than the arithmetic of a small layer: hence the reads of
+modules' dictionaries instead of attributes.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Dropout, Identity, Linear, Parameter
+from transformers.pytorch_utils import Conv1D
+
+from .blocks import Factors, GranularDown, GranularUp, scaling_gain
+from .ops import add_update, dispatch, gralora_linear
+from .ops.torch_seam import children_of, has_global_hooks, has_hooks, is_view, parameters_of
+from .ops.transforms import is_transformed
+
+
+class FusedCall(NamedTuple):
+    """One operation that computes an adapted layer: `call(x)` is the layer's output.
+
+    Attributes:
+        base: the base layer.
+        weight: its weight as a matrix, `[O, I]`, frozen; None if the base layer is called, and the adapter's output
+            added to what it returns.
+        bias: its bias, `[O]`, or None; None also without a weight.
+        factors: the active adapter's.
+        p: probability of dropout on what the adapter sees of x.
+        dtype: what is computed in. x is converted to it for the adapter, and with a weight all of x, weight and bias.
+    """
+
+    base: nn.Module
+    weight: Tensor | None
+    bias: Tensor | None
+    factors: Factors
+    p: float
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        base, weight, bias, factors, p, dtype = self
+        if weight is not None:
+            x = x if x.dtype == dtype else x.to(dtype)
+            weight = weight if weight.dtype == dtype else weight.to(dtype)
+            bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)
+            return gralora_linear(x, weight, bias, *factors, p)
+        y = base(x)
+        quantised = type(parameters_of(base).get("weight")) is not Parameter
+        if not quantised or is_view(y) or not y.is_contiguous() or has_hooks(base):
+            y = y.clone()  # what is changed below must be nobody else's, nor kept for the backward
+        return add_update(y, x.to(dtype), *factors, p)
+
+
+def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
+    """The operation that computes `layer(x)`, or None where PEFT's forward is needed.
+
+    It is one if x is not empty, GRALORA_KERNELS does not ask for the definition, and
+
+    - one adapter is active in this layer: not disabled, nothing merged;
+    - it is a GraLoRA without a bias or a variant (DoRA, aLoRA), whose modules are ours, with torch's own dropout;
+    - no hook would miss a call of A, B or dropout;
+    - no transform of torch.func, no forward-mode derivative and no tracer is at work;
+    - the factors have the dtype that is computed in; under autocast, x is not float64;
+    - while torch.compile traces: the base layer is one whose weight can be read, and the operation is to be one
+      operator of the graph.
+
+    The base layer's weight is read if it is a frozen nn.Linear or Conv1D without hooks, of that dtype.
+
+    Args:
+        layer: a `GraloraLayer` over PEFT's layer for a linear map.
+        x: its input, `[..., I]`.
+    """
+    own = layer.__dict__
+    if own["_disable_adapters"] or own["merged_adapters"] or dispatch.choice == "reference" or not x.numel():
+        return None
+    if has_global_hooks() or is_transformed():
+        return None
+    modules = own["_modules"]
+    downs = children_of(modules["lora_A"])
+    active = layer.active_adapters
+    if len(active) != 1:
+        active = [name for name in active if name in downs]
+        if len(active) != 1:
+            return None
+    name = active[0]
+    if name not in downs or name in own["lora_variant"]:
+        return None
+    A, B, dropout = downs[name], children_of(modules["lora_B"])[name], children_of(modules["lora_dropout"])[name]
+    if type(A) is not GranularDown or type(B) is not GranularUp or type(dropout) not in (Identity, Dropout):
+        return None
+    if has_hooks(A) or has_hooks(B) or has_hooks(dropout):
+        return None
+    factors_A, factors_B = parameters_of(A), parameters_of(B)
+    if factors_B["bias"] is not None:
+        return None
+
+    device = "cuda" if x.is_cuda else x.device.type  # making the string costs more than all the checks above
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    A_weight, B_weight = factors_A["weight"], factors_B["weight"]
+    if x.dtype == torch.float64 if autocast else not A_weight.dtype == B_weight.dtype == dtype:
+        return None
+
+    A_hybrid, B_hybrid = factors_A["hybrid_weight"], factors_B["hybrid_weight"]
+    scaling = own["scaling"][name]
+    if B.gralora_scaling != "lora":
+        k, _, r_g = A_weight.shape
+        scaling = scaling * scaling_gain(B.gralora_scaling, k, r_g, 0 if A_hybrid is None else A_hybrid.shape[0])
+    if isinstance(scaling, Tensor):  # prepare_model_for_compiled_hotswap: a number would be compiled in
+        B_weight, B_hybrid = B_weight * scaling, None if B_hybrid is None else B_hybrid * scaling
+        scaling = 1.0
+    p = dropout.p if dropout.training and type(dropout) is Dropout else 0.0
+
+    base = modules["base_layer"]
+    weight, bias = _weights(base)
+    if weight is not None and not autocast and weight.dtype != dtype:
+        weight = bias = None
+    if torch.compiler.is_compiling() and (
+        weight is None or dispatch.compiled_as(x.to(dtype), weight, p) == "operations"
+    ):
+        return None
+    return FusedCall(base, weight, bias, Factors(A_weight, B_weight, A_hybrid, B_hybrid, scaling), p, dtype)
+
+
+def _weights(base: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Weight `[O, I]` and bias of a frozen nn.Linear or Conv1D without hooks; None for any other base layer."""
+    parameters = parameters_of(base)
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if type(weight) is not Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None, None
+    if has_hooks(base):
+        return None, None
+    if type(base).forward is Linear.forward:
+        return weight, bias
+    return (weight.t(), bias) if type(base).forward is Conv1D.forward else (None, None)
