@@ -20,10 +20,9 @@ def compiled(monkeypatch):
     """Of kernels that are launched on CPU tensors, what Triton compiles for the architecture `target`, by name."""
     kernels = SimpleNamespace(target=None, made={})
 
-    def compile_only(self, key, grid, tensors, numbers, constants, tiled=launch.UNTILED):
+    def compile_only(self, key, grid, tensors, numbers, constants, *tiled):
         constants = tuple("bf16x6" if c == "ieee" else c for c in constants)  # the precision on a GPU
-        arguments = *launch._described(self.describe, tiled), *tensors, *numbers, *constants
-        kernel = self.kernel.warmup(*arguments, grid=grid, **self.options)
+        kernel = self.compile(grid, tensors, numbers, constants, *tiled)
         kernels.made[kernel.name] = kernel
 
     driver = SimpleNamespace(

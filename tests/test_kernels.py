@@ -4,7 +4,6 @@ import itertools
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -341,51 +340,6 @@ def test_hopper_launch_copies_tensors_as_they_lie(monkeypatch):
         strides = (r, 1, 1, n_in // k) if gradients else (0, 0, 0, 0)
         assert numbers[:9] == (*strides, tokens, n_out, n_in, k, r)
         assert not gradients or pointers[2] is z_grad and pointers[3] is x_grad
-
-
-def test_launches_describe_the_memory_they_are_given(monkeypatch):
-    """Descriptors are encoded once for the same layout at the same addresses, and anew for any other."""
-    triton = pytest.importorskip("triton")
-    pytest.importorskip("triton.backends.nvidia.driver")
-    from gralora.ops import launch
-
-    encoded, launched = [], []
-
-    def encode(address, swizzle, size, dtype, block, shape, strides, padding):
-        encoded.append(address)
-        return address, swizzle, block
-
-    utils = SimpleNamespace(fill_tma_descriptor=encode)
-    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
-    monkeypatch.setattr(launch, "_c_launch", lambda run: lambda *args: launched.append(args))
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5, raising=False)
-    metas = [{"swizzle": n, "elem_size": 2, "elem_type": 1, "block_size": [n, 8]} for n in (1, 2, 1)]
-    compiled = SimpleNamespace(
-        run=SimpleNamespace(launch_cooperative_grid=False, launch_pdl=False),
-        metadata=SimpleNamespace(tensordesc_meta=metas),
-        function="function",
-        packed_metadata="metadata",
-    )
-    run = launch._launch_of(compiled, None)
-    first, second = (0, (1, 8), (4, 8), (8, 1)), (1, (2, 8), (16, 8), (8, 1))
-    tiling, other = launch.Tiling((first, second, first)), launch.Tiling((first, (1, (2, 8), (8, 8), (16, 1)), first))
-    x, y, z = torch.zeros(4, 8), torch.zeros(16, 8), torch.zeros(16, 8)
-
-    def arguments(tiling, *tensors):
-        run((3, 1, 1), 0, (tiling, tensors), ("pointer", 7))
-        return launched[-1]
-
-    def expected(a, b, shape, strides):
-        of_x = (a.data_ptr(), 1, [1, 8]), 4, 8, 8, 1
-        of_b = (b.data_ptr(), 2, [2, 8]), *shape, *strides
-        head = 3, 1, 1, 5, "function", False, False, None, None, "metadata", None, None, None
-        return *head, *of_x, *of_b, *of_x, "pointer", 7
-
-    for _ in range(2):
-        assert arguments(tiling, x, y) == expected(x, y, (16, 8), (8, 1))
-        assert arguments(tiling, x, z) == expected(x, z, (16, 8), (8, 1))
-        assert arguments(other, x, y) == expected(x, y, (8, 8), (16, 1))
-    assert encoded == [t.data_ptr() for t in (x, y, x, z, x, y)]
 
 
 @pytest.mark.gpu
