@@ -523,9 +523,15 @@ def test_inputs_are_not_changed(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
 
 
-def test_layers_are_inspected_in_their_order() -> None:
-    names = ["layers.10.q_proj", "layers.2.q_proj", "layers.2.k_proj"]
-    assert sorted(names, key=inspection._natural) == ["layers.2.k_proj", "layers.2.q_proj", "layers.10.q_proj"]
+def test_layers_are_inspected_in_their_order(tmp_path: Path) -> None:
+    """Layer 10 comes after layer 2, and the layers of a block stay together."""
+    save_gralora(tmp_path / "in")
+    config, tensors = read(tmp_path / "in")
+    later = {"layers.0.": "layers.10.", "layers.1.": "layers.2."}
+    renamed = {re.sub("|".join(later), lambda found: later[found[0]], name): t for name, t in tensors.items()}
+    write(tmp_path / "in", config, renamed)
+    layers = list(gralora.inspect_adapter(tmp_path / "in")["layers"])
+    assert [name.split(".")[2] for name in layers] == ["2"] * (len(layers) // 2) + ["10"] * (len(layers) // 2)
 
 
 def test_heat_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

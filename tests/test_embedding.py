@@ -1,14 +1,12 @@
 """GraLoRA of nn.Embedding: the linear grid on one-hot token ids, with the vocabulary as input features."""
 
 import copy
-import pickle
 
 import peft
 import pytest
 import torch
 from helpers import (
     Case,
-    Factors,
     OneLayer,
     adapted,
     adapter_parameters,
@@ -21,12 +19,12 @@ from helpers import (
     naive_update,
     only_layer,
     random_input,
-    randomize,
     tiny_gpt2,
     tiny_llama,
     token_ids,
 )
 from helpers import factors_of as linear_factors_of
+from kinds_table import embedding_factors as factors_of
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
@@ -57,19 +55,6 @@ def one_embedding(case, cls=nn.Embedding, **options):
 
 def tokens(case, *shape):
     return torch.randint(case.in_features, shape, generator=torch.Generator().manual_seed(3))
-
-
-def factors_of(layer, hybrid_r, adapter="default"):
-    """The linear factors that an embedding's parameters hold: of r ranks, the first hybrid_r are the plain LoRA."""
-    A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]  # [r, k, V/k], [k, O/k, r]
-    k = len(B)
-    grid_A = torch.stack([A[hybrid_r:, i].T for i in range(k)])
-    grid_B = torch.stack([B[j, :, hybrid_r:].T for j in range(k)])
-    if not hybrid_r:
-        return Factors(grid_A, grid_B, None, None)
-    hybrid_A = torch.cat([A[:hybrid_r, i] for i in range(k)], dim=1)
-    hybrid_B = torch.cat([B[j, :, :hybrid_r] for j in range(k)])
-    return Factors(grid_A, grid_B, hybrid_A, hybrid_B)
 
 
 def one_hot(ids, case):
@@ -109,22 +94,6 @@ def test_each_place_of_the_exchange(case):
         assert_close64(layer.update("default", torch.tensor(token)), 3 * y)
 
 
-@cases
-@pytest.mark.parametrize("safe", [False, True])
-def test_merge_and_unmerge(case, safe):
-    model = adapted(one_embedding(case), case_config(case))
-    layer, ids = only_layer(model), torch.arange(case.in_features)
-    out, weight = model(ids), layer.base_layer.weight.clone()
-    dW = 3 * naive_delta(factors_of(layer, case.hybrid_r)).T
-    assert_close64(layer.get_delta_weight("default"), dW)
-    model.merge_adapter(safe_merge=safe)
-    assert_close64(layer.base_layer.weight, weight + dW)
-    assert_close64(model(ids), out)
-    model.unmerge_adapter()
-    assert_close64(layer.base_layer.weight, weight)
-    assert_close64(model.merge_and_unload(safe_merge=safe)(ids), out)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("safe", [False, True])
 def test_merge_in_half_precision_rounds_once(dtype, safe):
@@ -139,16 +108,6 @@ def test_merge_in_half_precision_rounds_once(dtype, safe):
     merged = layer.base_layer.weight.double()
     model.unmerge_adapter()
     assert_accurate(layer.base_layer.weight, weight, (merged - dW).to(dtype))
-
-
-def test_safe_merge_refuses_nan():
-    model = adapted(one_embedding(CASES[1]), case_config(CASES[1]))
-    layer = only_layer(model)
-    layer.lora_embedding_B["default"].data[0, 0, 0] = torch.nan
-    weight = layer.base_layer.weight.clone()
-    with pytest.raises(ValueError, match="NaN"):
-        model.merge_adapter(safe_merge=True)
-    assert torch.equal(layer.base_layer.weight, weight)
 
 
 @cases
@@ -166,27 +125,6 @@ def test_start_is_that_of_plain_lora(case):
     assert torch.equal(models[0](ids), ours.base_layer(ids))
     counts = [sum(p.numel() for p in adapter_parameters(model).values()) for model in models]
     assert counts[0] == counts[1] == case.r * (case.in_features + case.out_features)
-
-
-def test_random_start_with_k1_is_that_of_plain_lora():
-    """With init_lora_weights=False neither factor is zero; both are read from PEFT's."""
-    deltas, fields = [], {"init_lora_weights": False, "target_modules": ["layer"]}
-    for config in (gralora_config(1, 4, **fields), peft.LoraConfig(r=4, lora_alpha=8, **fields)):
-        torch.manual_seed(0)
-        deltas.append(only_layer(get_peft_model(one_embedding(CASES[0]), config)).get_delta_weight("default"))
-    assert_close64(*deltas)
-    assert deltas[0].any()
-
-
-def test_training_changes_only_the_factors():
-    model = adapted(one_embedding(CASES[2]), case_config(CASES[2])).train()
-    trained = adapter_parameters(model)
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(trained) and len(trained) == 2
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    model(torch.arange(20)).square().sum().backward()
-    torch.optim.SGD(trained.values(), lr=0.1).step()
-    for name, p in model.named_parameters():
-        assert torch.equal(p, before[name]) == (name not in trained), name
 
 
 @pytest.mark.parametrize("options", [{"padding_idx": 5}, {"scale_grad_by_freq": True}], ids=str)
@@ -219,69 +157,6 @@ def test_scaled_embedding():
     assert_close64(model.merge_and_unload()(ids), base(ids) + 4 * 3 * update)
 
 
-# Several adapters
-
-
-def test_adapters_of_several_kinds():
-    """Two GraLoRAs of other k and hybrid_r and a plain LoRA on one embedding: set, add up, mix, merge, delete."""
-    case, ids = CASES[-1], torch.arange(24).view(6, 4)
-    model = adapted(one_embedding(case), case_config(case))
-    model.add_adapter("other", gralora_config(2, 8, 0, target_modules=["layer"]))
-    model.add_adapter("plain", peft.LoraConfig(r=4, target_modules=["layer"]))
-    for seed, name in enumerate(("other", "plain")):
-        randomize(model, name, seed)
-    layer = only_layer(model)
-    updates = {"__base__": torch.zeros(6, 4, 16).double()}
-    for name, hybrid_r, scaling in (("default", 2, 3), ("other", 0, 2)):
-        updates[name] = scaling * naive_update(one_hot(ids, case), factors_of(layer, hybrid_r, name))
-    updates["plain"] = 2 * (layer.lora_embedding_B["plain"] @ layer.lora_embedding_A["plain"]).T[ids]
-    base = layer.base_layer(ids)
-    assert_close64(model(ids), base + updates["default"])
-    with model.disable_adapter():
-        assert_close64(model(ids), base)
-    for names in (["other"], ["plain"], ["plain", "default", "other"]):
-        model.base_model.set_adapter(names)
-        assert_close64(model(ids), base + sum(updates[name] for name in names))
-    mixed = ["other", "__base__", "default", "plain", "default", "other"]
-    rows = torch.stack([updates[name][row] for row, name in enumerate(mixed)])
-    with torch.no_grad():
-        assert_close64(model(ids, adapter_names=mixed), base + rows)
-    model.merge_adapter()
-    assert_close64(model(ids), base + updates["default"] + updates["other"] + updates["plain"])
-    model.unmerge_adapter()
-    model.set_adapter("default")
-    layer.set_scale("default", 0.5)
-    assert_close64(model(ids), base + updates["default"] / 2)
-    model.delete_adapter("default")
-    model.set_adapter("other")
-    assert_close64(model(ids), base + updates["other"])
-
-
-@pytest.mark.parametrize("kind", ["cat", "svd"])
-def test_add_weighted_adapter(kind):
-    """The weighted sum of the adapters' dW, as a plain LoRA."""
-    case = CASES[-1]
-    model = adapted(one_embedding(case), case_config(case))
-    model.add_adapter("other", gralora_config(2, 8, 0, target_modules=["layer"]))
-    randomize(model, "other", seed=1)
-    layer = only_layer(model)
-    expected = 0.5 * layer.get_delta_weight("default") - 2 * layer.get_delta_weight("other")
-    model.base_model.add_weighted_adapter(
-        ["default", "other"], [0.5, -2.0], "sum", kind, **{"svd": {"svd_rank": 16}}.get(kind, {})
-    )
-    assert_close64(layer.get_delta_weight("sum"), expected)
-    model.set_adapter("sum")
-    ids = torch.arange(24)
-    assert_close64(model(ids), layer.base_layer(ids) + expected)
-
-
-def test_pickle():
-    model = adapted(one_embedding(CASES[2]), case_config(CASES[2]))
-    ids = torch.arange(20)
-    assert torch.equal(pickle.loads(pickle.dumps(model))(ids), model(ids))
-    assert torch.equal(copy.deepcopy(model)(ids), model(ids))
-
-
 # Models
 
 
@@ -305,16 +180,6 @@ def test_save_and_load(build, targets, low_memory, tmp_path):
     assert torch.equal(loaded(ids).logits, logits)
     with loaded.disable_adapter():
         assert (loaded(ids).logits - logits).abs().max() > 0.01
-
-
-def test_plain_lora_refuses_the_file(tmp_path):
-    """PEFT's own config class, which knows nothing of GraLoRA, fails on the shapes: nothing is loaded silently."""
-    case = CASES[1]
-    model = adapted(one_embedding(case), case_config(case))
-    model.save_pretrained(tmp_path, save_embedding_layers=False)
-    plain = peft.LoraConfig(r=case.r, target_modules=["layer"])
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        PeftModel.from_pretrained(one_embedding(case), tmp_path, config=plain)
 
 
 TIED = {

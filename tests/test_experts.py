@@ -1,7 +1,6 @@
 """Parameters adapted through target_parameters: the fused experts of mixture-of-experts models, one grid an expert."""
 
 import copy
-import pickle
 import re
 
 import peft
@@ -9,21 +8,20 @@ import pytest
 import torch
 from helpers import (
     VOCAB,
-    Factors,
     OneLayer,
     adapted,
     adapter_layers,
     adapter_parameters,
     assert_close64,
     assert_unchanged,
-    factors_of,
     gralora_config,
     naive_delta,
     naive_update,
     random_input,
-    randomize,
     token_ids,
 )
+from kinds_table import EXPERTS, IN, OUT, Experts, each_expert
+from kinds_table import naive_experts as unscaled
 from peft import PeftModel, get_peft_model
 from peft.tuners import lora
 from torch import nn
@@ -40,7 +38,6 @@ from transformers import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
 
-EXPERTS, IN, OUT = 3, 12, 8
 COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
@@ -64,19 +61,6 @@ architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 
 
-class Experts(nn.Module):
-    """Routed experts as one parameter, `[E, O, I]` or transposed `[E, I, O]`; token t goes to expert t % E"""
-
-    def __init__(self, transposed):
-        super().__init__()
-        self.is_transposed = transposed
-        self.weight = nn.Parameter(random_input(EXPERTS, *((IN, OUT) if transposed else (OUT, IN)), seed=5))
-
-    def forward(self, x):
-        weight = self.weight if self.is_transposed else self.weight.mT
-        return torch.stack([torch.tanh(x[t] @ weight[t % EXPERTS]) for t in range(len(x))])
-
-
 def tiny(architecture, dtype=torch.float64, **options):
     torch.manual_seed(0)
     model, config, sizes = ARCHITECTURES[architecture]
@@ -92,18 +76,9 @@ def wrappers(model):
     return [layer for layer in adapter_layers(model) if isinstance(layer, lora.ParamWrapper)]
 
 
-def each_expert(layer, adapter="default"):
-    """The factors of every expert."""
-    for e in range(layer.num_experts):
-        yield Factors(*(None if t is None else t[e] for t in factors_of(layer, adapter)))
-
-
 def naive_experts(layer, adapter="default"):
     """dW of a wrapper's parameter by the block loop, in the parameter's layout."""
-    dW = torch.stack([naive_delta(factors) for factors in each_expert(layer, adapter)]) * layer.scaling[adapter]
-    param = layer.get_param()
-    dW = dW.mT if param.ndim == 3 and getattr(layer.get_base_layer(), "is_transposed", False) else dW
-    return dW.reshape(param.shape)
+    return layer.scaling[adapter] * unscaled(layer, adapter)
 
 
 @torch.no_grad()
@@ -118,30 +93,6 @@ def naive_merge(model):
 # One layer
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["EOI", "EIO"])
-@pytest.mark.parametrize("k, r, hybrid_r", [(1, 4, 0), (2, 7, 3), (4, 12, 4)])
-def test_output_and_gradients_equal_the_loop_over_experts(transposed, k, r, hybrid_r):
-    """Every token sees its expert's weight and grid; the gradients are those of the loop, and the base gets none."""
-    model = adapted(OneLayer(Experts(transposed)), experts_config(k, r, hybrid_r, lora_alpha=3 * r)).train()
-    (layer,) = wrappers(model)
-    base = layer.get_base_layer()
-    x, dy = random_input(7, IN).requires_grad_(), random_input(7, OUT, seed=9)
-    weight = base.weight if transposed else base.weight.mT
-    factors = list(each_expert(layer))
-    y = torch.stack(
-        [torch.tanh(x[t] @ weight[t % EXPERTS] + 3 * naive_update(x[t], factors[t % EXPERTS])) for t in range(7)]
-    )
-    inputs = [x, *(t for t in factors_of(layer) if t is not None)]
-    expected = torch.autograd.grad(y, inputs, dy)
-    out = model(x)
-    assert_close64(out, y)
-    out.backward(dy)
-    for t, grad in zip(inputs, expected, strict=True):
-        assert_close64(t.grad, grad)
-        assert grad.any()
-    assert base.weight.grad is None and not base.weight.requires_grad
-
-
 def test_trained_base_parameter():
     """If a user trains the parameter beside the adapter, it gets its gradient, and goes on to require one."""
     model = adapted(OneLayer(Experts(False)), experts_config()).train()
@@ -154,33 +105,6 @@ def test_trained_base_parameter():
         module(x).square().sum().backward()
     assert_close64(layer.get_param().grad, expected.weight.grad)
     assert layer.get_param().requires_grad
-
-
-@pytest.mark.parametrize("transposed", [False, True], ids=["EOI", "EIO"])
-@pytest.mark.parametrize("safe", [False, True])
-def test_merge_and_unmerge(transposed, safe):
-    """The parameter becomes W + dW of the block loop, and W again; the merged output is the adapter's."""
-    model = adapted(OneLayer(Experts(transposed)), experts_config())
-    (layer,) = wrappers(model)
-    x, weight = random_input(7, IN), layer.get_param().detach().clone()
-    out = model(x)
-    assert_close64(layer.get_delta_weight("default"), naive_experts(layer))
-    model.merge_adapter(safe_merge=safe)
-    assert_close64(layer.get_param(), weight + naive_experts(layer))
-    assert_close64(model(x), out)
-    model.unmerge_adapter()
-    assert_close64(layer.get_param(), weight)
-    assert_close64(model.merge_and_unload(safe_merge=safe)(x), out)
-
-
-def test_safe_merge_refuses_nan():
-    model = adapted(OneLayer(Experts(False)), experts_config())
-    (layer,) = wrappers(model)
-    weight = layer.get_param().clone()
-    layer.lora_B["default"].weight.data[1, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="NaN"):
-        model.merge_adapter(safe_merge=True)
-    assert torch.equal(layer.get_param(), weight)
 
 
 def test_parameter_of_two_dimensions():
@@ -227,112 +151,6 @@ def test_start_is_that_of_plain_lora():
     assert_close64(models[0](x), models[1](x))
     count = [sum(p.numel() for p in adapter_parameters(model).values()) for model in models]
     assert count[0] == count[1] == EXPERTS * 8 * (IN + OUT)
-
-
-def test_k1_equals_plain_lora():
-    """With k = 1 and the same numbers the output is that of PEFT's LoRA."""
-    plain = randomize(
-        get_peft_model(
-            OneLayer(Experts(False)),
-            peft.LoraConfig(r=8, lora_alpha=16, target_modules=[], target_parameters=["layer.weight"]),
-        )
-    )
-    ours = adapted(OneLayer(Experts(False)), experts_config(1, 8, 0))
-    (p,), (o,) = wrappers(plain), wrappers(ours)
-    o.lora_A["default"].weight.data = p.lora_A["default"].weight.data.unflatten(0, (EXPERTS, 8)).mT.unsqueeze(1)
-    B = p.lora_B["default"].weight.data.unflatten(1, (8, EXPERTS))  # [O, r, E]
-    o.lora_B["default"].weight.data = B.permute(2, 1, 0).unsqueeze(1)
-    x = random_input(7, IN)
-    assert_close64(ours(x), plain(x))
-
-
-@pytest.mark.parametrize("transposed", [False, True], ids=["EOI", "EIO"])
-def test_random_start_with_k1_is_that_of_plain_lora(transposed):
-    """With init_lora_weights=False neither factor is zero; both are read from PEFT's, expert by expert."""
-    deltas, fields = [], {"init_lora_weights": False, "target_modules": [], "target_parameters": ["layer.weight"]}
-    for config in (gralora_config(1, **fields), peft.LoraConfig(r=8, lora_alpha=16, **fields)):
-        torch.manual_seed(0)
-        (layer,) = wrappers(get_peft_model(OneLayer(Experts(transposed)), config))
-        deltas.append(layer.get_delta_weight("default"))
-    assert_close64(*deltas)
-    assert deltas[0].any()
-
-
-def test_training_changes_only_the_factors():
-    model = adapted(OneLayer(Experts(False)), experts_config()).train()
-    trained = adapter_parameters(model)
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(trained)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
-    model(random_input(7, IN)).square().sum().backward()
-    optimizer.step()
-    for name, p in model.named_parameters():
-        assert torch.equal(p, before[name]) == (name not in trained), name
-
-
-# Several adapters
-
-
-def test_two_adapters():
-    """A second adapter of another k, and a plain LoRA, share the wrapper; set, add up, disable, delete, rescale."""
-    model = adapted(OneLayer(Experts(False)), experts_config(2, 8, 2))
-    x = random_input(7, IN)
-    base, first = Experts(False)(x), model(x)
-    model.add_adapter("other", experts_config(4, 8, 0))
-    model.add_adapter("plain", peft.LoraConfig(r=4, target_modules=[], target_parameters=["layer.weight"]))
-    for name in ("other", "plain"):
-        randomize(model, name, seed=1)
-    (layer,) = wrappers(model)
-    assert_close64(model(x), first)
-    with model.disable_adapter():
-        assert_close64(model(x), base)
-    weight = layer.get_param().detach().clone()
-    deltas = {"default": naive_experts(layer), "other": naive_experts(layer, "other")}
-    deltas["plain"] = layer.get_delta_weight("plain").detach()
-
-    def expected(*names):
-        experts = Experts(False)
-        experts.weight.data = weight + sum(deltas[name] for name in names)
-        return experts(x)
-
-    for names in (["other"], ["plain"], ["default", "other"], ["default", "other", "plain"]):
-        model.base_model.set_adapter(names)
-        assert_close64(model(x), expected(*names))
-    model.merge_adapter()
-    assert_close64(model(x), expected("default", "other", "plain"))
-    model.unmerge_adapter()
-    model.set_adapter("default")
-    layer.set_scale("default", 0.5)
-    deltas["default"] *= 0.5
-    assert_close64(model(x), expected("default"))
-    model.delete_adapter("default")
-    model.set_adapter("other")
-    assert_close64(model(x), expected("other"))
-    assert list(layer.lora_A) == ["other", "plain"]
-
-
-def test_gralora_after_plain_lora():
-    """A GraLoRA adapter on a parameter that has a plain LoRA leaves that one's output as it was."""
-    plain = peft.LoraConfig(r=4, target_modules=[], target_parameters=["layer.weight"])
-    model = adapted(OneLayer(Experts(False)), plain)
-    x = random_input(7, IN)
-    out = model(x)
-    model.add_adapter("granular", experts_config())
-    assert torch.equal(model(x), out)
-    randomize(model, "granular")
-    model.set_adapter("granular")
-    (layer,) = wrappers(model)
-    experts = Experts(False)
-    experts.weight.data = layer.get_param() + naive_experts(layer, "granular")
-    assert_close64(model(x), experts(x))
-
-
-def test_add_weighted_adapter_is_refused_as_for_plain_lora():
-    model = adapted(OneLayer(Experts(False)), experts_config())
-    model.add_adapter("other", experts_config(4, 8, 0))
-    with pytest.raises(ValueError, match="does not support target_parameters"):
-        model.base_model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", "cat")
-    assert sorted(model.peft_config) == ["default", "other"]
 
 
 # Architectures
@@ -449,12 +267,6 @@ def test_experts_of_8_bits(transposed):
     error = (model(torch.zeros(1)) - exact).abs()
     assert (error <= 2**-4 * exact.abs() + 2**-9).all()
     assert (exact - base.weight.double()).abs().max() > 1
-
-
-def test_pickle():
-    model = adapted(OneLayer(Experts(True)), experts_config())
-    x = random_input(7, IN)
-    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
 
 
 # What is refused

@@ -17,7 +17,6 @@ COMMANDS = {
     "export": ("gralora.tool.adapters", "export_command", "write the plain LoRA that an adapter equals, for serving"),
     "merge": ("gralora.tool.adapters", "merge_command", "write the base model with an adapter merged in"),
     "verify": ("gralora.tool.verify", "verify_main", "reload a fine-tuned adapter, merge it, and compare logits"),
-    "run": ("gralora.tool.run", "main", "start another trainer (TRL, LLaMA-Factory, torchrun), its LoRA made GraLoRA"),
 }
 
 USER_ERROR = 2  # as argparse
