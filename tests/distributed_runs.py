@@ -37,9 +37,9 @@ fused_calls: list[bool] = []  # of each fused operation, whether it was given a 
 gralora_linear = fast_path.gralora_linear
 
 
-def watched(*operands: Any) -> torch.Tensor:
-    fused_calls.append(any(isinstance(operand, DTensor) for operand in operands))
-    return gralora_linear(*operands)
+def watched(x: torch.Tensor, weight: torch.Tensor, bias: Any, factors: Any, *dropout: Any) -> torch.Tensor:
+    fused_calls.append(any(isinstance(operand, DTensor) for operand in (x, weight, bias, *factors)))
+    return gralora_linear(x, weight, bias, factors, *dropout)
 
 
 class Recorder(module.AdapterTrainer):

@@ -11,6 +11,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from gralora.ops import hopper, kernels, launch  # noqa: E402
+from gralora.ops.interface import Conversion, FactorGradients  # noqa: E402
 
 SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a program may take
 
@@ -55,10 +56,10 @@ def test_portable_kernels_compile(capability, r, dtype, factors, compiled):
     compiled.target = capability
     x, dy, g = (torch.empty(*size, dtype=dtype) for size in [(64, 2048), (64, 4096), (2, 64, r)])
     A, B = torch.empty(2, 1024, r, dtype=factors), torch.empty(2, r, 2048, dtype=factors)
-    kernels.down(x, A, 1.0, g, B, B.half())
+    kernels.down(x, A, 0, 1.0, Conversion(B, B.half()))
     kernels.up(g, B, dy)
-    kernels.gradients(x, dy, g, g, A, x, A, B)
-    kernels.dropout(x, 0.5, 2.0, torch.tensor(0))
+    kernels.factor_gradients(x, dy, g, g, A, B, A, x)
+    kernels.dropout(x, 0.5, torch.tensor(0))
     kernels.delta_weight(A.float(), B.float(), 1.0)
     assert len(compiled.made) == 5
     check(compiled)
@@ -76,14 +77,14 @@ def test_hopper_kernel_compiles(w_transposed, b_transposed, block_r, compiled):
         t = torch.empty(size, dtype=dtype)
         return t.mT.contiguous().mT if transposed else t
 
-    hopper.linear_up(
+    hopper.linear(
         draw(T, n_out),
         draw(T, n_in),
         draw(n_out, n_in, transposed=w_transposed),
         draw(n_out) if has_bias else None,
         draw(k, T, r),
         draw(k, r, n_out // k, transposed=b_transposed),
-        (draw(T, n_out), draw(k, T, r), torch.empty(k, n_out // k, r), torch.empty(k, r, n_in // k).mT)
+        FactorGradients(draw(T, n_out), draw(k, T, r), torch.empty(k, n_out // k, r), torch.empty(k, r, n_in // k).mT)
         if block_r
         else None,
     )

@@ -29,7 +29,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from gralora.ops import transforms
+from gralora.ops import torch_seam
 
 TOKENS = (3, 2)
 Function = Callable[[dict[str, Tensor], Tensor], Tensor]
@@ -204,16 +204,16 @@ def test_levels_are_left_again():
     x = random_input(3, case.in_features)
 
     def fails(x: Tensor) -> Tensor:
-        assert transforms.is_transformed()
+        assert torch_seam.is_transformed()
         raise ZeroDivisionError
 
     for enter in (grad, vmap, lambda f: lambda x: jvp(f, (x,), (x,)), lambda f: lambda x: torch.jit.trace(f, x)):
         with pytest.raises(ZeroDivisionError):
             enter(fails)(x)
-        assert not transforms.is_transformed()
+        assert not torch_seam.is_transformed()
         assert type(model(x).grad_fn).__name__ == "GraloraLinearFunctionBackward"
 
 
 def test_asking_costs_less_than_a_microsecond():
     """A layer's forward takes 20 of them."""
-    assert min(timeit.repeat(transforms.is_transformed, number=10_000, repeat=5)) / 10_000 < 1e-6
+    assert min(timeit.repeat(torch_seam.is_transformed, number=10_000, repeat=5)) / 10_000 < 1e-6

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
+from operators import add_update, gralora_linear, reference_linear, reference_update
 
-from gralora.ops import add_update, compiled, dispatch, dropout, fused, gralora_linear, reference
+from gralora.ops import Factors, batched, compiled, dropout, fused, plans
 from gralora.ops.dropout import draw_seed
 
 # k, r, hybrid_r
@@ -28,8 +29,7 @@ def fresh_compiler():
 def size(request, monkeypatch):
     """Layers as they are computed that are small, or large on a GPU without a kernel for them."""
     if request.param == "large":
-        monkeypatch.setattr(dispatch, "is_large", lambda x: True)
-        monkeypatch.setattr(dispatch, "linear_kernel", lambda *args: None)
+        monkeypatch.setattr(plans, "CPU", plans.Architecture("a GPU without kernels", (0, 0), "batched", large=0))
 
 
 def operands(grid, p, tokens=(2, 5), bias=True):
@@ -52,7 +52,7 @@ def exactly(args):
     *tensors, p, seed = args
     x = tensors[0]
     kept = None if seed is None else dropout(torch.ones_like(x).flatten(0, -2), p, seed).view_as(x)
-    return reference.linear(*tensors, kept)
+    return reference_linear(*tensors, kept)
 
 
 def trainable(args):
@@ -126,7 +126,7 @@ def test_added_to_a_result_of_another_dtype(grid):
     halves = [None if t is None else t.detach().bfloat16().requires_grad_() for t in (x, *factors)]
     wide = [None if t is None else t.detach().double().requires_grad_() for t in halves]
     y = add_update(torch.ones(2, 5, weight.shape[0]), *halves, scaling)
-    exact = 1 + scaling * reference.update(*wide)
+    exact = 1 + reference_update(*wide, scaling)
     assert y.dtype == torch.float32
     dy = torch.randn(2, 5, weight.shape[0])
     values = [y, *torch.autograd.grad(y, trainable(halves), dy)]
@@ -179,7 +179,8 @@ def test_custom_op(grid, p):
     torch.library.opcheck(compiled.linear, tuple(operands(grid, p)))
     x, weight, bias, *factors, scaling, p, seed = operands(grid, p)
     with torch.no_grad():
-        g, B = fused.sub_ranks(x, *factors, scaling, p, seed)
+        packed = fused.pack(Factors(*factors, scaling))
+        g, B = fused.linear_down(x.flatten(0, -2), packed, p, seed, plans.TORCH)
     inputs = x.detach(), weight, bias, g, B.detach()
     torch.library.opcheck(compiled.adapted, inputs, test_utils=("test_schema", "test_faketensor"))
 
@@ -261,10 +262,10 @@ def test_checkpointing_spares_the_last_product(size, monkeypatch):
     second[1] = torch.randn(20, 8, dtype=torch.float64)
     second[2:5] = None, torch.randn(2, 4, 2, dtype=torch.float64), torch.randn(2, 2, 10, dtype=torch.float64)
     products = []
-    write = fused.write_linear
+    write = batched.linear
     monkeypatch.setattr(
-        fused,
-        "write_linear",
+        batched,
+        "linear",
         lambda y, x, weight, *rest: (products.append(weight.shape), write(y, x, weight, *rest))[1],
     )
 
@@ -295,12 +296,12 @@ def test_unknown_choice_of_kernels_is_refused():
 
 def test_choice_is_visible_and_import_starts_nothing():
     """`describe` names what runs; importing gralora neither imports Triton nor starts CUDA."""
-    code = "import sys, gralora, torch; from gralora.ops import dispatch; print(dispatch.describe('cpu')); "
+    code = "import sys, gralora, torch; from gralora.ops import plans; print(plans.describe('cpu')); "
     code += "assert 'triton' not in sys.modules and not torch.cuda.is_initialized()"
     assert run(code, GRALORA_KERNELS="auto").stdout.strip() == "fused torch"
     assert run(code, GRALORA_KERNELS="reference").stdout.strip() == "reference"
-    assert dispatch.describe("cpu") in ("fused torch", "reference")
-    code = "from gralora.ops import dispatch; print(dispatch.describe('cuda'))"
+    assert plans.describe("cpu") in ("fused torch", "reference")
+    code = "from gralora.ops import plans; print(plans.describe('cuda'))"
     assert run(code, GRALORA_KERNELS="torch").stdout.strip() == "fused torch"
 
 
@@ -318,8 +319,8 @@ OF_TURING = "torch.cuda.get_device_capability = lambda _: (7, 5); torch.cuda.get
 )
 def test_without_kernels_torch_computes(made, reason):
     """Unless kernels are asked for: then the reason why there are none is told."""
-    code = f"import sys, torch; {made}; from gralora.ops import dispatch; "
-    chosen = run(code + "print(dispatch.describe('cuda'), dispatch.hopper(0))", GRALORA_KERNELS="auto")
-    assert chosen.stdout.strip() == "fused torch None", chosen.stderr
-    refused = run(code + "dispatch.describe('cuda')", GRALORA_KERNELS="triton")
+    code = f"import sys, torch; {made}; from gralora.ops import plans; "
+    chosen = run(code + "print(plans.describe('cuda'), repr(plans.architecture(0).product))", GRALORA_KERNELS="auto")
+    assert chosen.stdout.strip() == "fused torch ''", chosen.stderr
+    refused = run(code + "plans.describe('cuda')", GRALORA_KERNELS="triton")
     assert "ImportError: GRALORA_KERNELS=triton: " in refused.stderr and reason in refused.stderr

@@ -141,7 +141,7 @@ def test_adapted_linear_layer(case, batch, with_bias):
     weight = random_input(case.out_features, case.in_features, seed=5)
     bias = random_input(case.out_features, seed=6) if with_bias else None
     expected = torch.nn.functional.linear(x, weight, bias) - 0.7 * naive_update(x, factors)
-    assert_close64(reference.linear(x, weight, bias, *factors, -0.7), expected)
+    assert_close64(reference.linear(x, weight, bias, reference.Factors(*factors, -0.7)), expected)
 
 
 def test_gradcheck_of_delta_weight():

@@ -37,7 +37,7 @@ import gralora
 from gralora.checkpoints import formats
 from gralora.checkpoints.files import read_adapter_folder
 from gralora.config import FORMAT, FORMAT_MATCHED
-from gralora.ops import dispatch
+from gralora.ops import plans
 from gralora.optimizers import lora_pairs
 
 MATCHED = {"gralora_scaling": "matched"}
@@ -72,7 +72,7 @@ def test_ranks_that_meet_in_an_entry(case: Case) -> None:
 @pytest.mark.parametrize(("fields", "scaling"), FIELDS.values(), ids=FIELDS)
 def test_forward_and_merge(case: Case, fields: dict, scaling: Any, implementation: str, monkeypatch: Any) -> None:
     """Output, dW and the merged model have PEFT's scaling times the gain, through every implementation."""
-    monkeypatch.setattr(dispatch, "choice", implementation)
+    monkeypatch.setattr(plans, "choice", implementation)
     model, x = matched(case, **fields)
     layer = only_layer(model)
     total = scaling(case.r) * gain(case)

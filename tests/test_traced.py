@@ -5,13 +5,14 @@ import functools
 import peft
 import pytest
 import torch
+from operators import gralora_linear
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import gralora
-from gralora.ops import compiled, dispatch, gralora_linear
+from gralora.ops import compiled, plans
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -34,20 +35,19 @@ class Target:
 @pytest.fixture
 def nothing_cached(monkeypatch):
     """Neither graphs nor which GPU has kernels is known from before, or after; any may have them."""
-    monkeypatch.setattr(dispatch, "choice", "auto")
+    monkeypatch.setattr(plans, "choice", "auto")
     torch._dynamo.reset()
-    dispatch.kernels.cache_clear()
+    plans.architecture.cache_clear()
     yield
     torch._dynamo.reset()
-    dispatch.kernels.cache_clear()
+    plans.architecture.cache_clear()
 
 
 @pytest.fixture
 def as_on_gpu(monkeypatch, nothing_cached):
     """Tensors on the CPU are taken for a GPU's."""
     triton = pytest.importorskip("triton")
-    monkeypatch.setattr(dispatch, "_takes_kernels", lambda x, dtype: dtype in dispatch.HALF)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(plans, "CPU", plans.Architecture("a GPU", (8, 0), "kernels"))
     monkeypatch.setattr(triton.runtime.driver, "_active", Target())
 
 
@@ -128,7 +128,7 @@ def test_layer_of_a_model_is_products_and_kernels(as_on_gpu, case):
 
 def test_many_tokens_leave_gradients_to_products(as_on_gpu):
     """As in eager mode: the kernel for the factors' gradients is one for few tokens."""
-    forward, backward = graphs_of(gralora_linear, *operands(2 * dispatch.FEW_TOKENS, 2, 8))
+    forward, backward = graphs_of(gralora_linear, *operands(2 * plans.CPU.few_tokens, 2, 8))
     assert launches(forward) == ["triton_kernel", "addmm", "triton_kernel"]
     assert launches(backward) == ["triton_kernel", "mm", "triton_kernel", "bmm", "bmm"]
 
@@ -161,7 +161,7 @@ def test_checkpointed_layers_are_computed_anew(as_on_gpu):
 @pytest.mark.parametrize("h, factors", [(0, BF16), (0, FP32), (3, BF16)], ids=["bf16", "fp32", "hybrid"])
 def test_large_layer_is_projection_and_product(as_on_gpu, monkeypatch, h, factors):
     """What its backward needs, the projection, is all that is computed anew of a checkpointed block's last layer."""
-    monkeypatch.setattr(dispatch, "is_called", lambda x, weight, p: True)
+    monkeypatch.setattr(plans, "is_called", lambda x, weight, p: True)
     args = operands(8, 2, 8, h=h, n_out=64, dtype=factors)
     project = ["triton_kernel"] + ["mm"] * (h > 0)
     forward, backward = graphs_of(gralora_linear, *args)
@@ -184,12 +184,12 @@ def test_large_layer_is_projection_and_product(as_on_gpu, monkeypatch, h, factor
 )
 def test_many_sub_ranks_are_not_kept(as_on_gpu, monkeypatch, r, h, p, checkpointed, is_kept):
     """The backward of a large layer gets none, but where its graph, of a checkpointed block, projects down anyway."""
-    monkeypatch.setattr(dispatch, "is_called", lambda x, weight, p: True)
+    monkeypatch.setattr(plans, "is_called", lambda x, weight, p: True)
     given = []
-    backward = compiled.gradients
+    backward = compiled.linear_backward_op
 
     def see(*args):
-        given.append(args[7] is not None)
+        given.append(args[8] is not None)
         return backward(*args)
 
     monkeypatch.setattr(compiled, "linear_backward", see)
@@ -260,6 +260,7 @@ def test_what_a_layer_is_compiled_as(monkeypatch, expected, is_cuda, dtype, feat
         device = torch.device("cuda", 0)
 
     X.is_cuda, X.dtype = is_cuda, dtype
-    monkeypatch.setattr(dispatch, "_has_kernels", lambda device: triton)
+    row = plans.Architecture("a GPU", (8, 0), "kernels" if triton else "batched")
+    monkeypatch.setattr(plans, "architecture", lambda device: row)
     for weight in (torch.empty(features, 64), torch.empty(64, features)):
-        assert dispatch.compiled_as(X, weight, p) == expected
+        assert plans.compiled_as(X, weight, p) == expected

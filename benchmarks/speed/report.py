@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gralora.ops import dispatch
+import gralora
 
 from .timing import host_us
 
@@ -49,7 +49,7 @@ def environment(commit: str | None = None) -> dict[str, object]:
     return {
         "card": card,
         "host_us": round(host_us(device), 1),
-        "implementation": str(dispatch.describe()),
+        "implementation": gralora.describe(),
         "kernels": os.environ.get("GRALORA_KERNELS", "auto"),
         "commit": commit or _commit(),
         "date": time.strftime("%Y-%m-%d"),

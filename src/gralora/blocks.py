@@ -6,31 +6,12 @@ The tensors are three-dimensional also for k = 1, so that a program that only kn
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .ops import reference
-
-
-class Factors(NamedTuple):
-    """The tensors of one adapter of one layer as a linear map, and its scaling.
-
-    The factors of experts have one more dimension, `E`, in front.
-
-    Attributes:
-        A, B: of the grid, `[k, I/k, r_g]` and `[k, r_g, O/k]`.
-        hybrid_A, hybrid_B: of the plain LoRA part, `[hybrid_r, I]` and `[O, hybrid_r]`; None for a pure GraLoRA.
-        scaling: factor on the adapter's output, the gain of `gralora_scaling` included.
-    """
-
-    A: Tensor
-    B: Tensor
-    hybrid_A: Tensor | None = None
-    hybrid_B: Tensor | None = None
-    scaling: float | Tensor = 1.0
+from .ops import Factors, reference
 
 
 class GridFactor(nn.Module):

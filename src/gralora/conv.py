@@ -12,8 +12,9 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from .blocks import Factors, GranularDown, GranularUp
+from .blocks import GranularDown, GranularUp
 from .layers import GraloraLayer
+from .ops import Factors
 from .ops.torch_seam import reversed_padding
 from .seam import Conv1d
 

@@ -12,9 +12,8 @@ from peft.tuners import lora
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from .blocks import Factors
 from .layers import GraloraLayer
-from .ops import reference
+from .ops import Factors, reference
 
 
 class GranularEmbeddingVariant(LoraVariant):

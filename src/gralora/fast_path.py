@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn import Dropout, Identity, Linear, Parameter
 from transformers.pytorch_utils import Conv1D
 
-from .blocks import Factors, GranularDown, GranularUp, scaling_gain
-from .ops import add_update, dispatch, gralora_linear
-from .ops.torch_seam import children_of, has_global_hooks, has_hooks, is_view, parameters_of
-from .ops.transforms import is_transformed
+from .blocks import GranularDown, GranularUp, scaling_gain
+from .ops import Factors, add_update, gralora_linear, plans
+from .ops.torch_seam import children_of, has_global_hooks, has_hooks, is_transformed, is_view, parameters_of
 
 
 class FusedCall(NamedTuple):
@@ -44,12 +43,12 @@ class FusedCall(NamedTuple):
             x = x if x.dtype == dtype else x.to(dtype)
             weight = weight if weight.dtype == dtype else weight.to(dtype)
             bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)
-            return gralora_linear(x, weight, bias, *factors, p)
+            return gralora_linear(x, weight, bias, factors, p)
         y = base(x)
         quantised = type(parameters_of(base).get("weight")) is not Parameter
         if not quantised or is_view(y) or not y.is_contiguous() or has_hooks(base):
             y = y.clone()  # what is changed below must be nobody else's, nor kept for the backward
-        return add_update(y, x.to(dtype), *factors, p)
+        return add_update(y, x.to(dtype), factors, p)
 
 
 def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
@@ -72,7 +71,7 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
         x: its input, `[..., I]`.
     """
     own = layer.__dict__
-    if own["_disable_adapters"] or own["merged_adapters"] or dispatch.choice == "reference" or not x.numel():
+    if own["_disable_adapters"] or own["merged_adapters"] or plans.choice == "reference" or not x.numel():
         return None
     if has_global_hooks() or is_transformed():
         return None
@@ -116,9 +115,7 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
     weight, bias = _weights(base)
     if weight is not None and not autocast and weight.dtype != dtype:
         weight = bias = None
-    if torch.compiler.is_compiling() and (
-        weight is None or dispatch.compiled_as(x.to(dtype), weight, p) == "operations"
-    ):
+    if torch.compiler.is_compiling() and (weight is None or plans.compiled_as(x.to(dtype), weight, p) == "operations"):
         return None
     return FusedCall(base, weight, bias, Factors(A_weight, B_weight, A_hybrid, B_hybrid, scaling), p, dtype)
 

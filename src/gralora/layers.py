@@ -11,8 +11,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from . import blocks, fast_path
-from .blocks import Factors, GranularDown, GranularUp
+from .blocks import GranularDown, GranularUp
 from .factors import hybrid_to_lora
+from .ops import Factors
 from .promote import Promoted
 
 ARROW = (

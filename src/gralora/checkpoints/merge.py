@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .. import blocks
-from ..blocks import Factors
 from ..config import names
 from ..factors import hybrid_to_lora
+from ..ops import Factors
 from . import formats
 from .adapter import PREFIX, Adapter, set_fields
 from .base import BaseModel, base_folder, copy_other_files

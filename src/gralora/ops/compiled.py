@@ -1,7 +1,8 @@
 """An adapted linear layer as torch.compile sees it: operators with the functions of `fused` as bodies.
 
-Those here are opaque: the compiler calls them, which costs the host more than the kernels of a small layer. What
-`traced.linear` does it sees, fuses and launches itself; the products of large layers it could not.
+Those here are opaque: the compiler calls them, which costs the host more than the kernels of a small layer do.
+`traced.linear` has bodies that the compiler traces, fuses and launches itself; it could not do so with the products of
+large layers.
 """
 
 from collections.abc import Callable
@@ -10,27 +11,65 @@ from typing import Any
 from torch import Tensor
 from torch.library import custom_op
 
-from . import dispatch, fused
+from . import fused, plans
+from .fused import Needs
+from .reference import Factors
 
 
-def operators(name: str, define: Any, body: Callable[..., Any], gradients_body: Callable[..., Any]) -> Any:
-    """An operator `gralora::name` of `gralora_linear`'s arguments that returns y and g, and the one of its gradients.
+def linear_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    hybrid_A: Tensor | None,
+    hybrid_B: Tensor | None,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`fused.linear` with the factors one by one, as an operator takes them."""
+    return fused.linear(x, weight, bias, Factors(A, B, hybrid_A, hybrid_B, scaling), p, seed)
+
+
+def linear_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    hybrid_A: Tensor | None,
+    hybrid_B: Tensor | None,
+    scaling: float,
+    g: Tensor | None,
+    p: float,
+    seed: Tensor | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    """`fused.gradients` without the None entries: an operator can return no None."""
+    factors = Factors(A, B, hybrid_A, hybrid_B, scaling)
+    grads = fused.gradients(dy, x, weight, factors, g, p, seed, Needs(*needs))
+    return [grad.contiguous() for grad in grads if grad is not None]
+
+
+def operators(name: str, define: Any, body: Callable[..., Any], backward_body: Callable[..., Any]) -> Any:
+    """Define an operator `gralora::name` that returns y and g, and the operator of its gradients.
 
     Args:
         name: of the operator.
         define: `torch.library.custom_op`, or `triton_op`, whose bodies are traced.
-        body, gradients_body: with the signatures of `fused.forward` and `gradients`.
+        body, backward_body: with the signatures of `linear_op` and `linear_backward_op`.
     """
     forward = define(f"gralora::{name}", mutates_args=())(body)
-    backward = define(f"gralora::{name}_backward", mutates_args=())(gradients_body)
-    forward.register_fake(_forward_fake)
-    backward.register_fake(_gradients_fake)
+    backward = define(f"gralora::{name}_backward", mutates_args=())(backward_body)
+    forward.register_fake(_linear_fake)
+    backward.register_fake(_linear_backward_fake)
 
-    def differentiated(ctx, dy, _):
+    def differentiated(ctx: Any, dy: Tensor, _: Any) -> Any:
         x, weight, A, B, hybrid_A, hybrid_B, g, seed = ctx.saved_tensors
         needs_x, _, _, *needs_factors = ctx.needs_input_grad[:7]
-        needs = list(fused.needs_of(needs_x, *needs_factors))
-        grads = iter(backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, ctx.scaling, ctx.p, seed, needs))
+        needs = list(Needs.of(needs_x, *needs_factors))
+        grads = iter(backward(dy, x, weight, A, B, hybrid_A, hybrid_B, ctx.scaling, g, ctx.p, seed, needs))
         wanted = _wanted(x, A, B, hybrid_A, hybrid_B, needs)
         dx, *d_factors = [None if t is None else next(grads) for t in wanted]
         return dx, None, None, *d_factors, None, None, None
@@ -39,53 +78,62 @@ def operators(name: str, define: Any, body: Callable[..., Any], gradients_body: 
     return forward, backward
 
 
-def gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    hybrid_A: Tensor | None,
-    hybrid_B: Tensor | None,
-    g: Tensor | None,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
-    needs: list[bool],
-) -> list[Tensor]:
-    """The gradients that `needs` asks for, without the None entries: an operator can return no None."""
-    grads = fused.backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, p, seed, needs)
-    return [grad.contiguous() for grad in grads if grad is not None]
-
-
-def _wanted(x, A, B, hybrid_A, hybrid_B, needs):
-    """What the entries of `fused.backward`'s result are gradients of; None where there is none."""
+def _wanted(x: Tensor, A: Tensor, B: Tensor, hybrid_A: Any, hybrid_B: Any, needs: Any) -> list[Tensor | None]:
+    """What the entries of `fused.gradients`' result are gradients of; None where there is none."""
     needs_x, needs_A, needs_B = needs
     inputs = x, A, B, hybrid_A, hybrid_B
     needed = needs_x, needs_A, needs_B, needs_A, needs_B
     return [t if need else None for t, need in zip(inputs, needed, strict=True)]
 
 
-def _forward_fake(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed):
+def _linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    A: Tensor,
+    B: Tensor,
+    hybrid_A: Any,
+    hybrid_B: Any,
+    scaling: float,
+    p: float,
+    seed: Any,
+) -> tuple[Tensor, Tensor]:
     R = A.shape[2] + (0 if hybrid_A is None else hybrid_A.shape[0])
     T = x.numel() // x.shape[-1]
     return fused.output(x, weight), x.new_empty(A.shape[0], T, R)
 
 
-def _gradients_fake(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, p, seed, needs):
-    wanted = _wanted(x, A, B, hybrid_A, hybrid_B, needs)
-    return [t.new_empty(t.shape) for t in wanted if t is not None]
+def _linear_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    hybrid_A: Any,
+    hybrid_B: Any,
+    scaling: float,
+    g: Any,
+    p: float,
+    seed: Any,
+    needs: list[bool],
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in _wanted(x, A, B, hybrid_A, hybrid_B, needs) if t is not None]
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, _, A, B, hybrid_A, hybrid_B, scaling, p, seed = inputs
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, _, *factors, scaling, p, seed = inputs
     g = output[1]
-    if dispatch.is_called(x, weight, p) and dispatch.projects_again(x, g, hybrid_A, p):
-        g = None
-    ctx.save_for_backward(x, weight, A, B, hybrid_A, hybrid_B, g, seed)
+    k, _, R = g.shape
+    keeps_g = not plans.is_called(x, weight, p) or plans.keeps_g(x, k * R, factors[2] is not None, p > 0)
+    ctx.save_for_backward(x, weight, *factors, g if keeps_g else None, seed)
     ctx.scaling, ctx.p = scaling, p
 
 
-linear, linear_backward = operators("linear", custom_op, fused.forward, gradients)
-adapted = custom_op("gralora::adapted", fused.adapted, mutates_args=())
+def adapted_op(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tensor) -> Tensor:
+    """`fused.linear_up` with a plan of its own: x W^T + bias + up(g, B); B of any float dtype."""
+    return fused.adapted(x, weight, bias, g, B)
+
+
+linear, linear_backward = operators("linear", custom_op, linear_op, linear_backward_op)
+adapted = custom_op("gralora::adapted", adapted_op, mutates_args=())
 adapted.register_fake(lambda x, weight, bias, g, B: fused.output(x, weight))

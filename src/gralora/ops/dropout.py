@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import plans
+from .layout import rows
 
 
 def draw_seed(x: Tensor) -> Tensor:
@@ -21,10 +22,9 @@ def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
         p: probability, 0 to 1.
         seed: int64 `[]`, on the device of x; read on the host where there is no kernel.
     """
-    scale = 1 / (1 - p) if p < 1 else 0.0
-    kernels = dispatch.factor_kernels(x)
-    if kernels is not None:
-        return kernels.dropout(x, p, scale, seed)
-    generator = torch.Generator(x.device).manual_seed(int(seed))
-    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
-    return (x * kept).mul_(scale)
+    return plans.kernels_for(x).dropout(x, p, seed)
+
+
+def dropout_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """What `dropout` multiplies x `[..., I]` with, 0 or 1 / (1 - p)."""
+    return dropout(torch.ones_like(rows(x)), p, seed).view_as(x)

@@ -1,8 +1,7 @@
-"""An adapted linear layer, base and adapter together, in as few passes over memory as torch's own kernels allow.
+"""An adapted linear layer, base and adapter together, in as few passes over memory as a plan allows.
 
 The forward keeps only `x` and the exchanged sub-ranks `g`, with dropout also its seed, and where there are many
-sub-ranks not even those (`dispatch.projects_again`); nothing of the size of `y` is made but `y`. Chunks of x and y are
-strided views, [k, T, I/k] and [k, T, O/k], that batched matrix products read and write in place.
+sub-ranks not even those (`Plan.keeps_g`); nothing of the size of `y` is made but `y`.
 
 Both directions are the same three operations, because the exchange is its own mirror image:
 
@@ -13,167 +12,104 @@ The plain LoRA part of a hybrid adapter rides along as `h` more columns of every
 where a grid's sub-ranks are exchanged, its columns are the same for all blocks.
 """
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import dispatch
-from .dropout import dropout
-
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
-
-# bmm(out_dtype=): a float32 result without a pass to convert it; ROCm has none
-_BMM_WIDENS = torch.__version__ >= (2, 8) and not torch.version.hip
+from .interface import Conversion, FactorGradients
+from .layout import chunks, contiguous_or_rows, rows
+from .plans import Plan, falls_back, plan
+from .reference import Factors
+from .torch_seam import unsafe_view
 
 
-def chunks(x: Tensor, k: int) -> Tensor:
-    """View `[T, n]` as `[k, T, n/k]`."""
-    n, (stride_t, stride_n) = x.shape[1] // k, x.stride()
-    return x.as_strided((k, x.shape[0], n), (n * stride_n, stride_t, stride_n))
+class Packed(NamedTuple):
+    """Factors of grid and plain LoRA part in one pair.
+
+    Attributes:
+        A, B: `[k, I/k, R]` and `[k, R, O/k]` with R = r + h.
+        h: rank of the plain LoRA part, the last columns of A and rows of B.
+        scaling: factor on the adapter's output.
+    """
+
+    A: Tensor
+    B: Tensor
+    h: int
+    scaling: float
 
 
-def exchange(h: Tensor) -> Tensor:
-    """`[k_i, T, r]` -> `[k_j, T, r]`: block i's j-th sub-rank becomes block j's i-th. h is contiguous."""
-    k, T, r = h.shape
-    q = r // k
-    return h if k == 1 else h.as_strided((k, T, k, q), (q, r, T * r, 1)).contiguous().view(k, T, r)
-
-
-def pack(A: Tensor, B: Tensor, hybrid_A: Tensor | None, hybrid_B: Tensor | None) -> tuple[Tensor, Tensor, int]:
-    """Grid and hybrid factors as one pair `[k, I/k, R]`, `[k, R, O/k]` with R = r + h; and h."""
+def pack(factors: Factors) -> Packed:
+    A, B, hybrid_A, hybrid_B, scaling = factors
     if hybrid_A is None or hybrid_B is None:
-        return A, B, 0
+        return Packed(A, B, 0, scaling)
     k = A.shape[0]
     tail_A = hybrid_A.unflatten(1, (k, A.shape[1])).permute(1, 2, 0)
     tail_B = hybrid_B.unflatten(0, (k, B.shape[2])).mT
-    return torch.cat([A, tail_A], dim=2), torch.cat([B, tail_B], dim=1), hybrid_A.shape[0]
+    return Packed(torch.cat([A, tail_A], dim=2), torch.cat([B, tail_B], dim=1), hybrid_A.shape[0], scaling)
 
 
-def down(x: Tensor, A: Tensor, hybrid_r: int, scaling: float, B: Tensor) -> tuple[Tensor, Tensor]:
-    """The exchanged sub-ranks, times `scaling`, and the factor that is to project them up.
+def unpack(dA: Tensor | None, dB: Tensor | None, h: int) -> list[Tensor | None]:
+    """Gradients of packed factors -> those of A, B, hybrid_A and hybrid_B."""
+    d_hybrid_A = d_hybrid_B = None
+    if h and dA is not None:
+        dA, tail = dA.split([dA.shape[2] - h, h], dim=2)
+        d_hybrid_A = tail.permute(2, 0, 1).flatten(1)
+    if h and dB is not None:
+        dB, tail = dB.split([dB.shape[1] - h, h], dim=1)
+        d_hybrid_B = tail.mT.flatten(0, 1)
+    return [dA, dB, d_hybrid_A, d_hybrid_B]
+
+
+class Needs(NamedTuple):
+    """What a backward computes: the gradient of x, and those of (hybrid_)A and of (hybrid_)B."""
+
+    x: bool
+    A: bool
+    B: bool
+
+    @classmethod
+    def of(cls, x: bool, A: bool, B: bool, hybrid_A: bool, hybrid_B: bool) -> "Needs":
+        """From which of these need a gradient."""
+        return cls(x, A or hybrid_A, B or hybrid_B)
+
+
+def linear_down(x: Tensor, packed: Packed, p: float, seed: Tensor | None, how: Plan) -> tuple[Tensor, Tensor]:
+    """Project down what the adapter sees of x, and convert B where the plan says so.
 
     Args:
-        x: `[..., I]`.
-        A: `[k, I/k, R]`, any float dtype.
-        hybrid_r: how many of its last columns are not exchanged.
-        scaling: factor on the result.
-        B: `[k, R, O/k]`, any float dtype.
+        x: `[T, I]` with unit stride along I, or contiguous `[..., I]`.
+        packed: the factors.
+        p, seed: of dropout; seed is None without.
+        how: the plan.
 
     Returns:
-        g `[k, T, R]`, dtype of x; and B, for large x in its dtype, converted in the same launch where there is one.
+        g `[k, T, R]`, dtype of x; and B `[k, R, O/k]`.
     """
-    k, chunk, R = A.shape
-    T, r = x.numel() // (k * chunk), R - hybrid_r
-    kernels = dispatch.factor_kernels(x)
-    source = None
-    if B.dtype != x.dtype and dispatch.is_large(x):
-        source, B = B, torch.empty_like(B, dtype=x.dtype)
-        if kernels is None or B.stride() != source.stride():  # which those of a tensor with gaps do not keep
-            B.copy_(source)
-            source = None
-    if kernels is not None:
-        g = x.new_empty(k, T, R)
-        if not hybrid_r:
-            kernels.down(x, A, scaling, g, source, B)
-            return g, B
-        kernels.down(x, A[..., :r], scaling, g[..., :r], source, B)
-        g[..., r:] = scaling * (_rows(x) @ A[..., r:].flatten(0, 1).to(x.dtype))
-        return g, B
-    x, A = _rows(x), A.to(x.dtype)
-    grid = A[..., :r] if hybrid_r else A
-    g = exchange(x.new_empty(k, T, r).baddbmm_(chunks(x, k), grid, beta=0, alpha=scaling))
-    if hybrid_r:
-        g = torch.cat([g, (scaling * (x @ A[..., r:].flatten(0, 1))).expand(k, -1, -1)], dim=2)
-    return g, B
+    A, B, h, scaling = packed
+    convert = Conversion(B, torch.empty_like(B, dtype=x.dtype)) if how.converts_B else None
+    x = x if seed is None else how.down.dropout(rows(x), p, seed)
+    return how.down.down(x, A, h, scaling, convert), B if convert is None else convert.target
 
 
-def sub_ranks(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    hybrid_A: Tensor | None,
-    hybrid_B: Tensor | None,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`down` of what the adapter sees of x `[..., I]`, by all of its factors: g `[k, T, R]` and B `[k, R, O/k]`."""
-    A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
-    return down(_contiguous_or_rows(x) if seed is None else dropout(_rows(x), p, seed), A, hybrid_r, scaling, B)
-
-
-def write_linear(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    g: Tensor,
-    B: Tensor,
-    gradients: Gradients | None = None,
-) -> bool:
-    """y = x W^T + bias + up(g, B), for large x: in one launch where that wins.
+def linear_up(x: Tensor, seen: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tensor, how: Plan) -> Tensor:
+    """x W^T + bias + up(g, B), `[..., O]`.
 
     Args:
-        y: written: `[..., O]`, contiguous, dtype of x.
-        x: `[..., I]`.
-        weight, bias: `[O, I]`, and `[O]` or None.
-        g, B: `[k, T, R]` and `[k, R, O/k]`, dtype of x, as `down` gives them.
-        gradients: `(z, h, z_grad, x_grad)`: z of O columns as x, h as g; z_i^T g_i `[k, O/k, R]` and x_i^T h_i
-            `[k, I/k, R]` are written where the launch can do that.
-
-    Returns:
-        Whether the gradients are written.
+        x: `[..., I]`, any strides.
+        seen: `contiguous_or_rows(x)`.
+        weight, bias: of the base layer.
+        g, B: as `linear_down` returns them.
+        how: the plan.
     """
-    x = _contiguous_or_rows(x)
-    kernel = dispatch.linear_kernel(x, weight, B, gradients is not None)
-    if kernel is not None:
-        gradients = gradients if gradients is not None and kernel.readable(gradients[0]) else None
-        kernel.linear_up(y, x, weight, bias, g, B, gradients)
-        return gradients is not None
-    with torch.no_grad():  # autograd knows y already
-        x, y = _rows(x), _rows(y)
-        if bias is None:
-            # the product with W reads the adapter's output while it multiplies: cheaper than a pass of its own
-            chunks(y, B.shape[0]).baddbmm_(g, B, beta=0)
-            y.addmm_(x, weight.t())
-        else:
-            add_up(torch.addmm(bias, x, weight.t(), out=y), g, B)
-    return False
-
-
-def add_up(y: Tensor, g: Tensor, B: Tensor) -> Tensor:
-    """y + up(g, B), in place: y `[..., O]`, contiguous, of any dtype, g `[k, T, R]`, B `[k, R, O/k]`.
-
-    Computed in the dtype of g.
-    """
-    kernels = None if dispatch.is_large(y) else dispatch.factor_kernels(y, g.dtype)
-    if kernels is not None:
-        kernels.up(g, B, y)
-    elif y.dtype == g.dtype:
-        chunks(_rows(y), B.shape[0]).baddbmm_(g, B.to(g.dtype))
-    else:
-        chunks(_rows(y), B.shape[0]).add_(torch.bmm(g, B.to(g.dtype)))
-    return y
-
-
-def factor_grad(x: Tensor, h: Tensor, out: Tensor) -> None:
-    """x_i^T h_i, block by block, to `out`.
-
-    Args:
-        x: `[..., n]`.
-        h: `[k, T, R]`, contiguous, dtype of x.
-        out: `[k, n/k, R]`, any float dtype, contiguous or the transpose of a contiguous `[k, R, n/k]`.
-    """
-    a, b = chunks(_rows(x), h.shape[0]).mT, h
-    if not out.is_contiguous():
-        a, b, out = b.mT, a.mT, out.mT
-    if out.dtype == x.dtype:
-        torch.bmm(a, b, out=out)
-    elif x.is_cuda and out.dtype == torch.float32 and _BMM_WIDENS:
-        torch.bmm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        out.copy_(torch.bmm(a, b))
+    if how.forward is not None:
+        y = output(x, weight)
+        how.forward.linear(y, seen, weight, bias, g, B)
+        return y
+    # with a bias, what torch makes of more than two dimensions is a view
+    y = torch.nn.functional.linear(seen if bias is None else rows(seen), weight, bias)
+    how.up.up(g, B, y)
+    return y if y.dim() == x.dim() else unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
 
 def output(x: Tensor, weight: Tensor) -> Tensor:
@@ -181,125 +117,119 @@ def output(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    hybrid_A: Tensor | None,
-    hybrid_B: Tensor | None,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """y `[..., O]`, and the exchanged sub-ranks g `[k, T, R]` for the backward. Factors are cast to the dtype of x."""
-    g, B = sub_ranks(x, A, B, hybrid_A, hybrid_B, scaling, p, seed)
-    return adapted(x, weight, bias, g, B), g
-
-
-def adapted(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tensor) -> Tensor:
-    """x W^T + bias + up(g, B), as `write_linear`, for x of any size and B of any float dtype."""
-    if dispatch.is_large(x):
-        y = output(x, weight)
-        write_linear(y, x, weight, bias, g, B.to(x.dtype))
-        return y
-    # with a bias, what torch makes of more than two dimensions is a view
-    y = add_up(torch.nn.functional.linear(_contiguous_or_rows(x) if bias is None else _rows(x), weight, bias), g, B)
-    # as matmul does: to autograd y is no view, so that callers may change it in place
-    return y if y.dim() == x.dim() else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
-
-
-def add_update(
-    y: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    hybrid_A: Tensor | None,
-    hybrid_B: Tensor | None,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
-) -> Tensor:
-    """Add the adapter's output to y `[..., O]`, contiguous, any dtype; returns g `[k, T, R]` for the backward."""
-    g, B = sub_ranks(x, A, B, hybrid_A, hybrid_B, scaling, p, seed)
-    add_up(y, g, B)
-    return g
-
-
-def needs_of(x: bool, A: bool, B: bool, hybrid_A: bool, hybrid_B: bool) -> tuple[bool, bool, bool]:
-    """What `backward` is to compute, of which of its inputs need gradients."""
-    return x, A or hybrid_A, B or hybrid_B
-
-
-def backward(
+def linear_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    hybrid_A: Tensor | None,
-    hybrid_B: Tensor | None,
+    factors: Factors,
     g: Tensor | None,
-    scaling: float,
     p: float,
     seed: Tensor | None,
-    needs: Sequence[bool],
+    needs: Needs,
+    how: Plan,
 ) -> list[Tensor | None]:
-    """Gradients of x, A, B, hybrid_A and hybrid_B; that of x without the base's part if weight is None.
+    """Gradients of x, A, B, hybrid_A and hybrid_B; None for those that are not needed.
 
-    `needs` says which of those of x, of (hybrid_)A and of (hybrid_)B, in this order; the others are None. Without g,
-    which the forward returned, it is projected again: never with dropout.
+    Args:
+        dy: `[..., O]`, dtype of x, any strides.
+        x: `[..., I]`, any strides.
+        weight: `[O, I]`, or None if the base layer's part of dx is computed elsewhere.
+        factors: of the layer.
+        g: `[k, T, R]` from the forward; None to project x down again, which never happens with dropout.
+        p, seed: of dropout.
+        needs: which gradients are needed.
+        how: the forward's plan.
     """
-    needs_x, needs_A, needs_B = needs
-    A, B, hybrid_r = pack(A, B, hybrid_A, hybrid_B)
-    r, shape = A.shape[2] - hybrid_r, x.shape
-    dy, x = _contiguous_or_rows(dy), _contiguous_or_rows(x)
-    dA, dB = A.new_empty(A.shape) if needs_A else None, B.new_empty(B.shape) if needs_B else None
+    shape, (A, B, h, scaling) = x.shape, pack(factors)
+    dy, x = contiguous_or_rows(dy), contiguous_or_rows(x)
+    if how.backward is not None and not how.backward.reads(dy):
+        dy = dy.clone(memory_format=torch.contiguous_format)
+    dA, dB = A.new_empty(A.shape) if needs.A else None, B.new_empty(B.shape) if needs.B else None
     if g is None:
-        g, B = down(x, A, hybrid_r, scaling, B)
-    kernels = dispatch.gradient_kernels(x, dy, g)
-    dx = added = d_hybrid_A = d_hybrid_B = None
-    done = False
-    dh, A_up = down(dy, B.mT, hybrid_r, scaling, A.mT) if needs_x or needs_A else (g, A.mT)
-    if needs_x and (seed is not None or weight is None):
+        g = how.down.down(x, A, h, scaling)
+    dh, A_up = g, A.mT
+    if needs.x or needs.A:
+        convert = Conversion(A_up, torch.empty_like(A_up, dtype=x.dtype)) if how.converts_A else None
+        dh = how.down.down(dy, B.mT, h, scaling, convert)
+        A_up = A_up if convert is None else convert.target
+    dx = grown = None  # the gradient of x, and what is still to grow by the adapter's part of it
+    is_done = False
+    if needs.x and (seed is not None or weight is None):
         dx = x.new_empty(g.shape[1], shape[-1])
         chunks(dx, A.shape[0]).baddbmm_(dh, A_up.to(x.dtype), beta=0)
-        dx = dx if seed is None else dropout(dx, p, seed)
-        dx = dx if weight is None else dx.addmm_(_rows(dy), weight)
-    elif needs_x and dispatch.is_large(dy):
+        dx = dx if seed is None else how.down.dropout(dx, p, seed)
+        dx = dx if weight is None else dx.addmm_(rows(dy), weight)
+    elif needs.x and weight is not None and how.backward is not None:
         dx = x.new_empty(shape)
-        gradients = None if dA is None or dB is None else (x, g, dA, dB.mT)
-        done = write_linear(dx, dy, weight.t(), None, dh, A_up, gradients)
-    elif needs_x:
+        gradients = None
+        if how.gradients_in_product and dA is not None and dB is not None:
+            gradients, is_done = FactorGradients(x, g, dA, dB.mT), True
+        how.backward.linear(dx, dy, weight.t(), None, dh, A_up, gradients)
+    elif needs.x and weight is not None:
         dx = dy @ weight
-        if kernels is not None:
-            added = dx
+        if how.gradients is how.up:
+            grown = dx  # in the launch that computes the gradients of A and B
         else:
-            add_up(dx, dh, A_up)
-    if not done:
-        seen = x if seed is None or not needs_A else dropout(_rows(x), p, seed)
-        if kernels is not None:
-            kernels.gradients(seen, dy, g, dh, A, added, dA, dB)
-        else:
-            if dA is not None:
-                factor_grad(seen, dh, dA)
-            if dB is not None:
-                factor_grad(dy, g, dB.mT)
+            how.up.up(dh, A_up, dx)
+    if not is_done:
+        seen = x if seed is None or not needs.A else how.down.dropout(rows(x), p, seed)
+        how.gradients.factor_gradients(seen, dy, g, dh, dA, dB, A, grown)
     dx = dx if dx is None or dx.dim() == len(shape) else dx.view(shape)
-    if hybrid_r and dA is not None:
-        dA, d_hybrid_A = dA.split([r, hybrid_r], dim=2)
-        d_hybrid_A = d_hybrid_A.permute(2, 0, 1).flatten(1)
-    if hybrid_r and dB is not None:
-        dB, d_hybrid_B = dB.split([r, hybrid_r], dim=1)
-        d_hybrid_B = d_hybrid_B.mT.flatten(0, 1)
-    return [dx, dA, dB, d_hybrid_A, d_hybrid_B]
+    return [dx, *unpack(dA, dB, h)]
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+@falls_back
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Plan and compute y `[..., O]`; also returns g `[k, T, R]` for the backward.
+
+    Args:
+        x: `[..., I]`, any strides.
+        weight, bias: `[O, I]`, and `[O]` or None; dtype of x.
+        factors: of any float dtype.
+        p, seed: of dropout; seed is None without.
+    """
+    packed, seen = pack(factors), contiguous_or_rows(x)
+    how = plan(seen, weight, packed.A, packed.B, packed.h, p)
+    g, B = linear_down(seen, packed, p, seed, how)
+    return linear_up(x, seen, weight, bias, g, B, how), g
 
 
-def _contiguous_or_rows(x: Tensor) -> Tensor:
-    """x as products and kernels take it: a view of contiguous memory would cost as much as launching a kernel."""
-    return x if x.is_contiguous() else _rows(x)
+@falls_back
+def adapted(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tensor) -> Tensor:
+    """Plan and compute x W^T + bias + up(g, B), `[..., O]`: x of any strides, B `[k, R, O/k]` of any float dtype."""
+    seen = contiguous_or_rows(x)
+    how = plan(seen, weight, None, B)
+    return linear_up(x, seen, weight, bias, g, B.to(x.dtype) if how.converts_B else B, how)
+
+
+@falls_back
+def add_update(y: Tensor, x: Tensor, factors: Factors, p: float, seed: Tensor | None) -> tuple[Tensor, Plan]:
+    """Plan, and add the adapter's output to y `[..., O]`, contiguous, any float dtype.
+
+    Returns:
+        g `[k, T, R]`, and the plan, for the backward.
+    """
+    packed, seen = pack(factors), contiguous_or_rows(x)
+    how = plan(seen, None, packed.A, packed.B, packed.h, p)
+    g, B = linear_down(seen, packed, p, seed, how)
+    how.up.up(g, B, y)
+    return g, how
+
+
+@falls_back
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    factors: Factors,
+    g: Tensor | None,
+    p: float,
+    seed: Tensor | None,
+    needs: Needs,
+) -> list[Tensor | None]:
+    """`linear_backward` with a plan of its own."""
+    packed = pack(factors)
+    how = plan(contiguous_or_rows(x), weight, packed.A, packed.B, packed.h, p)
+    return linear_backward(dy, x, weight, factors, g, p, seed, needs, how)

@@ -1,5 +1,7 @@
 """A matrix product for Hopper GPUs with the adapter in it: y = x W^T + bias + up(g, B) in one launch.
 
+Implements `interface.Product`; see there for arguments.
+
 Persistent and warp-specialised: in every program one warp keeps a ring of shared-memory slots filled by TMA, two
 warpgroups multiply. After the K steps over x and W come the steps over g_j and B_j of the output block j, into the
 same float32 accumulator, so the adapter costs `r / I` of the product and no pass over y. In the backward the same
@@ -19,16 +21,19 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper_kernel import linear_kernel
-from .kernels import row_stride
-from .launch import MOST_TILINGS, Grid, Ints, Launcher, Tiling
+from .interface import FactorGradients
+from .launch import MOST_TILINGS, Grid, Launcher, Tiling
+from .layout import Ints, Layout, layout, row_stride
 
 BLOCK_T, BLOCK_N, BLOCK_K = 128, 256, 64
 SLOTS = 3
 GROUP = 8  # row tiles that share columns of W while they are in L2
 GRADIENT_BLOCKS = {64: (128, 128), 128: (64, 256)}  # of ranks -> tokens a step, and columns, that fill a slot
 GRADIENT_STEPS = {64: 0.7, 128: 1.0}  # of ranks -> how long a step takes, a product's being 1
-FULL = 0.82  # of the rounds that must have tiles: two rounds 85% full take 8% less than cuBLAS, three 81% full 7% more
-LONG_ROW = 8192  # elements, above which cuBLAS reads rows of W faster: 4096 rows of 14336, 1183 us against 1352
+FULL = (
+    0.82  # least share of a round's places that tiles fill: two rounds at 85% beat cuBLAS by 8%, three at 81% lose 7%
+)
+LONG_ROW = 8192  # elements of a row of W above which cuBLAS is faster: 4096 rows of 14336 take it 1183 us, this 1352
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -41,7 +46,10 @@ _counters: dict[tuple[int, int], Tensor] = {}
 
 
 def _counter(device: int) -> Tensor:
-    """The counter of a stream, whose launches follow each other and leave it at 0; of its own in a CUDA graph."""
+    """The counter that the programs of a launch take their tiles by; 0 before and after every launch.
+
+    Each stream has its own, since its launches follow each other; so has each launch in a CUDA graph.
+    """
     if torch._C._cuda_isCurrentStreamCapturing():
         return torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))
     key = device, torch._C._cuda_getCurrentRawStream(device)
@@ -67,35 +75,34 @@ def _tiles(T: int, N: int) -> int:
     return -(-T // BLOCK_T) * -(-N // BLOCK_N)
 
 
-def readable(x: Tensor) -> bool:
-    """Whether TMA can read x row by row: one unit stride, the other and the address multiples of 16 bytes.
+def reads(x: Tensor) -> bool:
+    """Whether TMA can read x row by row; x: `[T, n]`, or contiguous `[..., n]`."""
+    return _reads(layout(x))
 
-    x: `[T, n]`, or contiguous `[..., n]`.
+
+def _reads(x: Layout) -> bool:
+    """One unit stride, the other and the address multiples of 16 bytes."""
+    return x.aligned and x.strides[-1] == 1 and not row_stride(x.shape, x.strides) % 8
+
+
+def takes(x: Layout, weight: Layout, B: Layout, device: int, z: Layout | None = None) -> bool:
+    """Whether TMA can read the operands, and the tiles fill the GPU's processors.
+
+    cuBLAS has smaller tiles for a last round that few tiles are left for; where gradients are computed, too, their
+    tiles fill it.
     """
-    return x.stride(-1) == 1 and not row_stride(x) % 8 and not x.data_ptr() % 16
-
-
-def wins(x: Tensor, weight: Tensor, B: Tensor, makes_gradients: bool = False) -> bool:
-    """Whether the kernel can take these tensors and is faster than cuBLAS and a separate up-projection.
-
-    cuBLAS has smaller tiles for what leaves much of the last round idle, but gradients have tiles for it, too.
-
-    x: `[T, I]`, or contiguous `[..., I]`.
-    weight: `[O, I]`.
-    B: `[k, r, O/k]`.
-    """
-    (_, r, chunk), (stride_k, stride_r, stride_c), (stride_o, stride_i) = B.shape, B.stride(), weight.stride()
-    rounds = _tiles(x.numel() // x.shape[-1], weight.shape[0]) / _processors(x.device.index)
+    (_, r, chunk), (stride_k, stride_r, stride_c), (stride_o, stride_i) = B.shape, B.strides, weight.strides
+    rounds = _tiles(math.prod(x.shape[:-1]), weight.shape[0]) / _processors(device)
     return (
-        rounds >= FULL * (1 if makes_gradients else math.ceil(rounds))
+        rounds >= FULL * (math.ceil(rounds) if z is None else 1)
         and not (stride_i == 1 and stride_o > LONG_ROW)
-        and x.dtype in GLUON_DTYPES
-        and weight.dtype == x.dtype
-        and readable(x)
+        and _reads(x)
+        and (z is None or _reads(z))
         and 1 in (stride_o, stride_i)
         and 1 in (stride_r, stride_c)
         and not (stride_o * stride_i | r | chunk | stride_k | stride_r * stride_c) % 8
-        and not (weight.data_ptr() | B.data_ptr()) % 16
+        and weight.aligned
+        and B.aligned
     )
 
 
@@ -111,43 +118,32 @@ def _order(products: int, length: int, gradients: int, gradient_length: float, p
     return spread, max(int((products + spread) * begun_by) // max(spread, 1), 1)
 
 
-def linear_up(
+def linear(
     y: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     g: Tensor,
     B: Tensor,
-    gradients: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    gradients: FactorGradients | None = None,
 ) -> None:
-    """y = x W^T + bias + up(g, B), summed in float32 and rounded once.
-
-    Args:
-        y: written: `[..., O]`, contiguous, dtype of x.
-        x: `[T, I]`, bfloat16 or float16, unit stride along I, or contiguous `[..., I]`.
-        weight: `[O, I]`, dtype of x, unit stride along either side.
-        bias: `[O]`, any float dtype, or None.
-        g: exchanged sub-ranks, `[k, T, r]`, contiguous.
-        B: `[k, r, O/k]`, unit stride along r or O/k.
-        gradients: what else is computed, `(z, h, z_grad, x_grad)`: z of O columns, as x; h `[k, T, r]`, as g; and what
-            is written, of any float dtype, contiguous or the transpose of a contiguous tensor: `[k, O/k, r]` with
-            z_i^T g_i and `[k, I/k, r]` with x_i^T h_i.
-    """
-    (k, T, r), device = g.shape, x.device.index
+    """y = x W^T + bias + up(g, B), summed in float32 and rounded once; operands as `takes` accepts them."""
+    (k, T, r), device = g.shape, x.get_device()
     tensors, written, gradient_strides = (x, weight, g, B, y), (y, y), None
     if gradients is not None:
         z, h, *written = gradients
         tensors = *tensors, z, h
-        gradient_strides = row_stride(z), *written[0].stride()[1:], *written[1].stride()[1:]
-    sizes, strides = (T, weight.shape[0], x.shape[-1], k, r), (row_stride(x), weight.stride(), B.stride())
-    plan = _plan(x.dtype, device, sizes, *strides, bias is not None, gradient_strides)
-    key, grid, numbers, constants, tiling = plan
+        gradient_strides = row_stride(z.shape, z.stride()), *written[0].stride()[1:], *written[1].stride()[1:]
+    sizes = T, weight.shape[0], x.shape[-1], k, r
+    strides = row_stride(x.shape, x.stride()), weight.stride(), B.stride()
+    launch = _launch_of(x.dtype, device, sizes, *strides, bias is not None, gradient_strides)
+    key, grid, numbers, constants, tiling = launch
     pointers = y if bias is None else bias, _counter(device), *written
     _linear(key, grid, pointers, numbers, constants, (tiling, tensors))
 
 
 @functools.lru_cache(MOST_TILINGS)
-def _plan(
+def _launch_of(
     dtype: torch.dtype,
     device: int,
     sizes: tuple[int, int, int, int, int],
@@ -157,7 +153,9 @@ def _plan(
     has_bias: bool,
     gradient_strides: tuple[int, int, int, int, int] | None,
 ) -> tuple[Hashable, Grid, tuple[int, ...], tuple[Any, ...], Tiling]:
-    """What a launch takes besides its tensors, of which x, weight, g, B, y, z and h are tiled, in this order.
+    """All that a launch takes besides its tensors: key, grid, numbers, constants, and how tensors are tiled.
+
+    The tiled tensors are x, weight, g, B, y, z and h, in this order.
 
     Args:
         dtype: of x.

@@ -19,7 +19,7 @@ from torch.library import wrap_triton
 from triton import knobs
 from triton.runtime.errors import OutOfResources
 
-from . import dispatch
+from .torch_seam import is_traced
 
 Grid = tuple[int, int, int]
 Ints = tuple[int, ...]
@@ -82,7 +82,7 @@ class Launcher:
             KernelUnavailable: at the first call with a key, if Triton cannot compile the kernel or the GPU cannot hold
                 it. Nothing is launched then.
         """
-        if dispatch.is_traced(tensors[0]):  # the compiler is to launch the kernel
+        if is_traced(tensors[0]):  # the compiler is to launch the kernel
             wrap_triton(self.kernel)[grid](*tensors, *numbers, *constants, **self.options)
             return
         device = tensors[0].get_device()  # -1 on a CPU, in Triton's interpreter

@@ -1,13 +1,35 @@
 """The definition of GraLoRA in plain torch: the oracle that every faster implementation is tested against.
 
 Legend, used in all of `gralora.ops`: `I`/`O` input/output features, `k` blocks per side, `r` rank of the grid,
-`q = r // k` rank of one block, `...` any batch dimensions. Factors: A `[k, I/k, r]`, B `[k, r, O/k]`.
+`q = r // k` rank of one block (a sub-rank), `h` rank of the plain LoRA part, `R = r + h`, `T` tokens, `...` any batch
+dimensions. Factors: A `[k, I/k, r]`, B `[k, r, O/k]`; plain part A_s `[h, I]`, B_s `[O, h]`. What A gives, after the
+exchange of sub-ranks, is `g`; gradients are `dx`, `dy`, `dA`, `dB`, and `dh` is what B^T gives of dy.
 
 Source: GraLoRA, arXiv 2505.20355, section 3; the tensors are laid out as in `peft.tuners.gralora`.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """The tensors of one adapter of one layer as a linear map, and its scaling.
+
+    The factors of experts have one more dimension, `E`, in front; the functions of `gralora.ops` take none of those.
+
+    Attributes:
+        A, B: of the grid, `[k, I/k, r]` and `[k, r, O/k]`.
+        hybrid_A, hybrid_B: of the plain LoRA part, `[h, I]` and `[O, h]`; both None for a pure GraLoRA.
+        scaling: factor on the adapter's output, the gain of `gralora_scaling` included.
+    """
+
+    A: Tensor
+    B: Tensor
+    hybrid_A: Tensor | None = None
+    hybrid_B: Tensor | None = None
+    scaling: Any = 1.0  # a number; a tensor in layers that are prepared for hotswapping
 
 
 def down(x: Tensor, A: Tensor) -> Tensor:
@@ -66,28 +88,22 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
     return dW
 
 
-def update(x: Tensor, A: Tensor, B: Tensor, hybrid_A: Tensor | None, hybrid_B: Tensor | None) -> Tensor:
-    """The adapter's output before scaling, up(down(x, A), B) + x A_s^T B_s^T: `[..., I]` -> `[..., O]`."""
+def update(x: Tensor, factors: Factors) -> Tensor:
+    """The adapter's output, scaling * (up(down(x, A), B) + x A_s^T B_s^T): `[..., I]` -> `[..., O]`."""
+    A, B, hybrid_A, hybrid_B, scaling = factors
     y = up(down(x, A), B)
-    if hybrid_A is None or hybrid_B is None:
-        return y
-    return y + torch.nn.functional.linear(torch.nn.functional.linear(x, hybrid_A), hybrid_B)
+    if hybrid_A is not None and hybrid_B is not None:
+        y = y + torch.nn.functional.linear(torch.nn.functional.linear(x, hybrid_A), hybrid_B)
+    return scaling * y
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    hybrid_A: Tensor | None,
-    hybrid_B: Tensor | None,
-    scaling: float,
-    kept: Tensor | None = None,
-) -> Tensor:
-    """The adapted layer: x W^T + bias + scaling * update(x * kept). Shapes: `gralora_linear`.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, kept: Tensor | None = None) -> Tensor:
+    """The adapted layer, x W^T + bias + update(x * kept): `[..., I]` -> `[..., O]`.
 
-    `kept`, shape of x, is what dropout multiplies x with before the adapter sees it: 0 or 1/(1-p); None is 1.
+    Args:
+        x: `[..., I]`.
+        weight, bias: of the base layer, `[O, I]`, and `[O]` or None.
+        factors: dtype of x.
+        kept: what dropout multiplies x with before the adapter sees it, 0 or 1/(1-p), shape of x; None is 1.
     """
-    y = update(x if kept is None else x * kept, A, B, hybrid_A, hybrid_B)
-    return torch.nn.functional.linear(x, weight, bias) + scaling * y
+    return torch.nn.functional.linear(x, weight, bias) + update(x if kept is None else x * kept, factors)

@@ -1,32 +1,39 @@
-"""`compiled.linear` with bodies that torch.compile traces. Importing it imports Triton.
+"""`compiled.linear` with bodies that torch.compile traces, so that it launches their kernels. This imports Triton.
 
-Of a large layer it sees what is projected down, which it launches, and that the backward needs this, and not the
-product: gradient checkpointing does not compute the product of a block's last layer anew.
+The body of a large layer is its projection, which the compiler launches, and an operator for its product. So gradient
+checkpointing, which computes a block again only as far as the backward needs it, leaves out the product of the block's
+last layer.
 """
 
 import functools
-import hashlib
-from pathlib import Path
+import os
+from importlib.metadata import version
 
 from torch.library import triton_op
 
-from . import compiled, dispatch, fused
+from . import compiled, fused, plans
+from .layout import contiguous_or_rows
+from .reference import Factors
 
 
-@functools.wraps(fused.forward)  # the operator's signature
-def _forward(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed):
-    g, B = fused.sub_ranks(x, A, B, hybrid_A, hybrid_B, scaling, p, seed)
-    adapted = compiled.adapted if dispatch.is_called(x, weight, p) else fused.adapted
-    return adapted(x, weight, bias, g, B), g
+@functools.wraps(compiled.linear_op)  # the operator's signature
+def _linear(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed):  # type: ignore[no-untyped-def]
+    if not plans.is_called(x, weight, p):
+        return compiled.linear_op(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed)
+    packed, seen = fused.pack(Factors(A, B, hybrid_A, hybrid_B, scaling)), contiguous_or_rows(x)
+    how = plans.plan(seen, weight, packed.A, packed.B, packed.h, p)
+    g, B = fused.linear_down(seen, packed, p, seed, how)
+    return compiled.adapted(x, weight, bias, g, B), g
 
 
-@functools.wraps(compiled.gradients)
-def _backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, p, seed, needs):
-    backward = compiled.linear_backward if dispatch.is_called(x, weight, p) else compiled.gradients
-    return backward(dy, x, weight, A, B, hybrid_A, hybrid_B, g, scaling, p, seed, needs)
+@functools.wraps(compiled.linear_backward_op)
+def _linear_backward(dy, x, weight, A, B, hybrid_A, hybrid_B, scaling, g, p, seed, needs):  # type: ignore[no-untyped-def]
+    backward = compiled.linear_backward if plans.is_called(x, weight, p) else compiled.linear_backward_op
+    return backward(dy, x, weight, A, B, hybrid_A, hybrid_B, scaling, g, p, seed, needs)
 
 
 # The compiler's cache on disk knows what an operator does by its name alone: another body must have another name.
-_sources = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
-_digest = hashlib.sha256(_sources).hexdigest()[:8]
-linear, _ = compiled.operators(f"linear_traced_{_digest}", triton_op, _forward, _backward)
+# A release has its version's; whoever changes `ops` sets GRALORA_OPS_VERSION to another word, or clears the cache.
+_body = os.environ.get("GRALORA_OPS_VERSION", version("gralora"))
+_name = "linear_traced_" + "".join(c if c.isalnum() else "_" for c in _body)
+linear, _ = compiled.operators(_name, triton_op, _linear, _linear_backward)

@@ -1,0 +1,138 @@
+"""What an implementation of the adapter's operations provides: the contract of a kernel module.
+
+`batched` (torch) and `kernels` (Triton) are `Kernels`; `batched` and `hopper` are a `Product`. To add one for another
+GPU, write a module with these functions and name it in a row of `plans.ARCHITECTURES`.
+
+All tensors of a call are on one device. `x` and `dy` have unit stride along their last dimension, and are `[T, n]` or
+contiguous `[..., n]` (`layout.contiguous_or_rows`). Factors may have any strides and any float dtype; the dtype of x
+is what is computed in. Letters are those of `reference`.
+"""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from .layout import Layout
+
+
+class KernelUnavailable(RuntimeError):
+    """A kernel cannot be compiled with this Triton, or for this GPU.
+
+    Attributes:
+        module: of `gralora.ops`, which implements `Kernels` or `Product` with it.
+    """
+
+    def __init__(self, message: str, module: str) -> None:
+        super().__init__(message)
+        self.module = module
+
+
+class Conversion(NamedTuple):
+    """Copy `source` to `target`, of the same shape and another dtype."""
+
+    source: Tensor
+    target: Tensor
+
+
+class FactorGradients(NamedTuple):
+    """Two gradients of factors, to be computed by the launch of a product: z_i^T g_i and x_i^T h_i, block by block.
+
+    Attributes:
+        z: `[T, O]` as x, O being the output features of the product.
+        h: `[k, T, R]`, contiguous, dtype of x.
+        z_grad: written: `[k, O/k, R]`, any float dtype, contiguous or the transpose of a contiguous tensor.
+        x_grad: written: `[k, I/k, R]`, likewise.
+    """
+
+    z: Tensor
+    h: Tensor
+    z_grad: Tensor
+    x_grad: Tensor
+
+
+class Kernels(Protocol):
+    """The adapter's operations besides the base layer's product."""
+
+    def down(self, x: Tensor, A: Tensor, h: int, scaling: float, convert: Conversion | None = None) -> Tensor:
+        """Project x down, exchange the sub-ranks, and scale.
+
+        Args:
+            x: `[T, I]`.
+            A: `[k, I/k, R]`.
+            h: number of A's last columns that are the plain LoRA part, whose result is not exchanged.
+            scaling: factor on the result.
+            convert: what else to copy, in the same launch where that is possible.
+
+        Returns:
+            g `[k, T, R]`, contiguous, dtype of x.
+        """
+
+    def up(self, g: Tensor, B: Tensor, y: Tensor) -> None:
+        """Add up(g, B) to y in place: g `[k, T, R]` contiguous, B `[k, R, O/k]`, y `[T, O]` of any float dtype."""
+
+    def factor_gradients(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        g: Tensor,
+        dh: Tensor,
+        dA: Tensor | None,
+        dB: Tensor | None,
+        A: Tensor | None = None,
+        dx: Tensor | None = None,
+    ) -> None:
+        """Write dA = x_i^T dh_i and dB = g_j^T dy_j, and add up(dh, A^T) to dx; None is not computed.
+
+        Args:
+            x, dy: `[T, I]`, `[T, O]`; one dtype.
+            g, dh: `[k, T, R]`, contiguous, dtype of x.
+            dA, dB: written: `[k, I/k, R]` and `[k, R, O/k]`, any float dtypes, contiguous.
+            A: `[k, I/k, R]`; needed with dx.
+            dx: changed in place: `[T, I]`.
+        """
+
+    def dropout(self, x: Tensor, p: float, seed: Tensor) -> Tensor:
+        """x `[T, I]` with elements set to zero with probability p, the others divided by 1 - p.
+
+        Which ones depends on the seed (int64 `[]`), the shape and the device alone.
+        """
+
+    def delta_weight(self, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        """`reference.delta_weight` of contiguous float32 factors."""
+
+
+class Product(Protocol):
+    """The base layer's product with the adapter's output in it."""
+
+    def takes(self, x: Layout, weight: Layout, B: Layout, device: int, z: Layout | None = None) -> bool:
+        """Whether it can compute with operands that lie like this, and is faster there than torch's product.
+
+        Args:
+            x, weight, B: `[T, I]`, `[O, I]` and `[k, R, O/k]`, all of one dtype of half precision.
+            device: index of the GPU.
+            z: of `FactorGradients`, if the same launch is to compute those.
+        """
+
+    def reads(self, x: Tensor) -> bool:
+        """Whether x `[T, n]`, or contiguous `[..., n]`, can be an operand where it lies; if not, it is copied."""
+
+    def linear(
+        self,
+        y: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        g: Tensor,
+        B: Tensor,
+        gradients: FactorGradients | None = None,
+    ) -> None:
+        """Write y = x W^T + bias + up(g, B), and `gradients` if they are given.
+
+        Args:
+            y: written: `[..., O]`, contiguous, dtype of x.
+            x: `[T, I]`.
+            weight: `[O, I]`, dtype of x.
+            bias: `[O]`, any float dtype, or None.
+            g: `[k, T, R]`, contiguous, dtype of x.
+            B: `[k, R, O/k]`, dtype of x.
+        """

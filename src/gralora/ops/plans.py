@@ -1,0 +1,382 @@
+"""How one call of an adapted layer is computed: decided here, once, from where its tensors lie, and handed down.
+
+`plan` makes a `Plan` from a row of `ARCHITECTURES` and from dtypes, shapes, strides and addresses; the functions below
+(`fused`, `batched`, `kernels`, `hopper`) do what it says and ask nothing again. The environment variable
+GRALORA_KERNELS restricts what is chosen:
+
+    auto       (default) Triton kernels where they win, the product of a GPU's own where there is one, else torch
+    portable   as auto, without products of a GPU's own: what runs on GPUs that have none
+    torch      torch's operations everywhere
+    triton     as auto, but an error where there are no kernels
+    reference  the plain definition, layer by layer as PEFT computes LoRA: for debugging
+
+Triton is imported at the first CUDA tensor, never before: `import gralora` needs no GPU and no Triton.
+"""
+
+import functools
+import importlib
+import math
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import batched
+from .interface import Kernels, KernelUnavailable, Product
+from .layout import Layout, layout
+from .torch_seam import is_exporting, is_traced, saves_through_hooks
+
+CHOICES = ("auto", "portable", "torch", "triton", "reference")
+
+
+def read_choice() -> str:
+    """The value of GRALORA_KERNELS; ValueError if it is none of CHOICES."""
+    value = os.environ.get("GRALORA_KERNELS", "auto")
+    if value not in CHOICES:
+        raise ValueError(f"GRALORA_KERNELS={value!r} is not known; use one of {', '.join(CHOICES)}.")
+    return value
+
+
+choice = read_choice()  # once: a constant for torch.compile
+
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """A kind of device: which modules of `gralora.ops` run there, and from which sizes on.
+
+    Compared by identity, since it is looked up at every call.
+
+    Attributes:
+        name: of the kind, in words.
+        capability: the least CUDA compute capability; the first row that a GPU reaches is its own.
+        kernels: module that implements `interface.Kernels`, used for tensors of `dtypes`.
+        product: module that implements `interface.Product`; empty if torch's product is all there is.
+        dtypes: of x, that the two compute with.
+        large: elements of x and y together from which the adapter's output is added inside of the layer's product,
+            since a pass over y costs more than that saves.
+        few_tokens: up to which one kernel computes the factors' gradients, since it costs the host one launch.
+        most_kept: size of g, as a share of the size of x, from which a large layer's backward projects x down again
+            instead of keeping g.
+        called_features: input or output features from which a compiled layer is an operator that the graph calls,
+            since its product then takes longer than the call.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    kernels: str
+    product: str = ""
+    dtypes: tuple[torch.dtype, ...] = HALF
+    large: float = 2**23
+    few_tokens: int = 2048
+    most_kept: float = 1 / 8
+    called_features: float = 2048
+
+
+# The sizes were measured on H100 and H200, also those of the other rows.
+ARCHITECTURES = (
+    Architecture("Blackwell or later", (10, 0), "kernels"),
+    Architecture("Hopper", (9, 0), "kernels", product="hopper"),
+    Architecture("Ampere or Ada", (8, 0), "kernels"),
+    Architecture("a GPU without kernels", (0, 0), "batched"),
+)
+NEVER = float("inf")
+CPU = Architecture("no GPU", (0, 0), "batched", large=NEVER, called_features=NEVER)
+
+_failed: set[str] = set()  # modules that could not compile here
+
+
+@functools.cache
+def architecture(device: int | None) -> Architecture:
+    """The row of a CUDA device (None: the current one), without what is not installed, failed, or was not chosen.
+
+    Raises:
+        ImportError: with GRALORA_KERNELS=triton, if there are no kernels for it.
+    """
+    try:
+        row = _with_kernels(device)
+    except ImportError as error:
+        if choice == "triton":
+            raise ImportError(f"GRALORA_KERNELS=triton: {error}. With auto, torch computes.") from error
+        return ARCHITECTURES[-1]
+    return row if row.product and choice != "portable" and _is_there(row.product) else replace(row, product="")
+
+
+def _with_kernels(device: int | None) -> Architecture:
+    """The row of a CUDA device; ImportError if it has no kernels, or they are not chosen."""
+    if choice in ("torch", "reference"):
+        raise ImportError(f"GRALORA_KERNELS={choice}")
+    if torch.version.hip:  # AMD's GPUs: kernels are launched in another way there
+        raise ImportError("the kernels are for NVIDIA's GPUs, and this torch is for AMD's")
+    import triton  # noqa: F401 (may be missing)
+
+    capability = torch.cuda.get_device_capability(device)
+    row = next(row for row in ARCHITECTURES if capability >= row.capability)
+    if row.kernels == "batched":  # Triton would multiply without tensor cores
+        name = torch.cuda.get_device_name(device)
+        raise ImportError(f"the kernels are for GPUs of compute capability 8.0 and later, and this is a {name}")
+    if row.kernels in _failed:
+        raise ImportError("Triton could not compile the kernels")
+    _module(row.kernels)
+    return row
+
+
+def _is_there(product: str) -> bool:
+    try:
+        _module(product)
+    except ImportError:  # an older Triton
+        return False
+    return product not in _failed
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f".{name}", __package__)
+
+
+def _row_of(x: Tensor) -> Architecture:
+    return architecture(x.get_device()) if x.is_cuda else CPU
+
+
+def kernels_for(x: Tensor) -> Kernels:
+    """The implementation of the adapter's operations that computes with x."""
+    row = _row_of(x)
+    return _module(row.kernels) if x.dtype in row.dtypes and x.stride()[-1] == 1 else batched
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How one call of an adapted layer is computed, forward and backward.
+
+    Attributes:
+        down: who projects down, and drops out.
+        up: who adds up(g, B) to a result that has no product of ours.
+        gradients: who computes the factors' gradients where no product does.
+        forward, backward: products that take the adapter's output in; None for torch's product, and `up` after it.
+        gradients_in_product: whether the launch of `backward` computes the factors' gradients, too.
+        keeps_g: whether the backward gets g from the forward, instead of projecting x down again.
+        converts_A, converts_B: whether this factor is copied to the dtype of x before it projects up.
+    """
+
+    down: Kernels = batched
+    up: Kernels = batched
+    gradients: Kernels = batched
+    forward: Product | None = None
+    backward: Product | None = None
+    gradients_in_product: bool = False
+    keeps_g: bool = True
+    converts_A: bool = False
+    converts_B: bool = False
+
+
+TORCH = Plan()  # torch's operations, a product and then the adapter
+
+
+class _Operands(NamedTuple):
+    """All that a plan depends on, apart from the device."""
+
+    dtype: torch.dtype
+    x: Layout
+    weight: Layout | None
+    A: Layout | None
+    A_dtype: torch.dtype | None
+    B: Layout
+    B_dtype: torch.dtype
+    h: int
+    has_dropout: bool
+    goes_through_hooks: bool
+
+
+def plan(x: Tensor, weight: Tensor | None, A: Tensor | None, B: Tensor, h: int = 0, p: float = 0.0) -> Plan:
+    """Decide how a layer is computed; cached, so that it costs the host little.
+
+    Args:
+        x: `[T, I]` with unit stride along I, or contiguous `[..., I]`.
+        weight: `[O, I]`; None if the base layer's product is not ours to compute.
+        A, B: the factors with the plain LoRA part in them, `[k, I/k, R]` and `[k, R, O/k]`. A is None if there is
+            nothing but `forward` to plan.
+        h: rank of the plain LoRA part.
+        p: probability of dropout.
+    """
+    row = _row_of(x)
+    if row.large == NEVER:
+        return TORCH
+    if weight is not None and weight.dtype != x.dtype:
+        raise TypeError(f"x has dtype {x.dtype}, weight {weight.dtype}; convert one of them.")
+    if is_traced(x):
+        return _small_plan(row, x.dtype, x.numel() // x.shape[-1])
+    operands = _Operands(
+        x.dtype,
+        layout(x),
+        None if weight is None else layout(weight),
+        None if A is None else layout(A),
+        None if A is None else A.dtype,
+        layout(B),
+        B.dtype,
+        h,
+        p > 0,
+        saves_through_hooks(),
+    )
+    return _plan(row, x.get_device(), operands)
+
+
+def _small_plan(row: Architecture, dtype: torch.dtype, tokens: int) -> Plan:
+    """torch's product, and a kernel before and after it; also what the compiler launches."""
+    if dtype not in row.dtypes:
+        return TORCH
+    kernels = _module(row.kernels)
+    return Plan(kernels, kernels, kernels if tokens <= row.few_tokens else batched)
+
+
+@functools.lru_cache(4096)
+def _plan(row: Architecture, device: int, operands: _Operands) -> Plan:
+    dtype, x, weight, A, A_dtype, B, B_dtype, h, has_dropout, goes_through_hooks = operands
+    (k, R, chunk_out), n_in, tokens = B.shape, x.shape[-1], math.prod(x.shape[:-1])
+    n_out = k * chunk_out
+    small = _small_plan(row, dtype, tokens)
+    if tokens * (n_in + n_out) < row.large:
+        return small
+    forward: Product | None = None
+    backward: Product | None = None
+    gradients_in_product = False
+    if weight is not None:
+        forward = backward = batched
+        if row.product and dtype in row.dtypes:
+            product: Product = _module(row.product)
+            if product.takes(x, weight, _converted(B, B_dtype, dtype), device):
+                forward = product
+            if A is not None:
+                A_up = Layout((k, R, n_in // k), (A.strides[0], A.strides[2], A.strides[1]), A.aligned)
+                base = Layout((tokens, n_out), (n_out, 1)), Layout((n_in, n_out), weight.strides[::-1], weight.aligned)
+                operands_up = *base, _converted(A_up, A_dtype, dtype), device
+                gradients_in_product = not has_dropout and product.takes(*operands_up, x)
+                if gradients_in_product or product.takes(*operands_up):
+                    backward = product
+    return replace(
+        small,
+        up=batched,
+        forward=forward,
+        backward=backward,
+        gradients_in_product=gradients_in_product,
+        keeps_g=goes_through_hooks or _keeps_g(row, small.down, k * R, n_in, h > 0, has_dropout),
+        converts_A=A_dtype != dtype,
+        converts_B=B_dtype != dtype,
+    )
+
+
+def _keeps_g(row: Architecture, down: Kernels, sub_ranks: int, n_in: int, has_plain: bool, has_dropout: bool) -> bool:
+    """Whether a large layer keeps g for its backward, where nothing computes the forward again anyway.
+
+    GraLoRA has k times as many sub-ranks as LoRA: those of the narrower layers would take it above LoRA's memory.
+    Projecting again costs a launch and reading x where a kernel does it, all of x as it is.
+    """
+    return sub_ranks < n_in * row.most_kept or has_plain or has_dropout or down is batched
+
+
+def keeps_g(x: Tensor, sub_ranks: int, has_plain: bool, has_dropout: bool) -> bool:
+    """`Plan.keeps_g` of a large layer that torch.compile traces: x `[..., I]`, sub_ranks k * R."""
+    down = kernels_for(x)
+    return saves_through_hooks() or _keeps_g(_row_of(x), down, sub_ranks, x.shape[-1], has_plain, has_dropout)
+
+
+def _converted(factor: Layout, factor_dtype: torch.dtype | None, dtype: torch.dtype) -> Layout:
+    """Where a factor `[k, R, n]` lies after `torch.empty_like(factor, dtype=dtype)`."""
+    if factor_dtype == dtype:
+        return factor
+    like = torch.empty_strided(factor.shape, factor.strides, device="meta")
+    return Layout(factor.shape, torch.empty_like(like).stride())
+
+
+Compute = TypeVar("Compute", bound=Callable[..., Any])
+
+
+def falls_back(compute: Compute) -> Compute:
+    """Call `compute` again, with less of Triton, if a kernel turns out not to compile here.
+
+    `compute` makes its own plan; what it changes, it changes in its last launch.
+    """
+
+    @functools.wraps(compute)
+    def call(*args: Any) -> Any:
+        try:
+            return compute(*args)
+        except KernelUnavailable as error:
+            give_up(error)
+        return call(*args)
+
+    return call  # type: ignore[return-value]
+
+
+def give_up(error: KernelUnavailable) -> None:
+    """Take the module that cannot be compiled out of all plans, with one warning; raise `error` if that was done."""
+    if choice == "triton" or error.module in _failed:
+        raise error
+    _failed.add(error.module)
+    architecture.cache_clear()
+    _plan.cache_clear()
+    instead = "torch" if error.module == "kernels" else "the other kernels and torch"
+    warnings.warn(f"{error} From now on {instead} compute, more slowly.", RuntimeWarning, stacklevel=2)
+
+
+def delta_weight_kernels(A: Tensor) -> Kernels:
+    """The implementation that computes the delta weight of float32 factors A."""
+    return _module(_row_of(A).kernels)
+
+
+def has_delta_weight_kernel(A: Tensor) -> bool:
+    return A.is_cuda and A.dtype == torch.float32 and _row_of(A).kernels != "batched"
+
+
+@torch.compiler.assume_constant_result
+def _compiled_row(is_cuda: bool, device: int) -> tuple[bool, float]:
+    """Whether there are kernels, and `called_features`; also where torch.compile traces, which could not import."""
+    row = architecture(device) if is_cuda else CPU
+    return row.kernels != "batched", row.called_features
+
+
+def compiled_as(x: Tensor, weight: Tensor, p: float) -> str:
+    """What an adapted layer is in the graph of torch.compile.
+
+    How many tokens x has does not matter, so that graphs for any number can be compiled.
+
+    Args:
+        x: its input, `[..., I]`.
+        weight: `[O, I]`.
+        p: probability of dropout.
+
+    Returns:
+        "kernels": an operator whose kernels the compiler sees and launches itself, except where `is_called`.
+        "operator": one that it calls, of torch's kernels.
+        "operations": those of the definition, which it fuses; `torch.export` can save these.
+    """
+    if x.dtype in HALF and _compiled_row(x.is_cuda, x.device.index)[0] and not is_exporting():
+        return "kernels"
+    return "operator" if is_called(x, weight, p) else "operations"
+
+
+def is_called(x: Tensor, weight: Tensor, p: float) -> bool:
+    """Whether the compiler calls an operator where it could fuse or launch; arguments as in `compiled_as`.
+
+    That saves more time than the call takes; with dropout it saves memory: its mask is drawn again where it is needed
+    again.
+    """
+    return p > 0 or max(weight.shape) >= _compiled_row(x.is_cuda, x.device.index)[1]
+
+
+def describe(device: torch.device | str | None = None) -> str:
+    """What runs for large layers on a device (default: CUDA if there is one), in words."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if choice == "reference":
+        return "reference"
+    row = architecture(device.index) if device.type == "cuda" else CPU
+    if row.kernels == "batched":
+        return "fused torch"
+    from . import launch
+
+    product = " + Hopper matmul" if row.product else ""
+    return f"fused torch + Triton{product} ({launch.describe()})"
