@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gralora.tool import chat, cli
 from gralora.tool.chat import main, parse, start
-from gralora.tool.data.examples import prompt_ids
+from gralora.tool.data.tokens import prompt_ids
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
 FLAGS = ["--temperature", "0", "--max_new_tokens", "8"]

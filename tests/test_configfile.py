@@ -1,6 +1,6 @@
 """Settings from a YAML file: the same names, types and checks as the flags'."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import pytest
 
@@ -71,7 +71,7 @@ def test_printed_config_is_the_same_settings(settings, capsys):
     printed = capsys.readouterr().out
     assert "\n# Total rank.\nlora_r: 32\n" in printed
     found = settings(printed)
-    names = FinetuneArguments.__dataclass_fields__
+    names = [field.name for field in fields(FinetuneArguments)]
     (expected,) = [FinetuneArguments(use_gralora=True, lora_target_modules=["q", "v"], learning_rate=1e-5)]
     expected.data_path = "a: b.csv"
     assert asdict(FinetuneArguments(**{name: found[name] for name in names})) == asdict(expected)

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
+from trl import pack_dataset
 
 from gralora.tool.arguments import FinetuneArguments
 from gralora.tool.data import corpus as module
 from gralora.tool.data import readers
 from gralora.tool.data.corpus import SHUFFLED, load_corpus
-from gralora.tool.data.examples import Example
-from gralora.tool.data.packing import WINDOW
+from gralora.tool.data.layouts import Example
 from gralora.tool.data.sources import Source
 
 datasets = pytest.importorskip("datasets")
+PACKED_AT_ONCE = 1000  # the batches of `datasets`' map
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +33,8 @@ def load(tokenizer):
         found = load_corpus(
             FinetuneArguments(**{k: str(v) if k.endswith("path") else v for k, v in arguments.items()}), tokenizer
         )
-        rows = [row for _ in range(passes) for row in found.train]
-        rows = [one for row in rows for one in row.get("documents", [row])]
+        data = packed(found.train, arguments.get("max_seq_length")) if arguments.get("packing") else found.train
+        rows = [one for _ in range(passes) for row in data for one in documents(row)]
         assert tokenizer.decode(found.first["input_ids"]) not in ("", None)
         return tuple(
             [tokenizer.decode(row["input_ids"]).removesuffix("<end>") for row in side]
@@ -41,6 +42,17 @@ def load(tokenizer):
         )
 
     return texts
+
+
+def packed(rows, length: int):
+    """As the SFTTrainer packs them."""
+    return pack_dataset(rows.select_columns(["input_ids", "labels"]), length)
+
+
+def documents(row: dict) -> list[dict]:
+    """The examples of a row, packed or not."""
+    ends = list(itertools.accumulate(row.get("seq_lengths", [len(row["input_ids"])])))
+    return [{"input_ids": row["input_ids"][start:end]} for start, end in itertools.pairwise([0, *ends])]
 
 
 def write(path: Path, *texts: str) -> Path:
@@ -204,12 +216,13 @@ def test_stream_is_read_as_it_is_used(endless, tokenizer, packing):
     args = FinetuneArguments(data_path=str(path), streaming=True, max_steps=5, val_set_size=4, packing=packing)
     found = load_corpus(args, tokenizer)
     assert found.counts() == {"train": None, "held_out": 4, "left_out": 0}
-    rows = list(itertools.islice(found.train, 3))
-    texts = [tokenizer.decode(one["input_ids"]) for row in rows for one in row.get("documents", [row])]
+    data = packed(found.train, args.length) if packing else found.train
+    rows = list(itertools.islice(data, 3))
+    texts = [tokenizer.decode(one["input_ids"]) for row in rows for one in documents(row)]
     assert not {f"w{i}<end>" for i in range(4)} & set(texts)
     assert len(texts) == 3 or packing
-    assert not packing or all(sum(len(one["input_ids"]) for one in row["documents"]) > 250 for row in rows)
-    assert len(read) < SHUFFLED + 100 + packing * WINDOW, "a buffer to draw from, and what is packed at a time"
+    assert not packing or all(len(row["input_ids"]) > 250 for row in rows)
+    assert len(read) < SHUFFLED + 100 + packing * PACKED_AT_ONCE, "a buffer to draw from, and what is packed at a time"
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -238,8 +251,7 @@ def test_broken_row_of_a_stream_is_named(load, tmp_path):
     assert sorted(load(data_path=path, streaming=True, val_set_size=0, skip_bad_rows=True)[0]) == ["a", "b"]
 
 
-def test_streaming_needs_datasets(load, tmp_path, monkeypatch):
-    path = write(tmp_path / "a.jsonl", *WORDS)
+def test_the_hub_needs_datasets(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="needs the package datasets: pip install datasets"):
-        module.load_corpus(FinetuneArguments(data_path=str(path), streaming=True, max_steps=1), None)
+        Source("someone/words")

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from gralora.tool.data import examples as data
+from gralora.tool.data import layouts as data
 from gralora.tool.data import stdlib as stdlib_module
-from gralora.tool.data.examples import IGNORED, Chat, Example, encode, file_examples, marked, prompt_ids, split
+from gralora.tool.data.conversations import Chat
+from gralora.tool.data.examples import file_examples, split
+from gralora.tool.data.layouts import Example
 from gralora.tool.data.stdlib import stdlib_examples
+from gralora.tool.data.tokens import IGNORED, encode, marked, prompt_ids
 
 
 @pytest.fixture(scope="module")
@@ -354,9 +357,10 @@ def test_conversations_without_answer_are_counted(chat):
 def test_null_in_a_message_is_a_field_that_it_has_not(chat):
     """As parquet has it, where other messages have that field; a call of a tool needs no content."""
     template = CHATML.replace("{{ m.content }}", "{{ m.content }}{% if m.name is defined %}{{ m.name }}{% endif %}")
+    template = template.replace("<end>", "{% for c in m.tool_calls %}{{ c.function.name }}(){% endfor %}<end>")
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     tokenizer, found = chat(template, [{**MESSAGES[1], "name": None}, call])
-    assert marked(tokenizer, encode(tokenizer, found.examples, 100)[0]) == "<user>a?<end>\n<assistant>>>><end>\n<<<"
+    assert marked(tokenizer, encode(tokenizer, found.examples, 100)[0]) == "<user>a?<end>\n<assistant>>>>f()<end>\n<<<"
 
 
 def test_what_the_template_refuses_names_file_and_line(chat):

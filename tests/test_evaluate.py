@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gralora.tool import cli, evaluate
 from gralora.tool.arguments import FinetuneArguments
-from gralora.tool.data.examples import Example, encode, file_examples, prompt_ids
+from gralora.tool.data.examples import file_examples
+from gralora.tool.data.layouts import Example
+from gralora.tool.data.tokens import encode, prompt_ids
 from gralora.tool.evaluate import estimate, main, parse
 from gralora.tool.finetune import finetune
 from gralora.tool.side_by_side import load_side_by_side

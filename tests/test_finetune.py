@@ -5,7 +5,8 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from gralora.tool import arguments as arguments_module
 from gralora.tool import cli
 from gralora.tool import finetune as module
 from gralora.tool.arguments import FinetuneArguments
-from gralora.tool.data.examples import encode, file_examples, split
+from gralora.tool.data.examples import file_examples, split
+from gralora.tool.data.tokens import encode
 from gralora.tool.finetune import finetune
 from gralora.tool.training import resume
 from gralora.tool.verify import verify
@@ -442,9 +444,12 @@ def test_fp16_needs_a_gpu(arguments):
         finetune(arguments(fp16=True))
 
 
-def test_missing_packages_are_named(monkeypatch):
-    with pytest.raises(ImportError, match=r"no_such_package: pip install 'gralora\[finetune\]'"):
-        module.check_packages("torch", "no_such_package")
+def test_missing_packages_are_named(monkeypatch, capsys):
+    for name in ("gralora.tool.finetune", "trl"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    assert cli.main(["finetune", "--print_config"]) == cli.USER_ERROR
+    assert "needs the package trl, which is not installed: pip install 'gralora[finetune]'" in capsys.readouterr().err
 
 
 def test_flags_of_the_research_scripts():
@@ -464,9 +469,9 @@ def test_flags_of_trl():
     flags = "--model_name_or_path gpt2 --dataset_name data.jsonl --per_device_train_batch_size 2 --max_length 512 "
     flags += "--load_in_4bit --gradient_accumulation_steps 8 --dataset_train_split a --dataset_test_split b "
     flags += "--gradient_checkpointing --optim sgd --lr_scheduler_type cosine --weight_decay 0.1 --use_rslora"
-    expected = {"base_model": "gpt2", "data_path": "data.jsonl", "micro_batch_size": 2, "max_seq_length": 512}
+    expected = {"base_model": "gpt2", "data_path": ["data.jsonl"], "micro_batch_size": 2, "max_seq_length": 512}
     expected |= {"gradient_checkpointing": True, "optim": "sgd", "lr_scheduler_type": "cosine", "weight_decay": 0.1}
-    expected |= {"use_rslora": True, "report_to": "none", "quantization": "4bit", "gradient_accumulation_steps": 8}
+    expected |= {"use_rslora": True, "report_to": None, "quantization": "4bit", "gradient_accumulation_steps": 8}
     expected |= {"train_split": "a", "eval_split": "b"}
     args = vars(module.make_parser().parse_args(flags.split()))
     assert {name: args[name] for name in expected} == expected
@@ -475,7 +480,7 @@ def test_flags_of_trl():
 
 
 def test_every_flag_is_explained():
-    for field in FinetuneArguments.__dataclass_fields__.values():
+    for field in fields(FinetuneArguments):
         assert field.metadata["help"].endswith(".")
 
 

@@ -1,17 +1,22 @@
-"""Packing: no example is lost or cut, and none sees another one in its row."""
+"""Packing, which is TRL's: no example is lost or cut, and none sees another one in its row."""
 
+import itertools
 import random
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import gralora_config
 from peft import get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from trl import pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from gralora.tool.data.packing import WINDOW, PackingCollator, check_packing, pack
+from gralora.tool.data.packing import check_packing
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
 MODELS = {
     "llama": lambda attention: LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation=attention)),
     "gpt2": lambda attention: GPT2LMHeadModel(
@@ -26,22 +31,24 @@ def rows(*lengths: int) -> list[dict[str, list[int]]]:
     return [{"input_ids": one, "attention_mask": [1] * len(one), "labels": [-100, *one[1:]]} for one in ids]
 
 
+def packed(examples: list[dict[str, list[int]]], length: int) -> list[dict[str, list[int]]]:
+    return list(pack_dataset(Dataset.from_list(examples).select_columns(["input_ids", "labels"]), length))
+
+
 def test_every_example_is_in_one_row_and_rows_are_full():
     drawn = random.Random(1)
-    lengths = [drawn.randrange(1, 101) for _ in range(2 * WINDOW + 7)]
+    lengths = [drawn.randrange(1, 101) for _ in range(2007)]
     examples = rows(*lengths)
-    packs = [one["documents"] for one in pack(examples, 100)]
-    assert sorted(map(id, (row for documents in packs for row in documents))) == sorted(map(id, examples))
-    sizes = [sum(len(row["input_ids"]) for row in documents) for documents in packs]
+    packs = packed(examples, 100)
+    documents = []
+    for row in packs:
+        ends = list(itertools.accumulate(row["seq_lengths"]))
+        documents += [row["input_ids"][start:end] for start, end in itertools.pairwise([0, *ends])]
+    assert sorted(documents) == sorted(row["input_ids"] for row in examples)
+    sizes = [len(row["input_ids"]) for row in packs]
     assert max(sizes) <= 100
-    assert sum(size <= 50 for size in sizes) <= 3, "two half empty rows of one window would fit into one"
+    assert sum(size <= 50 for size in sizes) <= 3, "two half empty rows of one batch would fit into one"
     assert sum(sizes) / len(sizes) > 95
-
-
-def test_rows_are_in_the_order_of_their_examples():
-    examples = rows(10, 30, 20, 25, 5)
-    sizes = [[len(row["input_ids"]) for row in one["documents"]] for one in pack(examples, 40)]
-    assert sizes == [[30, 10], [20], [25, 5]]
 
 
 @pytest.fixture(params=[(name, attention) for name in MODELS for attention in ("sdpa", "eager")], ids="-".join)
@@ -58,13 +65,15 @@ def model(request):
 
 def test_packed_logits_are_those_of_each_example_alone(model):
     examples = rows(5, 9, 3, 7)
-    batch = PackingCollator()([{"documents": examples[:3]}, {"documents": examples[3:]}])
+    batch = collate(packed(examples, 17))
+    order = batch["cu_seq_lens_q"].diff().tolist()
+    examples = [next(row for row in examples if len(row["input_ids"]) == size) for size in order]
     assert batch["input_ids"].shape == (1, 24) and "attention_mask" not in batch
     with torch.no_grad():
-        packed = model(**batch, use_cache=False).logits[0].split([5, 9, 3, 7])
+        together = model(**batch, use_cache=False).logits[0].split(order)
         alone = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in examples]
-        unaware = model(input_ids=batch["input_ids"]).logits[0].split([5, 9, 3, 7])
-    for got, expected, other in zip(packed, alone, unaware, strict=True):
+        unaware = model(input_ids=batch["input_ids"]).logits[0].split(order)
+    for got, expected, other in zip(together, alone, unaware, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(expected, alone[0]) or (other - expected).abs().max() > 0.1
     check_packing(model, "base")
@@ -73,9 +82,9 @@ def test_packed_logits_are_those_of_each_example_alone(model):
 def test_nothing_is_learnt_across_a_boundary():
     first, second = rows(4, 3)
     first["labels"] = first["input_ids"]  # as if the first token were learnt
-    batch = PackingCollator()([{"documents": [second, first]}])
-    assert batch["labels"].tolist() == [[-100, *second["input_ids"][1:], -100, *first["input_ids"][1:]]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3]]
+    batch = collate(packed([first, second], 7))
+    assert batch["labels"].tolist() == [[-100, *first["input_ids"][1:], -100, *second["input_ids"][1:]]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
 
 
 def test_a_model_that_mixes_packed_texts_is_refused(model):

@@ -1,26 +1,32 @@
-"""What a fine-tuning run is asked for: one field per flag, and every check that needs neither model nor data."""
+"""What a fine-tuning run is asked for: one field per flag, and every check that needs neither model nor data.
 
-from dataclasses import dataclass, make_dataclass
+Fields here have the names of the research scripts, or a meaning that depends on data and model. All other fields of
+TRL's SFTConfig, and so of transformers' TrainingArguments, are flags under their own names; see `trainer_flags`.
+"""
+
+import dataclasses
+import json
+from dataclasses import InitVar, dataclass, make_dataclass
 from typing import Any, get_type_hints
 
 import torch
-from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
+from trl import SFTConfig
 
 from ..config import FLAGS, SETTINGS, LoraConfig, parse
-from .data.examples import RECORD_NAMES
+from .data.layouts import RECORD_NAMES
 from .data.readers import READERS
+from .data.tokens import TRUNCATION_MODES
 from .models import EMBEDDED, QUANTIZATIONS
 
 # the words that the Trainer knows
 KNOWN = {
     "optim": [kind.value for kind in OptimizerNames],
     "lr_scheduler_type": [kind.value for kind in SchedulerType],
-    "report_to": ["none", *INTEGRATION_TO_CALLBACK],
     "quantization": ["none", *QUANTIZATIONS],
 }
 LEAST = {"batch_size": 1, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "max_seq_length": 2, "lora_r": 1}
@@ -28,6 +34,17 @@ LEAST |= {"val_set_size": 0, "max_grad_norm": 0, "neftune_noise_alpha": 0, "earl
 LEAST |= {"save_total_limit": 1}
 BATCH_SIZE = 16  # unless asked for otherwise
 HELD_OUT = 64  # examples held out, unless asked for otherwise
+LENGTH = 2048  # tokens at which examples are cut, unless asked for otherwise or the model takes fewer
+# fields of SFTConfig that have another name here
+OURS = {"per_device_train_batch_size": "micro_batch_size", "max_length": "max_seq_length"}
+OURS |= {"activation_checkpointing": "gradient_checkpointing"}
+CHECKPOINTING = "activation_checkpointing"  # its name since transformers 5.20
+if CHECKPOINTING not in {field.name for field in dataclasses.fields(SFTConfig)}:
+    CHECKPOINTING = "gradient_checkpointing"
+# fields of SFTConfig that say how data become tokens, which is done before the trainer gets them
+OF_DATA = {"truncation_mode", "completion_only_loss", "assistant_only_loss", "chat_template_path"}
+OF_DATA |= {"dataset_text_field", "model_init_kwargs", "trust_remote_code"}  # and which model it gets
+SPLITTING = ("bfd_split", "wrapped")  # packing strategies that do not need texts cut beforehand
 
 
 def _flag_type(name: str) -> type:
@@ -45,7 +62,11 @@ GraloraFlags: Any = make_dataclass(
 
 @dataclass
 class FinetuneArguments(GraloraFlags):
-    """What a fine-tuning run is asked for. Checked here as far as no model or data are needed."""
+    """What a fine-tuning run is asked for. Checked here as far as no model or data are needed.
+
+    Args:
+        trainer: other fields of SFTConfig, by their names.
+    """
 
     base_model: str = HfArg(
         default=EMBEDDED,
@@ -60,11 +81,16 @@ class FinetuneArguments(GraloraFlags):
         aliases=["--overwrite_output_dir"],
         help="Start anew where output_dir holds an earlier run; its checkpoints are deleted.",
     )
-    data_path: str | None = HfArg(
+    data_path: list[str] | None = HfArg(
         default=None,
         aliases=["--dataset_name"],
         help=f"A local file ({', '.join(READERS)}), a folder of them, or the id of a data set on the hub, with the "
-        f"fields {' or '.join(RECORD_NAMES)}; without it, docstring-to-function pairs from Python's standard library.",
+        f"fields {' or '.join(RECORD_NAMES)}; or several of them. Without it, docstring-to-function pairs from "
+        "Python's standard library.",
+    )
+    data_weights: list[float] | None = HfArg(
+        default=None,
+        help="How often each of several data_path is drawn from, in proportion; without it, each row comes once.",
     )
     dataset_config: str | None = HfArg(default=None, help="Configuration of a hub's data set that has several.")
     train_split: str | None = HfArg(
@@ -91,13 +117,15 @@ class FinetuneArguments(GraloraFlags):
         help="Read data_path while training, for more than fits in memory; needs max_steps.",
     )
     train_on_inputs: bool = HfArg(default=False, help="Learn prompts too; without it, answers only.")
-    max_seq_length: int = HfArg(
-        default=256, aliases=["--cutoff_len", "--max_length"], help="Tokens at which examples are cut."
+    max_seq_length: int | None = HfArg(
+        default=None,
+        aliases=["--cutoff_len", "--max_length"],
+        help=f"Tokens at which examples are cut; without it, {LENGTH}, or what the model takes if that is less.",
     )
     packing: bool = HfArg(
         default=False,
         help="Fill rows of max_seq_length tokens with several examples, which do not see each other; batch sizes then "
-        "count such rows.",
+        "count such rows. Held-out examples are never packed.",
     )
     quantization: str = HfArg(
         default="none", help="Load the base model in 4bit (QLoRA: nf4, double quantisation) or 8bit with bitsandbytes."
@@ -126,7 +154,9 @@ class FinetuneArguments(GraloraFlags):
     gradient_accumulation_steps: int | None = HfArg(
         default=None, help="Forward passes per optimizer step, instead of batch_size."
     )
-    gradient_checkpointing: bool = HfArg(default=False, help="Less memory: compute activations twice.")
+    gradient_checkpointing: bool = HfArg(
+        default=False, aliases=["--activation_checkpointing"], help="Less memory: compute activations twice."
+    )
     optim: str = HfArg(default="adamw_torch_fused", help="The Trainer's name of an optimizer.")
     weight_decay: float = HfArg(default=0.0, help="Of the optimizer.")
     max_grad_norm: float = HfArg(default=1.0, help="Norm to which longer gradients are cut; 0: they are not.")
@@ -147,7 +177,10 @@ class FinetuneArguments(GraloraFlags):
     eval_steps: float = HfArg(default=0.25, help="Steps between two held-out losses, or a share of all where below 1.")
     save_steps: float = HfArg(default=200, help="Steps between two checkpoints, or a share of all where below 1.")
     save_total_limit: int | None = HfArg(default=None, help="Checkpoints to keep; without it, all.")
-    report_to: str = HfArg(default="none", help="Where losses are also logged: tensorboard, wandb, trackio or none.")
+    report_to: list[str] | None = HfArg(
+        default=None,
+        help="Where losses are also logged: tensorboard, wandb, trackio ..., or all; without it, none.",
+    )
     resume_from_checkpoint: str | None = HfArg(
         default=None,
         help="A checkpoint folder to go on from, with the arguments of the run that wrote it; latest (or true): the "
@@ -157,7 +190,12 @@ class FinetuneArguments(GraloraFlags):
         default=False, help="At the end, reload and merge the adapter in a new process and compare logits."
     )
 
-    def __post_init__(self) -> None:
+    trainer: InitVar[dict[str, Any] | None] = None
+
+    def __post_init__(self, trainer: dict[str, Any] | None) -> None:
+        self.trainer = dict(trainer or {})
+        if isinstance(self.data_path, list) and len(self.data_path) == 1:
+            (self.data_path,) = self.data_path
         for name in SETTINGS:
             if isinstance(text := getattr(self, name), str):
                 setattr(self, name, parse(name, text))
@@ -170,14 +208,40 @@ class FinetuneArguments(GraloraFlags):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}.")
         self.accumulation(devices=1)
         self.check_combinations()
-        if self.report_to != "none" and self.report_to not in get_available_reporting_integrations():
-            raise ImportError(
-                f"report_to={self.report_to!r} needs a package that is missing: pip install {self.report_to}; or give "
-                "--report_to none."
-            )
+        self.check_trainer()
+        for name in self.reporters:
+            if name not in ("all", *INTEGRATION_TO_CALLBACK):
+                raise ValueError(f"report_to={name!r} must be one of none, all, {', '.join(INTEGRATION_TO_CALLBACK)}.")
+            if name != "all" and name not in get_available_reporting_integrations():
+                raise ImportError(
+                    f"report_to={name!r} needs a package that is missing: pip install {name}; or give "
+                    "--report_to none."
+                )
+
+    def check_trainer(self) -> None:
+        """Check and apply the fields of SFTConfig that mean something for the data; ValueError for what is unknown."""
+        unknown = set(self.trainer) - {name for name, _, _ in other_trainer_fields()}
+        if unknown:
+            raise ValueError(f"{sorted(unknown)} are no fields of TRL's SFTConfig, or have another name here.")
+        for name in ("completion_only_loss", "assistant_only_loss"):
+            learnt_only = self.trainer.get(name)
+            if learnt_only and self.train_on_inputs:
+                raise ValueError(f"{name}=True and train_on_inputs=True contradict each other; give one.")
+            if learnt_only is False:
+                self.train_on_inputs = True
+        if self.truncation_mode not in TRUNCATION_MODES:
+            raise ValueError(f"truncation_mode={self.truncation_mode!r} must be one of {', '.join(TRUNCATION_MODES)}.")
 
     def check_combinations(self) -> None:
         """Raise ValueError if fields contradict each other."""
+        if self.data_weights is not None:
+            if len(self.data_weights) != len(self.data_paths) or len(self.data_paths) < 2:
+                raise ValueError(
+                    f"data_weights={self.data_weights} must be as many numbers as there are data_path, of which there "
+                    f"are {len(self.data_paths)}; one data_path needs none."
+                )
+            if not all(weight > 0 for weight in self.data_weights):
+                raise ValueError(f"data_weights={self.data_weights} must be above 0; leave out a data_path instead.")
         if self.bf16 and self.fp16:
             raise ValueError("bf16=True and fp16=True exclude each other; give one.")
         if self.data_path is None:
@@ -227,8 +291,39 @@ class FinetuneArguments(GraloraFlags):
         return self.val_set_size != 0
 
     @property
+    def data_paths(self) -> list[str]:
+        return [self.data_path] if isinstance(self.data_path, str) else list(self.data_path or ())
+
+    @property
+    def length(self) -> int:
+        """Tokens at which examples are cut."""
+        return LENGTH if self.max_seq_length is None else self.max_seq_length
+
+    @property
+    def truncation_mode(self) -> str:
+        return self.trainer.get("truncation_mode", "keep_start")
+
+    @property
+    def splits_long_texts(self) -> bool:
+        """Whether packing divides long texts among rows, so that nothing is to be cut before."""
+        return self.packing and self.trainer.get("packing_strategy") in SPLITTING
+
+    @property
+    def reporters(self) -> list[str]:
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        return [name for name in names if name != "none"]
+
+    @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+    def model_options(self) -> dict[str, Any]:
+        """What `from_pretrained` is given to load the base model."""
+        given = self.trainer.get("model_init_kwargs") or {}
+        options = {"trust_remote_code": bool(self.trainer.get("trust_remote_code"))}
+        if self.attn_implementation:
+            options["attn_implementation"] = self.attn_implementation
+        return options | (json.loads(given) if isinstance(given, str) else given)
 
     def lora_config(self) -> LoraConfig:
         fields = {name: getattr(self, flag) for name, flag in FLAGS.items()}
@@ -236,46 +331,74 @@ class FinetuneArguments(GraloraFlags):
             fields["target_modules"] = "all-linear"
         return LoraConfig(task_type="CAUSAL_LM", **fields)
 
-    def training_arguments(self) -> TrainingArguments:
+    def training_arguments(self) -> SFTConfig:
+        """What TRL's trainer is asked for; a field that was given by its own name wins.
+
+        Examples are cut before the trainer gets them, so it is told a length for packing alone.
+        """
         gpu = torch.accelerator.is_available()
         if self.fp16 and not gpu:
             raise ValueError("fp16=True needs a GPU, and none is found; use bf16 or neither.")
         early = self.early_stopping_patience is not None
-        training = TrainingArguments(
-            output_dir=self.output_dir,
-            seed=self.seed,
-            num_train_epochs=self.num_train_epochs,
-            max_steps=self.max_steps,
-            per_device_train_batch_size=self.micro_batch_size,
-            per_device_eval_batch_size=1,  # the Trainer averages over batches: of one, that is over answers
-            optim=self.optim,
-            weight_decay=self.weight_decay,
-            max_grad_norm=self.max_grad_norm,
-            learning_rate=self.learning_rate,
-            lr_scheduler_type=self.lr_scheduler_type,
-            warmup_steps=self.warmup_steps,
-            logging_steps=self.logging_steps,
-            logging_first_step=True,
-            logging_nan_inf_filter=False,
-            eval_strategy="steps" if self.holds_out else "no",
-            eval_steps=self.eval_steps if self.holds_out else None,
-            eval_on_start=self.holds_out,
-            save_steps=self.eval_steps if early else self.save_steps,
-            save_total_limit=self.save_total_limit,
-            load_best_model_at_end=early,
-            metric_for_best_model="eval_loss" if early else None,
-            neftune_noise_alpha=self.neftune_noise_alpha,
+        settings = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name in SAME_NAMES
+        }
+        settings.pop("gradient_checkpointing")
+        settings |= {
+            "per_device_train_batch_size": self.micro_batch_size,
+            "per_device_eval_batch_size": 1,  # the Trainer averages over batches: of one, that is over answers
+            "max_length": self.length if self.packing else None,
+            "eval_packing": False,
+            "logging_first_step": True,
+            "logging_nan_inf_filter": False,
+            "eval_strategy": "steps" if self.holds_out else "no",
+            "eval_steps": self.eval_steps if self.holds_out else None,
+            "eval_on_start": self.holds_out,
+            "save_steps": self.eval_steps if early else self.save_steps,
+            "load_best_model_at_end": early,
+            "metric_for_best_model": "eval_loss" if early else None,
             # without padding there is no mask to count by
-            include_num_input_tokens_seen="all" if self.packing else "non_padding",
-            remove_unused_columns=False,
+            "include_num_input_tokens_seen": "all" if self.packing else "non_padding",
+            # the reentrant kind needs an input with gradients, and a frozen model's has none
+            CHECKPOINTING: self.gradient_checkpointing,
+            f"{CHECKPOINTING}_kwargs": {"use_reentrant": False} if self.gradient_checkpointing else None,
             # of a stream, one process would read batches for all, and answers of different lengths do not fit in one
-            accelerator_config={"dispatch_batches": False},
-            bf16=self.bf16,
-            fp16=self.fp16,
-            use_cpu=not gpu,
-            dataloader_pin_memory=gpu,
-            report_to=self.report_to,
-        )
+            "accelerator_config": {"dispatch_batches": False},
+            "use_cpu": not gpu,
+            "dataloader_pin_memory": gpu,
+            "report_to": self.reporters or "none",
+        }
+        passed = {name: value for name, value in self.trainer.items() if name not in OF_DATA}
+        if "gradient_checkpointing_kwargs" in passed:
+            passed[f"{CHECKPOINTING}_kwargs"] = passed.pop("gradient_checkpointing_kwargs")
+        training = SFTConfig(**settings | passed)
         devices = training.world_size * max(1, training.n_gpu)
         training.gradient_accumulation_steps = self.accumulation(devices)
         return training
+
+
+SAME_NAMES = {field.name for field in dataclasses.fields(SFTConfig)} & {
+    field.name for field in dataclasses.fields(FinetuneArguments)
+}
+
+
+def other_trainer_fields() -> list[tuple[str, Any, Any]]:
+    """Name, type and dataclass field of what SFTConfig has and `FinetuneArguments` has not."""
+    hints = get_type_hints(SFTConfig)
+    return [
+        (field.name, hints[field.name], field)
+        for field in dataclasses.fields(SFTConfig)
+        if field.init and field.name not in SAME_NAMES and field.name not in OURS
+    ]
+
+
+def trainer_flags() -> type:
+    """A dataclass of the other fields of SFTConfig, for a parser of flags."""
+    rows = []
+    for name, hint, field in other_trainer_fields():
+        default = {"default": field.default}
+        if field.default_factory is not dataclasses.MISSING:
+            default = {"default_factory": field.default_factory}
+        rows.append((name, hint, dataclasses.field(**default, metadata=field.metadata)))
+    group = "fields of TRL's SFTConfig and transformers' TrainingArguments, under their own names"
+    return make_dataclass("TrainerFlags", rows, namespace={"_argument_group_name": group})

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer, set_seed
 
 from .adapters import DTYPES
-from .data.examples import INSTRUCTION, instruction_example, prompt_ids
+from .data.layouts import INSTRUCTION, instruction_example
+from .data.tokens import prompt_ids
 from .side_by_side import SideBySide, load_side_by_side
 from .tasks.inference import chat_or_plain_ids, cut, generation_config
 

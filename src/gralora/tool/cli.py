@@ -4,6 +4,7 @@ import argparse
 import importlib
 import sys
 import traceback
+from types import ModuleType
 
 # name -> (module, function, what it does); the function takes the command's own arguments, a list of strings
 COMMANDS = {
@@ -43,6 +44,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def load(module: str, command: str) -> ModuleType:
+    """A command's module; ImportError with what to install where a package is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("gralora"):
+            raise
+        raise ImportError(
+            f"{command} needs the package {error.name}, which is not installed: pip install 'gralora[finetune]'"
+        ) from error
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command, `argv` or else the process's arguments, and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
@@ -50,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     call = make_parser().parse_args([argument for argument in argv if argument != "--debug"])
     module, function, _ = COMMANDS[call.command]
     try:
-        getattr(importlib.import_module(module), function)(call.arguments)
+        getattr(load(module, call.command), function)(call.arguments)
     except KeyboardInterrupt as stop:
         print(f"gralora {call.command}: {str(stop) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def read(parser: argparse.ArgumentParser, path: Path) -> argparse.Namespace:
 def convert(parser: argparse.ArgumentParser, action: argparse.Action, value: Any, place: str) -> Any:
     """A value of YAML, where 1e-4 is text, as its flag would have it."""
     several = action.nargs in ("+", "*")
+    if isinstance(value, dict) and takes_json(action):
+        value = json.dumps(value)
     values = value if isinstance(value, list) and several else [value]
     if not values or any(isinstance(one, (dict, list)) for one in values):
         raise ValueError(f"{place}={value!r} must be {'a list of words' if several else 'one value'}.")
@@ -68,10 +71,15 @@ def convert(parser: argparse.ArgumentParser, action: argparse.Action, value: Any
     return converted if several else converted[0]
 
 
-def dump(arguments: Any) -> str:
-    """A dataclass of arguments as such a file, each field under its help."""
+def takes_json(action: argparse.Action) -> bool:
+    """Whether a flag takes an object as JSON text, as the Trainer's fields that end so do."""
+    return action.dest.endswith(("_kwargs", "_config"))
+
+
+def dump(arguments: Any, others: dict[str, Any] | None = None) -> str:
+    """A dataclass of arguments as such a file, each field under its help, and other settings below."""
     lines = []
     for field in dataclasses.fields(arguments):
         value = yaml.safe_dump({field.name: getattr(arguments, field.name)}, sort_keys=False, width=10**6)
         lines.append(f"# {field.metadata['help']}\n{value}")
-    return "".join(lines)
+    return "".join(lines) + (yaml.safe_dump(others, sort_keys=False, width=10**6) if others else "")

@@ -1,23 +1,22 @@
-"""`gralora finetune`: the Hugging Face Trainer with an adapter. There is no training loop of ours."""
+"""`gralora finetune`: TRL's SFTTrainer with an adapter. There is no training loop of ours."""
 
 import argparse
 import dataclasses
 import functools
-import importlib.util
-import json
 import os
 import platform
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
 import transformers
+import trl
+from datasets import Dataset
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
-    DataCollatorForSeq2Seq,
     EarlyStoppingCallback,
     HfArgumentParser,
     PreTrainedModel,
@@ -25,18 +24,30 @@ from transformers import (
     set_seed,
 )
 from transformers.hf_argparser import string_to_bool
+from trl import SFTConfig
 
-from ..checkpoints.files import finish_replacing, replace_files
+from ..checkpoints.files import finish_replacing, read_json, replace_files, write_json
 from . import configfile, output
-from .arguments import FinetuneArguments
+from .arguments import LENGTH, FinetuneArguments, other_trainer_fields, trainer_flags
 from .data.corpus import Corpus, load_corpus
-from .data.examples import IGNORED, LEARNT, marked
-from .data.packing import PackingCollator, check_packing
-from .models import check_length, load_model, load_tokenizer
+from .data.packing import check_packing
+from .data.tokens import IGNORED, LEARNT, marked
+from .models import check_length, check_tokens, load_config, load_model, load_tokenizer, positions
 from .training.distributed import AdapterTrainer, holds_share
 from .training.progress import Progress, peak_memory_gib
-from .training.report import CARD, LOSS_PLOT, METRICS, history, plot_losses, report, write_card, write_json
-from .training.resume import check_checkpoint, check_output, delete_checkpoints, find_checkpoint, train_or_interrupt
+from .training.report import CARD, LOSS_PLOT, METRICS, finite, history, plot_losses, report, summary, write_card
+from .training.resume import (
+    check_checkpoint,
+    check_data,
+    check_output,
+    check_tensors,
+    delete_checkpoints,
+    find_checkpoint,
+    measured_now,
+    train_or_interrupt,
+)
+from .training.start import continued, load_trained
+from .training.stopping import StopAtNonFinite, learnt_ends, stop_at
 from .verify import LOGITS, PROBES, record_logits, verify_in_new_process
 
 NEW = ".new"  # where the adapter is written, before it replaces an older one
@@ -49,12 +60,13 @@ EXAMPLES = """examples:
   gralora finetune --print_config > config.yaml
   gralora finetune config.yaml --learning_rate 1e-4
   gralora finetune config.yaml --resume_from_checkpoint latest
-exit status: 0 done, 2 wrong arguments or data, 130 stopped by Ctrl-C with a checkpoint saved, 1 a fault"""
+exit status: 0 done, 2 wrong arguments or data, or training that diverged, 130 stopped by Ctrl-C with a checkpoint
+saved, 1 a fault"""
 
 
 def make_parser() -> HfArgumentParser:
     parser = HfArgumentParser(
-        FinetuneArguments,
+        (FinetuneArguments, trainer_flags()),
         prog="gralora finetune",
         usage="gralora finetune [CONFIG.yaml] [--flag value ...]",
         description="Fine-tune a causal language model with GraLoRA or plain LoRA.",
@@ -62,6 +74,10 @@ def make_parser() -> HfArgumentParser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
+    others = {name for name, _, _ in other_trainer_fields()}
+    for action in parser._actions:
+        if action.dest in others:
+            action.default = argparse.SUPPRESS  # what is not given is left to SFTConfig
     for bits in ("4bit", "8bit"):
         parser.add_argument(
             f"--load_in_{bits}",
@@ -91,12 +107,27 @@ def main(argv: list[str]) -> None:
     call = vars(configfile.parse(make_parser(), argv))
     quiet, as_json, print_config = call.pop("quiet"), call.pop("json"), call.pop("print_config")
     del call["config"]
-    args = FinetuneArguments(**call)
+    ours = {field.name for field in dataclasses.fields(FinetuneArguments)}
+    trainer = {name: call.pop(name) for name in list(call) if name not in ours}
+    args = FinetuneArguments(**call, trainer=trainer)
     if print_config:
-        print(configfile.dump(args), end="")
+        print(configfile.dump(args, args.trainer), end="")
         return
     of_many = os.environ.get("RANK", "0") != "0"  # of several processes one speaks
     output.run(lambda: finetune(args), quiet or of_many, as_json and not of_many)
+
+
+class Run(NamedTuple):
+    """What a run needs before its first step."""
+
+    args: FinetuneArguments
+    training: SFTConfig
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+    model: PeftModel
+    trainer: AdapterTrainer
+    progress: Progress
+    checkpoint: str | None
 
 
 def finetune(args: FinetuneArguments) -> dict[str, Any]:
@@ -106,119 +137,149 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
         What was measured, as also written to `metrics.json` in `output_dir`, beside the adapter and `loss.png`.
 
     Raises:
-        ValueError: if arguments, model and data do not fit each other.
+        ValueError: if arguments, model and data do not fit each other, or a loss or weight stops being finite.
         OSError: if model or data cannot be read.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is saved; the message says where.
     """
-    check_packages("accelerate", "matplotlib")
     started = time.monotonic()
-    training, lora_config = args.training_arguments(), args.lora_config()
-    output_dir = Path(args.output_dir)
-    with training.main_process_first():
-        finish_replacing(output_dir)
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    check_output(args.output_dir, checkpoint, args.overwrite)
-    tokenizer = load_tokenizer(args.base_model)
-    corpus = load_corpus(args, tokenizer)
-    show(corpus, tokenizer, args)
-    model = prepared_model(args)
-
-    set_seed(args.seed)
-    model = get_peft_model(model, lora_config)
-    check_checkpoint(checkpoint, model)
-    model.print_trainable_parameters()
-    if args.packing:
-        check_packing(model, args.base_model)
-    padding = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
-    trainer = AdapterTrainer(
-        model=model,
-        args=training,
-        train_dataset=corpus.train,
-        eval_dataset=corpus.held_out or None,
-        data_collator=PackingCollator() if args.packing else padding,
-        processing_class=tokenizer,
-    )
-    progress = Progress.replace(trainer)
-    if args.early_stopping_patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+    run = prepare(args)
+    trainer, tokenizer, output_dir = run.trainer, run.tokenizer, Path(args.output_dir)
     # before training, a model that will be shared out is on the CPU, and in the first process only
-    prompt = prompt_of(corpus.held_out[0]) if corpus.held_out and not holds_share(trainer) else []
-    sample_before = complete(model, tokenizer, prompt)
-    if checkpoint is None and trainer.is_world_process_zero():
+    held_out = run.corpus.held_out
+    prompt = prompt_of(held_out[0]) if held_out and not holds_share(trainer) else []
+    sample = {"prompt": tokenizer.decode(prompt), "before": complete(run.model, tokenizer, prompt)}
+    if run.checkpoint is None and trainer.is_world_process_zero():
         delete_checkpoints(args.output_dir)
-    train_or_interrupt(trainer, checkpoint)
+    trained = train_or_interrupt(trainer, run.checkpoint, run.corpus.digest())
     losses = history(trainer.state.log_history)
-    loss = held_out_loss(losses, trainer.state.best_metric)
-    new = output_dir / NEW
-    if trainer.is_world_process_zero():
-        write_card(args, model, loss)
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        shutil.copyfile(output_dir / CARD, new / CARD)
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(new))  # PEFT adds to the card what it knows
-    if trainer.is_world_process_zero():
-        replace_files(new, output_dir)
-    model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward without autocast again
-
-    trainable, total = model.get_nb_trainable_parameters()
-    metrics = {
-        "arguments": dataclasses.asdict(args) | {"gralora_k": model.peft_config["default"].gralora_k},
-        "parameters": {"trainable": trainable, "total": total},
-        "examples": corpus.counts(),
-        "steps": trainer.state.global_step,
-        "held_out_loss": loss,
-        "history": losses,
-        "sample": {
-            "prompt": tokenizer.decode(prompt),
-            "before": sample_before,
-            "after": complete(model, tokenizer, prompt),
-        },
-        "tokens": progress.tokens,
-        "tokens_per_s": progress.tokens_per_s,
-        "peak_memory_gib": round(peak_memory_gib(), 3),
-        "time_s": round(time.monotonic() - started, 1),
-        "device": str(training.device),
-        "versions": {package.__name__: package.__version__ for package in (torch, transformers, peft)}
-        | {"python": platform.python_version()},
-    }
+    loss = held_out_loss(losses, trainer.state.best_metric) if trained else measured_now(trainer)
+    save(run, loss, output_dir)
+    model = trainer.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)  # its forward without autocast again
+    sample["after"] = complete(model, tokenizer, prompt)
+    metrics = measurements(run, losses, loss, sample) | {"time_s": round(time.monotonic() - started, 1)}
     if args.verify:  # in all processes, since each may hold a share of the model
-        texts = [row["input_ids"] for row in (corpus.held_out or [corpus.first])[:PROBES]]
-        record_logits(args, model, texts, output_dir / LOGITS, write=trainer.is_world_process_zero())
+        texts = [row["input_ids"] for row in (held_out or [run.corpus.first])[:PROBES]]
+        record_logits(run.args, model, texts, output_dir / LOGITS, write=trainer.is_world_process_zero())
     if trainer.is_world_process_zero():
         write_json(output_dir / METRICS, metrics)
         plot_losses(losses, output_dir / LOSS_PLOT)
         report(metrics, output_dir)
         if args.verify:
             verify_in_new_process(output_dir)
-            metrics = json.loads((output_dir / METRICS).read_text(encoding="utf-8"))
+            metrics = read_json(output_dir / METRICS)
+    if run.training.push_to_hub:
+        trainer.push_to_hub()
     return metrics
 
 
+def prepare(args: FinetuneArguments) -> Run:
+    """Load data and model, and check that they fit each other and the arguments."""
+    training = args.training_arguments()
+    with training.main_process_first():
+        finish_replacing(Path(args.output_dir))
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    check_output(args.output_dir, checkpoint, args.overwrite)
+    args, trained = continued(args)
+    lora_config = args.lora_config()
+    template, end, hub = (args.trainer.get(name) for name in ("chat_template_path", "eos_token", "trust_remote_code"))
+    tokenizer = load_tokenizer(args.base_model, template, end, trust_remote_code=bool(hub))
+    config = load_config(args.base_model, trust_remote_code=bool(hub))
+    if args.max_seq_length is None:
+        args.max_seq_length = min(LENGTH, positions(config) or LENGTH)
+    training.max_length = args.length if args.packing else None
+    check_length(args.length, args.base_model, config)
+    check_tokens(tokenizer, args.base_model, config)
+    corpus = load_corpus(args, tokenizer)
+    show(corpus, tokenizer, args)
+    ends = learnt_ends(corpus, tokenizer)
+
+    model = load_model(args.base_model, args.dtype, args.quantization, **args.model_options())
+    if args.quantization != "none":
+        kwargs = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        model = prepare_model_for_kbit_training(model, args.gradient_checkpointing, **kwargs)
+    stop_at(model, ends, tokenizer)
+    set_seed(args.seed)
+    model = get_peft_model(model, lora_config) if trained is None else load_trained(model, trained)
+    check_checkpoint(checkpoint, model)
+    check_tensors(checkpoint, model)
+    check_data(checkpoint, corpus.digest())
+    if args.packing or training.padding_free:
+        check_packing(model, args.base_model)
+    trainer = AdapterTrainer(
+        model=model,
+        args=training,
+        train_dataset=corpus.train,
+        eval_dataset=Dataset.from_list(corpus.held_out).select_columns(["input_ids", "labels"])
+        if corpus.held_out
+        else None,
+        processing_class=tokenizer,
+    )
+    trainer.add_callback(StopAtNonFinite(trainer))
+    if args.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+    progress = Progress.replace(trainer)
+    if trainer.is_world_process_zero():
+        print(summary(args, model, trainer, trained))
+    return Run(args, training, tokenizer, corpus, model, trainer, progress, checkpoint)
+
+
 def show(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, args: FinetuneArguments) -> None:
-    """Print how many examples there are, and one as the model gets it."""
+    """Print how many examples there are, what of them is cut, and one as the model gets it."""
     counts = corpus.counts()
     train = f"{counts['train']} examples" if counts["train"] is not None else "a stream of examples"
-    packed = f" in {len(corpus.train)} rows" if args.packing and counts["train"] is not None else ""
     print(
-        f"{train}{packed} to train on ({counts['left_out']} more have prompts of {args.max_seq_length} tokens or "
-        f"more), {counts['held_out']} held out; the first, trained on what is between {' and '.join(LEARNT)}:\n"
+        f"{train} to train on ({counts['left_out']} more have prompts of {args.length} tokens or more), "
+        f"{counts['held_out']} held out; the first, trained on what is between {' and '.join(LEARNT)}:\n"
         f"{marked(tokenizer, corpus.first)}\n----"
     )
+    cut = corpus.cut(args.length)
+    if cut["examples"] and not args.splits_long_texts:
+        lost = "beginning" if args.truncation_mode == "keep_end" else "end"
+        print(
+            f"cut: {cut['examples']} of {corpus.lengths.total()} texts are longer than max_seq_length={args.length} "
+            f"and lose their {lost}, in all {cut['tokens'] / cut['of_tokens']:.1%} of the tokens; "
+            f"--max_seq_length {corpus.enough()} keeps 99% of the texts whole"
+        )
 
 
-def prepared_model(args: FinetuneArguments) -> PreTrainedModel:
-    """The base model as it is trained on, checked against the arguments."""
-    options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
-    model = load_model(args.base_model, args.dtype, args.quantization, **options)
-    check_length(args.max_seq_length, args.base_model, model)
-    # the reentrant kind needs an input with gradients, and a frozen model's has none
-    checkpointing = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    if args.quantization != "none":
-        model = prepare_model_for_kbit_training(model, args.gradient_checkpointing, **checkpointing)
-    elif args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(**checkpointing)
-    return model
+def save(run: Run, loss: dict[str, float] | None, output_dir: Path) -> None:
+    """Write adapter, tokenizer, generation config and card, in the place of those of an earlier run."""
+    trainer, new = run.trainer, output_dir / NEW
+    if trainer.is_world_process_zero():
+        write_card(run.args, run.model, loss)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        shutil.copyfile(output_dir / CARD, new / CARD)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(new), _internal_call=True)  # PEFT adds to the card what it knows; not yet to the hub
+    if trainer.is_world_process_zero():
+        run.model.get_base_model().generation_config.save_pretrained(new)
+        replace_files(new, output_dir)
+
+
+def measurements(
+    run: Run, losses: list[dict[str, float]], loss: dict[str, float] | None, sample: dict[str, str]
+) -> dict[str, Any]:
+    """What `metrics.json` holds."""
+    trainable, total = run.model.get_nb_trainable_parameters()
+    arguments = dataclasses.asdict(run.args) | run.args.trainer
+    metrics = {
+        "arguments": arguments | {"gralora_k": run.model.peft_config["default"].gralora_k},
+        "parameters": {"trainable": trainable, "total": total},
+        "examples": run.corpus.counts(),
+        "cut": run.corpus.cut(run.args.length),
+        "steps": run.trainer.state.global_step,
+        "held_out_loss": loss,
+        "history": losses,
+        "sample": sample,
+        "tokens": run.progress.tokens,
+        "tokens_per_s": run.progress.tokens_per_s,
+        "peak_memory_gib": round(peak_memory_gib(), 3),
+        "device": str(run.training.device),
+        "versions": {package.__name__: package.__version__ for package in (torch, transformers, peft, trl)}
+        | {"python": platform.python_version()},
+    }
+    return finite(metrics)
 
 
 def held_out_loss(losses: list[dict[str, float]], best: float | None) -> dict[str, float] | None:
@@ -227,19 +288,13 @@ def held_out_loss(losses: list[dict[str, float]], best: float | None) -> dict[st
     return {"before": measured[0], "after": measured[-1] if best is None else best} if measured else None
 
 
-def check_packages(*names: str) -> None:
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"fine-tuning needs the package(s) {', '.join(missing)}: pip install 'gralora[finetune]'")
-
-
 def prompt_of(row: dict[str, list[int]]) -> list[int]:
     """Token ids of an encoded example's prompt; of plain text, which has none, the beginning."""
     prompt = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
     return row["input_ids"][: prompt if prompt > 1 else TEXT_PROMPT_TOKENS]
 
 
-def complete(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
+def complete(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
     """The model's greedy continuation of a prompt's token ids, up to `SAMPLE_TOKENS` tokens; "" of an empty one."""
     if not prompt:
         return ""

@@ -2,10 +2,12 @@
 
 import importlib.util
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -26,9 +28,10 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
 def load_pretrained(auto: Any, base_model: str, **options: Any) -> Any:
     """What an Auto class of transformers makes of the base model."""
     folder = str(embedded_model()) if base_model == EMBEDDED else base_model
+    # False, since the default asks people whether to run a model's code
+    options.setdefault("trust_remote_code", False)
     try:
-        # False, since the default asks people whether to run a model's code
-        return auto.from_pretrained(folder, trust_remote_code=False, **options)
+        return auto.from_pretrained(folder, **options)
     except OSError as error:
         raise OSError(
             f"base_model={base_model!r} could not be loaded; give a local folder, a hub id that can be reached, or "
@@ -45,24 +48,75 @@ def load_model(base_model: str, dtype: torch.dtype, quantization: str = "none", 
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         config = BitsAndBytesConfig(**QUANTIZATIONS[quantization], bnb_4bit_compute_dtype=dtype)
         options["quantization_config"] = config
-    return load_pretrained(AutoModelForCausalLM, base_model, dtype=dtype, **options)
+    return load_pretrained(AutoModelForCausalLM, base_model, **{"dtype": dtype} | options)
 
 
-def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, with a padding token."""
-    tokenizer = load_pretrained(AutoTokenizer, base_model)
+def load_tokenizer(
+    base_model: str, chat_template: str | None = None, eos_token: str | None = None, **options: Any
+) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, with a padding token.
+
+    Args:
+        base_model: a hub id, a local folder, or `EMBEDDED`.
+        chat_template: a Jinja file, or a model whose template is to be used instead of the tokenizer's own.
+        eos_token: the token that ends a text, instead of the tokenizer's own.
+        options: of `from_pretrained`.
+    """
+    tokenizer = load_pretrained(AutoTokenizer, base_model, **options)
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise ValueError(f"eos_token={eos_token!r} is no token of base_model={base_model!r}.")
+        tokenizer.eos_token = eos_token
     if tokenizer.eos_token is None:
-        raise ValueError(f"base_model={base_model!r} has a tokenizer without an end token (eos_token); set one.")
+        raise ValueError(
+            f"base_model={base_model!r} has a tokenizer without an end token (eos_token); name one of its tokens with "
+            "--eos_token."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        if Path(chat_template).is_file():
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        else:
+            tokenizer.chat_template = load_pretrained(AutoTokenizer, chat_template).chat_template
+        if tokenizer.chat_template is None:
+            raise ValueError(f"chat_template_path={chat_template!r} is a model whose tokenizer has no chat template.")
     return tokenizer
 
 
-def check_length(max_seq_length: int, base_model: str, model: PreTrainedModel) -> None:
+def load_config(base_model: str, **options: Any) -> Any:
+    """The base model's config of the part that reads text."""
+    return load_pretrained(AutoConfig, base_model, **options).get_text_config()
+
+
+def positions(config: Any) -> int | None:
+    """How many tokens a model with this config can take; None if it sets no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_length(max_seq_length: int, base_model: str, config: Any) -> None:
     """Raise ValueError if `max_seq_length` is more than the model has positions for."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions and max_seq_length > positions:
+    most = positions(config)
+    if most and max_seq_length > most:
         raise ValueError(
-            f"max_seq_length={max_seq_length} is more than the {positions} tokens that "
-            f"base_model={base_model!r} can take."
+            f"max_seq_length={max_seq_length} is more than the {most} tokens that base_model={base_model!r} can take; "
+            f"give {most} or less."
+        )
+
+
+def check_tokens(tokenizer: PreTrainedTokenizerBase, base_model: str, config: Any) -> None:
+    """Raise ValueError if the tokenizer has tokens, or a padding token, that the model has no embedding for."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if size is None:
+        return
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= size}
+    # some tokenizers have tokens that nothing ever writes; those with a role are written
+    used = {token: beyond[token] for token in beyond if token in tokenizer.all_special_tokens}
+    used |= {token: number for token, number in tokenizer.get_added_vocab().items() if number >= size}
+    if used:
+        listed = ", ".join(f"{token!r} ({number})" for token, number in sorted(used.items(), key=lambda x: x[1])[:5])
+        raise ValueError(
+            f"base_model={base_model!r} has embeddings for {size} tokens, and its tokenizer has {len(used)} beyond: "
+            f"{listed}. Take the tokenizer that belongs to the model, or save the model with resized embeddings "
+            "(model.resize_token_embeddings(len(tokenizer)))."
         )

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
@@ -13,10 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..checkpoints.files import write_json
 from . import output
-from .arguments import FinetuneArguments
 from .models import load_model
-from .training.report import METRICS, write_json
+from .training.report import METRICS
+
+if TYPE_CHECKING:
+    from .arguments import FinetuneArguments
 
 PROBES = 4  # held-out examples whose logits are recorded
 LOGITS = "logits.safetensors"
@@ -35,7 +39,7 @@ def last_logits(model: PreTrainedModel | PeftModel, texts: list[list[int]]) -> T
 
 
 def record_logits(
-    args: FinetuneArguments, model: PeftModel, texts: list[list[int]], path: Path, write: bool = True
+    args: "FinetuneArguments", model: PeftModel, texts: list[list[int]], path: Path, write: bool = True
 ) -> None:
     """Write what `verify` compares with: the logits of the model as it is, what it was given, and how to load it.
 

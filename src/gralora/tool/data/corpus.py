@@ -1,21 +1,27 @@
-"""What a run trains on and measures its loss on: examples from their sources, held out, tokenised, packed."""
+"""What a run trains on and measures its loss on: examples from their sources, held out, tokenised, cut, counted."""
 
+import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import sha256
 from itertools import islice
 from typing import Any
 
+import datasets
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import HELD_OUT, FinetuneArguments
-from .examples import Chat, Example, Found, encode, split
-from .packing import WINDOW, pack
-from .sources import Source, import_datasets
+from .conversations import Chat
+from .examples import Found, split
+from .layouts import Example
+from .sources import Source
 from .stdlib import stdlib_examples
+from .tokens import Row, encode_example, end_token, has_answer
 
 SHUFFLED = 1000  # examples of a stream among which the next one is drawn
-
-Row = dict[str, Any]  # `input_ids`, `attention_mask` and `labels` of an example
+ENOUGH = 0.99  # share of the texts that the length which is recommended keeps whole
 
 
 @dataclass
@@ -23,21 +29,51 @@ class Corpus:
     """Tokenised examples.
 
     Attributes:
-        train: rows for the Trainer: a list, or a `datasets.IterableDataset`, whose length is not known.
-        held_out: examples, never packed.
+        train: rows of `input_ids` and `labels`, a `datasets.Dataset`, or of a stream an `IterableDataset`, whose
+            length is not known.
+        held_out: rows, never packed.
         first: an example that is trained on, before packing.
         left_out: examples to train on whose prompts leave no room for an answer; of a stream, in its last pass.
+        lengths: how many texts to train on have so many tokens, before they are cut; of a stream, in its last pass.
+        ends: how many texts that are not cut end in each token that ends something; None: in no such token.
     """
 
     train: Any
     held_out: list[Row]
     first: Row
     left_out: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+    ends: Counter[int | None] = field(default_factory=Counter)
 
     def counts(self) -> dict[str, int | None]:
         """How many examples there are; of a stream, `train` is None."""
-        train = sum(len(row.get("documents", [row])) for row in self.train) if isinstance(self.train, list) else None
+        train = len(self.train) if isinstance(self.train, datasets.Dataset) else None
         return {"train": train, "held_out": len(self.held_out), "left_out": self.left_out}
+
+    def cut(self, length: int) -> dict[str, int]:
+        """How many texts are longer than `length` tokens, and how many tokens of all they lose."""
+        longer = {tokens: count for tokens, count in self.lengths.items() if tokens > length}
+        lost = sum((tokens - length) * count for tokens, count in longer.items())
+        return {"examples": sum(longer.values()), "tokens": lost, "of_tokens": self.tokens}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all texts to train on, before they are cut."""
+        return sum(tokens * count for tokens, count in self.lengths.items())
+
+    def digest(self) -> str:
+        """A number that other data, or the same cut or held out otherwise, do not have."""
+        lengths = sorted(self.lengths.items()) if isinstance(self.train, datasets.Dataset) else None
+        return sha256(json.dumps([self.first, self.held_out, lengths, self.counts()["train"]]).encode()).hexdigest()
+
+    def enough(self) -> int:
+        """The length in tokens that keeps `ENOUGH` of the texts whole."""
+        wanted, seen = ENOUGH * self.lengths.total(), 0
+        for tokens in sorted(self.lengths):
+            seen += self.lengths[tokens]
+            if seen >= wanted:
+                return tokens
+        return 0
 
 
 def load_corpus(args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase) -> Corpus:
@@ -48,49 +84,52 @@ def load_corpus(args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase) -> 
         OSError: if a source cannot be read.
     """
     train, held_out = find(args)
-    held_out_examples = None
+    examples = None
     if held_out is not None:
         # what is read is what is wanted, or all
-        held_out_examples = list(islice(held_out.read(tokenizer, args.skip_bad_rows), args.val_set_size))
-        print(f"held-out data: {held_out}")
-    if args.streaming:
-        corpus = stream(args, tokenizer, train, held_out_examples)
-    else:
-        corpus = in_memory(args, tokenizer, train, held_out_examples)
+        rows = (example for found in held_out for example in found.read(tokenizer, args.skip_bad_rows))
+        examples = list(islice(rows, args.val_set_size))
+        for found in held_out:
+            print(f"held-out data: {found}")
+    corpus = (stream if args.streaming else in_memory)(args, tokenizer, train, examples)
     if not corpus.first or (args.holds_out and not corpus.held_out):
-        raise ValueError(f"max_seq_length={args.max_seq_length} has no room for any prompt with an answer.")
+        raise ValueError(f"max_seq_length={args.length} has no room for any prompt with an answer.")
     return corpus
 
 
-def find(args: FinetuneArguments) -> tuple[Found | None, Found | None]:
+def find(args: FinetuneArguments) -> tuple[list[Found] | None, list[Found] | None]:
     """The sources to train on and to hold out; None for the standard library, and for what comes out of data_path.
 
     Raises:
         ValueError: if they overlap.
     """
-    if args.data_path is None:
-        train = None
-    else:
-        train = Source(args.data_path, args.train_split, config=args.dataset_config, streaming=args.streaming)
+
+    def found(path: str, split: str | None, preferred: str = "train", **options: Any) -> Found:
+        return Found(Source(path, split, preferred, **options), args.trainer.get("dataset_text_field", "text"))
+
+    options = {"config": args.dataset_config, "streaming": args.streaming}
+    train = [found(path, args.train_split, **options) for path in args.data_paths] or None
     if (args.eval_data_path is None and args.eval_split is None) or not args.holds_out:
-        return Found(train) if train else None, None
+        return train, None
     if args.eval_data_path is None:
-        held_out = Source(args.data_path, args.eval_split, config=args.dataset_config, streaming=args.streaming)
+        held_out = [found(path, args.eval_split, **options) for path in args.data_paths]
     else:
-        held_out = Source(args.eval_data_path, args.eval_split, preferred="test")
-    both = {file.resolve() for file in train.files} & {file.resolve() for file in held_out.files} if train else set()
-    if both or (train and str(train) == str(held_out)):
-        raise ValueError(
-            f"held out is also trained on: {', '.join(map(str, sorted(both))) or train}; give other train_split, "
-            "eval_split or eval_data_path, or none of them and val_set_size."
-        )
-    return Found(train) if train else None, Found(held_out)
+        held_out = [found(args.eval_data_path, args.eval_split, "test")]
+    for one in train or ():
+        for other in held_out:
+            both = {file.resolve() for file in one.source.files} & {file.resolve() for file in other.source.files}
+            if both or str(one.source) == str(other.source):
+                raise ValueError(
+                    f"held out is also trained on: {', '.join(map(str, sorted(both))) or one.source}; give other "
+                    "train_split, eval_split or eval_data_path, or none of them and val_set_size."
+                )
+    return train, held_out
 
 
 def in_memory(
     args: FinetuneArguments,
     tokenizer: PreTrainedTokenizerBase,
-    found: Found | None,
+    found: list[Found] | None,
     held_out: list[Example | Chat] | None,
 ) -> Corpus:
     """All at once; `val_set_size` of a source are held out, whole modules of the standard library."""
@@ -99,48 +138,73 @@ def in_memory(
         wanted = HELD_OUT
     if found is None:
         examples, of_library = stdlib_examples()
-        held_out = of_library if held_out is None else held_out
+        sources, held_out = [examples], of_library if held_out is None else held_out
     else:
-        examples = list(found.read(tokenizer, args.skip_bad_rows))
-        print(f"data: {found}")
+        sources = []
+        for one in found:
+            sources.append(list(one.read(tokenizer, args.skip_bad_rows)))
+            print(f"data: {one}")
         if held_out is None:
-            examples, held_out = split(examples, wanted)
-    corpus = Corpus([], encode(tokenizer, held_out, args.max_seq_length, args.train_on_inputs)[:wanted], {})
-    rows = list(tokenised(args, tokenizer, examples, corpus))
-    corpus.first = rows[0] if rows else {}
-    corpus.train = pack(rows, args.max_seq_length) if args.packing else rows
+            _, held_out = split([example for examples in sources for example in examples], wanted)
+            left_out = set(held_out)
+            sources = [[example for example in examples if example not in left_out] for examples in sources]
+    corpus = Corpus(None, list(islice(held_out_rows(args, tokenizer, held_out), wanted)), {})
+    rows = [list(tokenised(args, tokenizer, examples, corpus)) for examples in sources]
+    corpus.first = next((row for one in rows for row in one), {})
+    if corpus.first:
+        corpus.train = mixed(args, [datasets.Dataset.from_list(learnable(one)) for one in rows if one])
     return corpus
 
 
 def stream(
     args: FinetuneArguments,
     tokenizer: PreTrainedTokenizerBase,
-    found: Found,
+    found: list[Found],
     held_out: list[Example | Chat] | None,
 ) -> Corpus:
     """Read while training, again at each pass; the first different examples are held out."""
-    datasets = import_datasets(args.data_path)
     if held_out is None:
-        held_out = first_different(
-            found.read(tokenizer, args.skip_bad_rows), HELD_OUT if args.val_set_size is None else args.val_set_size
-        )
+        examples = (example for one in found for example in one.read(tokenizer, args.skip_bad_rows))
+        held_out = first_different(examples, HELD_OUT if args.val_set_size is None else args.val_set_size)
     left_out = set(held_out)
-    corpus = Corpus(None, encode(tokenizer, held_out, args.max_seq_length, args.train_on_inputs), {})
+    corpus = Corpus(None, list(held_out_rows(args, tokenizer, held_out)), {})
 
-    def rows() -> Iterator[Row]:
-        examples = found.read(tokenizer, args.skip_bad_rows)
-        return tokenised(args, tokenizer, (example for example in examples if example not in left_out), corpus)
+    def rows(one: Found) -> Iterator[Row]:
+        if one is found[0]:
+            corpus.left_out, corpus.lengths = 0, Counter()  # a new pass
+        examples = one.read(tokenizer, args.skip_bad_rows)
+        yield from learnable(
+            tokenised(args, tokenizer, (example for example in examples if example not in left_out), corpus)
+        )
 
-    def packed(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        return {"documents": [row["documents"] for row in pack(examples, args.max_seq_length)]}
-
-    corpus.first = next(rows(), {})
-    corpus.train = datasets.IterableDataset.from_generator(rows).shuffle(args.seed, buffer_size=SHUFFLED)
-    if args.packing:
-        corpus.train = corpus.train.map(packed, batched=True, batch_size=WINDOW, remove_columns=list(corpus.first))
-    print(f"data: {found.source}, read while training")
+    corpus.first = next((row for one in found for row in rows(one)), {})
+    streams = [datasets.IterableDataset.from_generator(partial(rows, one)) for one in found]
+    corpus.train = mixed(args, streams).shuffle(args.seed, buffer_size=SHUFFLED)
+    for one in found:
+        print(f"data: {one.source}, read while training")
     return corpus
+
+
+def mixed(args: FinetuneArguments, sources: list[Any]) -> Any:
+    """The data sets one after the other; with `data_weights`, drawn from in these proportions until all were read."""
+    if len(sources) == 1:
+        return sources[0]
+    if args.data_weights is None:
+        return datasets.concatenate_datasets(sources)
+    shares = [weight / sum(args.data_weights) for weight in args.data_weights]
+    return datasets.interleave_datasets(sources, shares, seed=args.seed, stopping_strategy="all_exhausted")
+
+
+def learnable(rows: Iterable[Row]) -> list[Row] | Iterator[Row]:
+    """Rows without their attention masks, which the collator makes."""
+    kept = ({"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows)
+    return list(kept) if isinstance(rows, list) else kept
+
+
+def held_out_rows(
+    args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase, examples: list[Example | Chat]
+) -> Iterator[Row]:
+    return tokenised(args, tokenizer, examples, Corpus(None, [], {}))
 
 
 def first_different(examples: Iterator[Example | Chat], count: int) -> list[Example | Chat]:
@@ -153,9 +217,12 @@ def first_different(examples: Iterator[Example | Chat], count: int) -> list[Exam
 def tokenised(
     args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example | Chat], corpus: Corpus
 ) -> Iterator[Row]:
-    """Rows of tokens, one after the other; examples that give none are counted in `corpus.left_out`."""
-    corpus.left_out = 0
+    """Rows of tokens, one after the other; lengths, and examples that give no row, are counted in `corpus`."""
+    length = None if args.splits_long_texts else args.length
     for example in examples:
-        rows = encode(tokenizer, [example], args.max_seq_length, args.train_on_inputs)
-        corpus.left_out += not rows
-        yield from rows
+        rows = encode_example(tokenizer, example, length, args.train_on_inputs, args.truncation_mode)
+        kept = [row for row, _ in rows if has_answer(row)]
+        corpus.lengths.update(tokens for _, tokens in rows)
+        corpus.ends.update(end_token(tokenizer, row) for row, tokens in rows if len(row["input_ids"]) == tokens)
+        corpus.left_out += not kept
+        yield from kept

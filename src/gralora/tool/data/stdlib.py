@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
-from .examples import Chat, Example
+from .conversations import Chat
+from .layouts import Example
 
 HELD_OUT_SHARE = 8  # about one module in so many is held out
 # tests, programs and generated tables: little in them is a function that its docstring describes

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.examples import INSTRUCTION, instruction_example
+from ..data.layouts import INSTRUCTION, instruction_example
 from .inference import chat_or_plain_ids, generated
 from .rows import file_rows, needed_path
 

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.examples import IGNORED, prompt_ids
+from ..data.tokens import IGNORED, prompt_ids
 
 
 def batches(lengths: list[int], batch_size: int, what: str) -> Iterator[list[int]]:

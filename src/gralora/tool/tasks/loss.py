@@ -4,8 +4,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.examples import encode, file_examples, split
+from ..data.examples import file_examples, split
 from ..data.stdlib import stdlib_examples
+from ..data.tokens import encode
 from .inference import answer_losses
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.examples import IGNORED, INSTRUCTION, instruction_example
+from ..data.layouts import INSTRUCTION, instruction_example
+from ..data.tokens import IGNORED
 from .inference import answer_losses, chat_or_plain_ids, generated
 from .rows import file_rows, needed_path
 

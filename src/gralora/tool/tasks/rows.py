@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..data.examples import text
+from ..data.layouts import text
 from ..data.readers import READERS, data_files
 
 

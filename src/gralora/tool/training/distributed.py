@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import Trainer
+from trl import SFTTrainer
 
 
 def holds_share(trainer: Trainer) -> bool:
@@ -22,18 +23,29 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(flags)
 
 
-class AdapterTrainer(Trainer):
-    """The Trainer, with held-out losses and saved adapters that do not depend on the number of processes."""
+class AdapterTrainer(SFTTrainer):
+    """TRL's SFTTrainer for an adapter: factors stay in float32, and sharded ones are saved whole."""
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """As the Trainer's; a held-out loss is the mean over the tokens of this process's batch.
+    def __init__(self, model: Any, **options: Any) -> None:
+        """As the SFTTrainer's, which rounds the adapter to bfloat16 where the base model is quantised.
 
-        The Trainer's is that over the batches that all processes have at that time, so their number would change it.
+        Updates of the factors are smaller than bfloat16 can tell apart, so they keep the dtype that PEFT gave them.
         """
-        tokens = num_items_in_batch if self.model.training else None
-        return super().compute_loss(model, inputs, return_outputs, tokens)
+        factors = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+        self.recent_losses: list[torch.Tensor] = []  # of forward passes since somebody looked
+        super().__init__(model=model, **options)
+        for name, p in model.named_parameters():
+            if name in factors:
+                p.data = factors[name]
+
+    def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
+        """As the Trainer's; the loss is also kept for `stopping.StopAtNonFinite`."""
+        loss = super().training_step(*args, **options)
+        self.recent_losses.append(loss.detach())
+        return loss
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write nothing: `report.write_card` does, and the SFTTrainer would write over a card of the user's."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's; under FSDP2 the adapter whole, and without gathering the base model for it.

@@ -1,11 +1,14 @@
 """What a run leaves behind to read: metrics, a plot of the losses, a model card, a summary on the terminal."""
 
 import dataclasses
-import json
+import math
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import Trainer
 
 from ..arguments import FinetuneArguments
 from ..models import EMBEDDED
@@ -82,8 +85,35 @@ tokenizer = AutoTokenizer.from_pretrained({args.output_dir!r})
     path.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def finite(value: Any) -> Any:
+    """The value with null for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def summary(args: FinetuneArguments, model: PeftModel, trainer: Trainer, trained: Path | None) -> str:
+    """What is trained, in one line: the adapter, its size, the base model, device and dtype, batches and steps."""
+    config = model.peft_config["default"]
+    if config.use_gralora:
+        blocks = sorted({config.gralora_k, *(config.gralora_k_pattern or {}).values()})
+        ranks = f"GraLoRA r={config.r} k={' or '.join(map(str, blocks))}"
+        ranks += f" hybrid_r={config.hybrid_r}" if config.hybrid_r else ""
+        ranks += f" scaling {config.gralora_scaling}"
+    else:
+        ranks = f"LoRA r={config.r}"
+    layers = sum(isinstance(layer, BaseTunerLayer) for layer in model.modules())
+    trainable, _ = model.get_nb_trainable_parameters()
+    base = args.base_model + ("" if args.quantization == "none" else f" in {args.quantization}")
+    rows = trainer.train_dataset
+    packed = f"; packed into {len(rows)} rows" if args.packing and isinstance(rows, Dataset) else ""
+    start = f", going on with {trained}" if trained else ""
+    return (
+        f"training {ranks}, alpha {config.lora_alpha}, {layers} layers, {trainable:,} parameters{start}, on {base}; "
+        f"{str(args.dtype).removeprefix('torch.')} on {trainer.args.device}{packed}"
+    )
 
 
 def report(metrics: dict[str, Any], output: Path) -> None:

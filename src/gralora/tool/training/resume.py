@@ -1,6 +1,7 @@
 """Checkpoints of a run: found and checked before it goes on from one, saved when Ctrl-C ends it."""
 
 import json
+import pickle
 import shutil
 import signal
 import sys
@@ -9,16 +10,20 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from torch import distributed
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...checkpoints.files import write_json
 from ...config import names, same
 from .distributed import any_process
 
 LATEST = ("latest", "true")
 STATE = "trainer_state.json"  # what the Trainer writes last
 WEIGHTS = "adapter_model.safetensors"
+CONTENTS = "gralora_checkpoint.json"  # written once a checkpoint is whole: its files, and a digest of the data
+KEPT = (".pt", ".pth", ".bin", ".safetensors", ".distcp", ".json")  # files that resuming reads
 PLAIN, FSDP = "one process or DDP", "FSDP2"
 
 
@@ -31,13 +36,19 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 def fault(checkpoint: Path) -> str | None:
     """What a checkpoint lacks to go on from it; None if nothing. A run killed while saving leaves such folders."""
     try:
-        json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"]
-    except (OSError, ValueError, KeyError):
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        step, steps = state["global_step"], state["max_steps"]
+    except (OSError, ValueError, KeyError, TypeError):
         return f"{STATE} is missing or cut off"
+    named = checkpoint.name.removeprefix("checkpoint-")
+    if not isinstance(step, int) or not 0 <= step <= steps or (named.isdigit() and int(named) != step):
+        return f"{STATE} says global_step={step!r} of max_steps={steps!r}, which cannot be for {checkpoint.name!r}"
     if not (checkpoint / "adapter_config.json").is_file():
         return "adapter_config.json is missing"
     if saved_by(checkpoint) is None:
         return "the optimizer's state is missing"  # the Trainer would begin a new one and not say so
+    if saved_by(checkpoint) == PLAIN and not (checkpoint / "scheduler.pt").is_file():
+        return "scheduler.pt is missing"  # without it the Trainer begins a new optimizer, too
     for file in sorted(checkpoint.iterdir()):
         if file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):
             return f"{file.name} is cut off"
@@ -46,7 +57,27 @@ def fault(checkpoint: Path) -> str | None:
                 safe_open(file, "pt").__enter__()
             except (SafetensorError, OSError):
                 return f"{file.name} is cut off"
+    for name, size in contents(checkpoint).get("files", {}).items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if (checkpoint / name).stat().st_size != size:
+            return f"{name} is not as it was written"
     return None
+
+
+def contents(checkpoint: Path) -> dict[str, Any]:
+    """What `CONTENTS` says of a checkpoint; empty where another program wrote it."""
+    try:
+        found = json.loads((checkpoint / CONTENTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else {}
+
+
+def write_contents(checkpoint: Path, data: str) -> None:
+    files = sorted(path for path in checkpoint.rglob("*") if path.suffix in KEPT and path.is_file())
+    sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files if path.name != CONTENTS}
+    write_json(checkpoint / CONTENTS, {"data": data, "files": sizes})
 
 
 def saved_by(checkpoint: Path) -> str | None:
@@ -149,12 +180,44 @@ def check_checkpoint(checkpoint: str | None, model: PeftModel) -> None:
             )
 
 
+def check_tensors(checkpoint: str | None, model: PeftModel) -> None:
+    """Raise ValueError if a checkpoint's adapter lacks tensors of the model's, which would keep their first values."""
+    if checkpoint is None:
+        return
+    with safe_open(Path(checkpoint, WEIGHTS), "pt") as file:
+        saved = set(file.keys())
+    expected = set(get_peft_model_state_dict(model))
+    if saved != expected:
+        lacking, left = sorted(expected - saved), sorted(saved - expected)
+        what = f"lacks {lacking[0]!r}" if lacking else f"has a tensor of another adapter, {left[0]!r}"
+        raise ValueError(
+            f"the checkpoint {checkpoint!r} is not whole: {WEIGHTS} {what}; go on from another one, or start anew."
+        )
+
+
+def check_data(checkpoint: str | None, data: str) -> None:
+    """Raise ValueError if a checkpoint was trained on data with another digest.
+
+    Losses that were measured on other data would be reported as this run's.
+    """
+    if checkpoint is None:
+        return
+    if contents(Path(checkpoint)).get("data", data) != data:
+        raise ValueError(
+            f"the checkpoint {checkpoint!r} was trained on other data, or on the same cut or held out otherwise, and "
+            "resuming goes on in the middle of that data. Give the data of that run; or train its adapter on this "
+            f"data as a new run, with --base_model {checkpoint} and another output_dir."
+        )
+
+
 class NothingLeft(Exception):
     """The checkpoint to go on from is that of the last step, so only the end of the run is left."""
 
 
 class SaveOnInterrupt(TrainerCallback):
     """Inside `with`, the first Ctrl-C makes the Trainer save a checkpoint at the end of the step and stop."""
+
+    data = ""  # digest of what is trained on, for `CONTENTS`
 
     def __enter__(self) -> "SaveOnInterrupt":
         self.requested = False
@@ -183,20 +246,49 @@ class SaveOnInterrupt(TrainerCallback):
         if self.requested:
             control.should_save = control.should_training_stop = True
         if control.should_save and state.is_world_process_zero:
-            # a complete checkpoint that is written over is incomplete until the Trainer writes this file
-            Path(args.output_dir, f"checkpoint-{state.global_step}", STATE).unlink(missing_ok=True)
+            # a complete checkpoint that is written over is incomplete until the Trainer writes the first of these
+            for name in (STATE, CONTENTS):
+                Path(args.output_dir, f"checkpoint-{state.global_step}", name).unlink(missing_ok=True)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if distributed.is_initialized():
+            distributed.barrier()  # each process writes files of its own
+        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if state.is_world_process_zero and checkpoint.is_dir():
+            write_contents(checkpoint, self.data)
 
 
-def train_or_interrupt(trainer: Trainer, checkpoint: str | None) -> None:
-    """Train, from a checkpoint if one is given; raise KeyboardInterrupt if Ctrl-C ended it early."""
+def train_or_interrupt(trainer: Trainer, checkpoint: str | None, data: str = "") -> bool:
+    """Train, from a checkpoint if one is given; whether there were steps left to train.
+
+    Args:
+        trainer: of the run.
+        checkpoint: the folder of one that is whole.
+        data: digest of what is trained on, kept in checkpoints.
+
+    Raises:
+        KeyboardInterrupt: if Ctrl-C ended it early.
+        ValueError: if the checkpoint holds objects that are no tensors, whose loading could run a stranger's code.
+    """
     check_engine(checkpoint, trainer)
+    trained = True
     with SaveOnInterrupt() as interrupt:
+        interrupt.data = data
         trainer.add_callback(interrupt)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except NothingLeft:
+            trained = False
+            print(
+                f"nothing left to train: {checkpoint} is of the last step, {trainer.state.global_step}; measuring it"
+            )
             if trainer.args.load_best_model_at_end and (best := trainer.state.best_model_checkpoint):
                 set_peft_model_state_dict(trainer.model, load_peft_weights(best))
+        except pickle.UnpicklingError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"the checkpoint {checkpoint!r} holds objects that are no tensors, and is not read: {reason}"
+            ) from error
     state = trainer.state
     if interrupt.requested and state.global_step < state.max_steps:
         saved = Path(trainer.args.output_dir, f"checkpoint-{state.global_step}")
@@ -204,3 +296,16 @@ def train_or_interrupt(trainer: Trainer, checkpoint: str | None) -> None:
             f"stopped at step {state.global_step} of {state.max_steps}, checkpoint saved in {saved}; to go on, repeat "
             f"the command with --resume_from_checkpoint {saved}"
         )
+    return trained
+
+
+def measured_now(trainer: Trainer) -> dict[str, float] | None:
+    """Held-out losses without and with the adapter as it is; None if nothing is held out."""
+    if trainer.eval_dataset is None:
+        return None
+    log = list(trainer.state.log_history)
+    after = trainer.evaluate()["eval_loss"]
+    with trainer.accelerator.unwrap_model(trainer.model).disable_adapter():
+        before = trainer.evaluate()["eval_loss"]
+    trainer.state.log_history = log
+    return {"before": before, "after": after}

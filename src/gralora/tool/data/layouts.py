@@ -1,0 +1,151 @@
+"""The layouts of training data that people have: which fields a record has, and the example that it stands for."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from .conversations import MESSAGE_FIELDS, RECORD_FIELDS, Chat, chat_example, parsed
+
+INSTRUCTION = "### Instruction:"  # begins a prompt, and the next one, to which a model without an end token goes on
+
+
+class Example(NamedTuple):
+    """What the model is given and what it shall answer. An empty prompt means plain text, all of it learnt."""
+
+    prompt: str
+    completion: str
+
+
+def text(record: dict[str, Any], name: str, optional: bool = False) -> str:
+    value = record.get(name)
+    if value is None and optional:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"field {name!r} must be text, got {value!r:.80}.")
+    return value
+
+
+def instruction_example(instruction: str, answer: str, about: str = "") -> Example:
+    """An instruction, with the text it is about where there is one, and its answer."""
+    task = "\n\n".join(part for part in (instruction, about) if part)
+    return Example(f"{INSTRUCTION}\n{task}\n\n### Response:\n", answer)
+
+
+def instruction_layout(question: str, answer: str, about: str | None = None) -> "Layout":
+    """Rows of an instruction and its answer, with LLaMA-Factory's `system` and `history` where they are given.
+
+    As there, the answers in `history`, a list of pairs, are learnt too.
+    """
+
+    def example(record: dict[str, Any], _: PreTrainedTokenizerBase | None) -> Example | Chat:
+        last = instruction_example(
+            text(record, question), text(record, answer), text(record, about, optional=True) if about else ""
+        )
+        system, history = text(record, "system", optional=True), parsed(record, "history", list) or []
+        if not system and not history:
+            return last
+        pairs = []
+        for i, pair in enumerate(history):
+            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(said, str) for said in pair):
+                raise ValueError(f"history[{i}] must be a list of an instruction and its answer, got {pair!r:.60}.")
+            pairs.append(instruction_example(*pair))
+        pieces = [(f"{system}\n\n" if system else "", False)]
+        for earlier in pairs:
+            pieces += [(earlier.prompt, False), (earlier.completion, True), ("\n\n", False)]
+        pieces += [(last.prompt, False), (last.completion, True)] if last.completion.strip() else []
+        return Chat((tuple(pieces),) if any(piece.strip() for piece, learnt in pieces if learnt) else (), plain=True)
+
+    others = ("system", "history") if about is None else (about, "system", "history")
+    return Layout(example, others)
+
+
+# ShareGPT's names of who speaks -> the roles of chat templates
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+
+def sharegpt_message(turn: Any) -> Any:
+    """A turn with ShareGPT's keys `from` and `value` as a message; others are passed on as they are."""
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn
+    if turn["from"] not in SHAREGPT_ROLES:
+        raise ValueError(
+            f"field 'conversations': from={turn['from']!r} is not known; known: {', '.join(SHAREGPT_ROLES)}."
+        )
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    message = others | {"role": SHAREGPT_ROLES[turn["from"]], "content": turn.get("value")}
+    if turn["from"] == "function_call":  # LLaMA-Factory's: the value is one call, or a list of calls, as JSON text
+        calls = parsed(turn, "value", (dict, list)) or []  # type: ignore[arg-type]
+        return message | {"content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
+    return message
+
+
+def sharegpt_example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Chat:
+    turns = record["conversations"]
+    messages = [sharegpt_message(turn) for turn in turns] if isinstance(turns, list) else turns
+    return chat_example("conversations", messages, record, tokenizer)
+
+
+def prompt_example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Example | Chat:
+    """Texts, or lists of messages, of which the assistant's in `completion` are learnt."""
+    prompt, completion = record["prompt"], record["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return chat_example("prompt and completion", prompt + completion, record, tokenizer, given=len(prompt))
+    return Example(text(record, "prompt"), text(record, "completion"))
+
+
+class Layout(NamedTuple):
+    """How records with certain fields become examples, and which other fields of theirs have a meaning."""
+
+    example: Callable[[dict[str, Any], PreTrainedTokenizerBase | None], Example | Chat]
+    others: tuple[str, ...] = ()
+
+
+# the fields that a record must have -> its layout; the first line that fits is taken
+LAYOUTS: dict[tuple[str, ...], Layout] = {
+    ("messages",): Layout(
+        lambda record, tokenizer: chat_example("messages", record["messages"], record, tokenizer), RECORD_FIELDS
+    ),
+    ("conversations",): Layout(sharegpt_example, RECORD_FIELDS),
+    ("instruction", "output"): instruction_layout("instruction", "output", about="input"),
+    ("prompt", "completion"): Layout(prompt_example, RECORD_FIELDS),
+    ("query", "response"): instruction_layout("query", "response"),
+    ("question", "answer"): instruction_layout("question", "answer"),
+    ("text",): Layout(lambda record, _: Example("", text(record, "text"))),
+}
+RECORD_NAMES = [*map("+".join, LAYOUTS)]
+
+
+def record_example(
+    record: Any, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[tuple[str, ...], Example | Chat]:
+    """The fields of a record's layout, and the example that it stands for; a ValueError if it stands for none."""
+    if isinstance(record, ValueError):
+        raise record
+    kinds = " or ".join(RECORD_NAMES)
+    if not isinstance(record, dict):
+        raise ValueError(f"a record must be an object with the fields {kinds}, got {record!r:.80}.")
+    kind = next((kind for kind in LAYOUTS if all(name in record for name in kind)), None)
+    if kind is None:
+        raise ValueError(f"the fields {sorted(record)} do not make a record; it needs {kinds}.")
+    return kind, LAYOUTS[kind].example(record, tokenizer)
+
+
+def unused_fields(record: dict[str, Any], kind: tuple[str, ...]) -> Iterator[str]:
+    """The names of fields with a value that nothing reads, those of messages as `messages[].NAME`."""
+    known = {*kind, *LAYOUTS[kind].others}
+    yield from (name for name, value in record.items() if name not in known and value not in (None, "", []))
+    for name in kind:
+        if isinstance(record[name], list):
+            keys = {key for turn in record[name] if isinstance(turn, dict) for key in turn if turn[key] is not None}
+            yield from (f"{name}[].{key}" for key in sorted(keys - MESSAGE_FIELDS - {"from", "value"}))

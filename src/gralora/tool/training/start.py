@@ -1,0 +1,65 @@
+"""Training that goes on with an adapter, where the base model that is asked for is the folder of one."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
+
+from ...checkpoints import formats
+from ...checkpoints.files import CONFIG, read_adapter_folder
+from ...checkpoints.load import load_adapter
+from ..arguments import FinetuneArguments
+
+# field of an adapter's config -> field of the arguments
+ADAPTER_FIELDS = {"r": "lora_r", "target_modules": "lora_target_modules"}
+ADAPTER_FIELDS |= {name: name for name in ("lora_alpha", "lora_dropout", "use_rslora")}
+ADAPTER_FIELDS |= {name: name for name in ("use_gralora", "gralora_k", "hybrid_r", "gralora_scaling")}
+
+
+def is_plain_lora(config: dict[str, Any]) -> bool:
+    return config.get("peft_type") == "LORA" and not config.get("use_gralora")
+
+
+def continued(args: FinetuneArguments) -> tuple[FinetuneArguments, Path | None]:
+    """The arguments as they are, or, where `base_model` is an adapter's folder, those of the adapter, and its folder.
+
+    transformers would load the base model and the adapter, and a new adapter would be trained in its place.
+
+    Raises:
+        ValueError: if the adapter does not name its base model, or an argument says something else than the adapter.
+    """
+    folder = Path(args.base_model)
+    if not (folder / CONFIG).is_file():
+        return args, None
+    config, tensors = read_adapter_folder(folder)
+    saved = PeftConfig.from_pretrained(folder) if is_plain_lora(config) else formats.read(config, tensors).config
+    base = saved.base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"base_model={args.base_model!r} is an adapter that does not name its base model; write it into "
+            f"{folder / CONFIG}, as base_model_name_or_path."
+        )
+    changes: dict[str, Any] = {"base_model": base}
+    defaults = {field.name: field.default for field in dataclasses.fields(FinetuneArguments)}
+    for theirs, ours in ADAPTER_FIELDS.items():
+        value = getattr(saved, theirs, defaults[ours])
+        if isinstance(value, (set, list)):
+            value = sorted(value)
+        asked = getattr(args, ours)
+        if asked != defaults[ours] and (sorted(asked) if isinstance(asked, list) else asked) != value:
+            raise ValueError(
+                f"base_model={args.base_model!r} is an adapter with {theirs}={value!r}, and training goes on with it, "
+                f"so {ours}={asked!r} cannot be: leave it out, or train a new adapter with --base_model {base}."
+            )
+        changes[ours] = [value] if ours == "lora_target_modules" and isinstance(value, str) else value
+    changes["gralora_k"] = str(changes["gralora_k"])  # as the flag gives it
+    return dataclasses.replace(args, trainer=args.trainer, **changes), folder
+
+
+def load_trained(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """The base model with the adapter of a folder, to be trained."""
+    if is_plain_lora(read_adapter_folder(folder)[0]):
+        return PeftModel.from_pretrained(model, folder, is_trainable=True)
+    return load_adapter(model, folder, is_trainable=True)

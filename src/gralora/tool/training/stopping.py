@@ -1,0 +1,76 @@
+"""Where answers end, and when training must: end tokens that were learnt, losses and weights that are not finite."""
+
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from ..data.corpus import Corpus
+from .distributed import AdapterTrainer, any_process
+
+
+def learnt_ends(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens with which the answers to train on end; how many answers have none is printed."""
+    without = corpus.ends.get(None, 0)
+    if without:
+        print(
+            f"no end: {without} of {corpus.ends.total()} texts that are not cut end in no token that ends a turn, so "
+            "the model does not learn from them to stop; the chat template should write one after each answer, such "
+            f"as {tokenizer.eos_token!r}"
+        )
+    return sorted(token for token in corpus.ends if token is not None)
+
+
+def stop_at(model: PreTrainedModel, ends: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add tokens to those at which the model stops generating; what is new is printed."""
+    stops = model.generation_config.eos_token_id
+    stops = [stops] if isinstance(stops, int) else list(stops or [])
+    new = [token for token in ends if token not in stops]
+    if new:
+        print(
+            f"stops: answers end with {', '.join(repr(tokenizer.decode([token])) for token in new)}, where the base "
+            f"model's generation config does not stop ({tokenizer.decode(stops)!r}); generation_config.json beside "
+            "the adapter does"
+        )
+        model.generation_config.eos_token_id = stops + new
+
+
+class StopAtNonFinite(TrainerCallback):
+    """Ends a run whose loss or adapter is no longer finite, before anything of it is logged or saved.
+
+    On a CPU after each step; on others, where looking waits for the device, before each log and checkpoint.
+    """
+
+    def __init__(self, trainer: AdapterTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if args.device.type == "cpu" or control.should_log or control.should_save or control.should_evaluate:
+            self.check(args, state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.check(args, state)
+
+    def check(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Raise ValueError if a loss since the last check, or a factor, is not finite in any process."""
+        losses, self.trainer.recent_losses = self.trainer.recent_losses, []
+        bad = next((i for i, loss in enumerate(losses) if not torch.isfinite(loss)), None)
+        factors = [p.detach() for p in self.trainer.model.parameters() if p.requires_grad and p.numel()]
+        factors = [p.to_local() if hasattr(p, "to_local") else p for p in factors]
+        broken = bool(factors) and not torch.stack([torch.isfinite(p).all() for p in factors]).all()
+        if not any_process(bad is not None or broken, args.device):
+            return
+        what = "the loss" if bad is not None else "the adapter" if broken else "another process's loss or adapter"
+        value = f" is {losses[bad].item()}" if bad is not None else " is no longer finite"
+        raise ValueError(
+            f"training diverged: {what}{value} at step {state.global_step} of {state.max_steps}. No adapter was "
+            f"written; what {args.output_dir!r} held before is still there, and so are the checkpoints of this run. "
+            f"Try a lower learning_rate (now {args.learning_rate:g}), more warmup_steps, or bf16 instead of fp16."
+        )
