@@ -43,7 +43,9 @@ class Found:
         parts += [f"left out with nothing to train on: {self.empty}"] if self.empty else []
         parts += [f"left out as broken: {self.broken}, the first: {self.first_broken}"] if self.broken else []
         if self.unused:
-            names = ", ".join(f"{name} ({count} rows)" for name, count in sorted(self.unused.items()))
+            names = ", ".join(
+                f"{name} ({count} row{'s' * (count != 1)})" for name, count in sorted(self.unused.items())
+            )
             parts += [f"fields that are not used: {names}"]
         return "; ".join(parts)
 

@@ -10,12 +10,9 @@ from transformers import PreTrainedModel
 from ...checkpoints import formats
 from ...checkpoints.files import CONFIG, read_adapter_folder
 from ...checkpoints.load import load_adapter
+from ...config import FLAGS
+from ...fields import plain
 from ..arguments import FinetuneArguments
-
-# field of an adapter's config -> field of the arguments
-ADAPTER_FIELDS = {"r": "lora_r", "target_modules": "lora_target_modules"}
-ADAPTER_FIELDS |= {name: name for name in ("lora_alpha", "lora_dropout", "use_rslora")}
-ADAPTER_FIELDS |= {name: name for name in ("use_gralora", "gralora_k", "hybrid_r", "gralora_scaling")}
 
 
 def is_plain_lora(config: dict[str, Any]) -> bool:
@@ -43,18 +40,16 @@ def continued(args: FinetuneArguments) -> tuple[FinetuneArguments, Path | None]:
         )
     changes: dict[str, Any] = {"base_model": base}
     defaults = {field.name: field.default for field in dataclasses.fields(FinetuneArguments)}
-    for theirs, ours in ADAPTER_FIELDS.items():
-        value = getattr(saved, theirs, defaults[ours])
-        if isinstance(value, (set, list)):
-            value = sorted(value)
+    for theirs, ours in FLAGS.items():
+        value = plain(getattr(saved, theirs, defaults[ours]))
         asked = getattr(args, ours)
-        if asked != defaults[ours] and (sorted(asked) if isinstance(asked, list) else asked) != value:
+        asked = sorted(asked) if isinstance(asked, list) else asked
+        if asked != defaults[ours] and asked != (sorted(value) if isinstance(value, list) else value):
             raise ValueError(
                 f"base_model={args.base_model!r} is an adapter with {theirs}={value!r}, and training goes on with it, "
                 f"so {ours}={asked!r} cannot be: leave it out, or train a new adapter with --base_model {base}."
             )
         changes[ours] = [value] if ours == "lora_target_modules" and isinstance(value, str) else value
-    changes["gralora_k"] = str(changes["gralora_k"])  # as the flag gives it
     return dataclasses.replace(args, trainer=args.trainer, **changes), folder
 
 

@@ -1,0 +1,302 @@
+"""Conversations: one rendering gives the tokens, every part of a record is in it, and every field means something."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from gralora.tool.data.examples import file_examples
+from gralora.tool.data.layouts import Example
+from gralora.tool.data.tokens import IGNORED, encode, marked, prompt_ids
+from gralora.tool.tasks.inference import chat_or_plain_ids
+
+# as the models' own templates write turns, without their checks
+TEMPLATES = {
+    "llama-2": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content.strip() + ' [/INST]' }}"
+        "{% elif m.role == 'assistant' %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+    ),
+    "mistral": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+    ),
+    "zephyr": (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    ),
+}
+MESSAGES = [
+    {"role": "user", "content": "Name a colour."},
+    {"role": "assistant", "content": "Blue is a colour."},
+    {"role": "user", "content": "And another one?"},
+    {"role": "assistant", "content": "Green is one."},
+]
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# with all that a conversation can hold
+FULL = (
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.reasoning_content is defined %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>"
+    "{% endfor %}<end>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich", "days": 2}}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Of a city", "parameters": {}}}]
+
+
+@pytest.fixture(scope="module")
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """A tokenizer made as Llama's is: a space in front of a text, byte fallback, no splitting at words."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>", "</s>", *bytes_])
+    tokenizer.train_from_iterator(["Name a colour.", "Blue is a colour. Green is one.", "[INST] [/INST]"] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture
+def tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def read(tmp_path):
+    """What a file with one record becomes."""
+
+    def read(tokenizer, record: dict, **options):
+        path = Path(tmp_path, "a.jsonl")
+        path.write_text(json.dumps(record))
+        return file_examples(path, tokenizer, **options)
+
+    return read
+
+
+def row_of(tokenizer, found):
+    (row,) = encode(tokenizer, found.examples, None)
+    return row
+
+
+def learnt(tokenizer, row) -> str:
+    return tokenizer.decode([i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_tokens_are_those_of_the_template(sentencepiece, read, name):
+    """And not of its pieces apart, before each of which such a tokenizer puts a space."""
+    sentencepiece.chat_template = TEMPLATES[name]
+    row = row_of(sentencepiece, read(sentencepiece, {"messages": MESSAGES}))
+    assert row["input_ids"] == sentencepiece.apply_chat_template(MESSAGES, return_dict=False)
+    said = learnt(sentencepiece, row)
+    assert "Blue is a colour." in said and "Green is one." in said and said.count("</s>") == 2
+    assert "Name" not in said and "another" not in said and "INST" not in said and "user" not in said
+    # what the model is asked with is what it was trained on, in each turn
+    for turn in (1, 3):
+        earlier = tuple(MESSAGES[: turn - 1])
+        asked = chat_or_plain_ids(sentencepiece, MESSAGES[turn - 1]["content"], True, earlier)
+        assert row["input_ids"][: len(asked)] == asked
+        assert row["labels"][len(asked)] != IGNORED == row["labels"][len(asked) - 1]
+    text = sentencepiece.apply_chat_template(MESSAGES, tokenize=False)
+    cut = text.index("Blue")
+    apart = [sentencepiece(piece, add_special_tokens=False).input_ids for piece in (text[:cut], text[cut:])]
+    assert sum(apart, []) != row["input_ids"], "so that this test can fail"
+
+
+@pytest.mark.parametrize("prompt", ["Name a colour.\n", "Name a colour. "])
+def test_a_pair_is_tokenised_as_the_model_is_asked(sentencepiece, prompt):
+    """The answer has no space in front that the prompt does not end in, and the prompt keeps its own last token."""
+    row = encode(sentencepiece, [Example(prompt, "Blue is a colour.")], None)[0]
+    asked = prompt_ids(sentencepiece, prompt)
+    assert row["input_ids"][: len(asked)] == asked
+    assert set(row["labels"][: len(asked)]) == {IGNORED}
+    assert sentencepiece.decode(row["input_ids"]) == f"{prompt}Blue is a colour.</s>"
+    assert row["input_ids"][-1] == sentencepiece.eos_token_id == row["labels"][-1]
+    apart = sentencepiece("Blue is a colour.", add_special_tokens=False).input_ids
+    assert row["input_ids"][len(asked) : -1] != apart
+
+
+def test_merges_across_the_boundary_do_not_change_the_prompt(tokenizer):
+    """`ad` and `d` in GPT-2's way merge to other tokens than the prompt's, which it is asked with."""
+    whole = tokenizer("def add", add_special_tokens=False).input_ids
+    asked = tokenizer("def a", add_special_tokens=False).input_ids
+    assert whole[: len(asked)] != asked, "so that this test can fail"
+    row = encode(tokenizer, [Example("def a", "dd")], None)[0]
+    assert row["input_ids"][: len(asked)] == asked and tokenizer.decode(row["input_ids"]) == "def add<end>"
+
+
+# ---- parts of a record
+
+
+def test_arguments_and_tools_as_json_text(tokenizer, read):
+    """As OpenAI's files have them; the same as objects."""
+    tokenizer.chat_template = FULL
+    rows = []
+    for arguments, tools in ((json.dumps(CALL["function"]["arguments"]), json.dumps(TOOLS)), (None, TOOLS)):
+        call = CALL if arguments is None else CALL | {"function": CALL["function"] | {"arguments": arguments}}
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        rows.append(row_of(tokenizer, read(tokenizer, {"messages": messages, "tools": tools})))
+    assert rows[0] == rows[1]
+    assert '>>><call>weather {"city": "Zürich", "days": 2}</call><end>' in marked(tokenizer, rows[0])
+    assert "Of a city" in tokenizer.decode(rows[0]["input_ids"])
+
+
+def test_other_forms_of_a_call(tokenizer, read):
+    """OpenAI's older function_call, and ShareGPT's from=function_call."""
+    tokenizer.chat_template = FULL
+    function = CALL["function"]
+    old = {"role": "assistant", "content": None, "function_call": function | {"arguments": '{"city": "Zürich"}'}}
+    rows = [row_of(tokenizer, read(tokenizer, {"messages": [MESSAGES[0], old]}))]
+    value = json.dumps({"name": "weather", "arguments": {"city": "Zürich"}})
+    turns = [{"from": "human", "value": MESSAGES[0]["content"]}, {"from": "function_call", "value": value}]
+    tokenizer.chat_template = FULL.replace("c.function.", "(c.function or c).")
+    rows.append(row_of(tokenizer, read(tokenizer, {"conversations": turns})))
+    for row in rows:
+        assert '<call>weather {"city": "Zürich"}</call>' in learnt(tokenizer, row)
+
+
+ANSWER = {"role": "assistant", "content": "Sun."}
+DROPPED = {
+    "a call": ({"messages": [MESSAGES[0], {**ANSWER, "tool_calls": [CALL]}]}, r"messages\[1\].tool_calls\[0\]"),
+    "a thought": (
+        {"messages": [MESSAGES[0], {**ANSWER, "reasoning_content": "Hm"}]},
+        r"messages\[1\].reasoning_content",
+    ),
+    "tools": ({"messages": [MESSAGES[0], ANSWER], "tools": TOOLS}, "field 'tools': .* tool 'weather'"),
+}
+
+
+@pytest.mark.parametrize("what", DROPPED)
+def test_what_the_template_does_not_write_is_refused_by_name(tokenizer, read, what):
+    record, message = DROPPED[what]
+    tokenizer.chat_template = CHATML
+    with pytest.raises(ValueError, match=f"a.jsonl, line 1: {message}"):
+        read(tokenizer, record)
+    tokenizer.chat_template = FULL
+    assert learnt(tokenizer, row_of(tokenizer, read(tokenizer, record))).endswith("<end>\n")
+
+
+def test_a_message_that_the_template_drops_is_refused(tokenizer, read):
+    tokenizer.chat_template = (
+        "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    )
+    messages = [{"role": "system", "content": "Be brief."}, *MESSAGES[:2]]
+    with pytest.raises(ValueError, match=r"messages\[0\].content is not in what the chat template writes: 'Be"):
+        read(tokenizer, {"messages": messages})
+
+
+def test_thoughts_of_earlier_turns_may_be_left_out(tokenizer, read):
+    """As the templates of reasoning models do on purpose; each answer is learnt with its own."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.reasoning_content is defined and loop.last %}"
+        "({{ m.reasoning_content }}){% endif %}{{ m.content }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    messages = [m | ({"reasoning_content": f"hm{i}"} if i % 2 else {}) for i, m in enumerate(MESSAGES)]
+    rows = encode(tokenizer, read(tokenizer, {"messages": messages}).examples, None)
+    assert [learnt(tokenizer, row) for row in rows] == ["(hm1)Blue is a colour.<end>", "(hm3)Green is one.<end>"]
+
+
+def test_arguments_as_text_where_the_template_joins_them(tokenizer, read):
+    """DeepSeek-V3's template adds the arguments to a text."""
+    tokenizer.chat_template = FULL.replace("c.function.arguments | tojson", "'' + c.function.arguments")
+    found = read(tokenizer, {"messages": [MESSAGES[0], {"role": "assistant", "tool_calls": [CALL]}]})
+    assert 'weather {"city": "Z' in learnt(tokenizer, row_of(tokenizer, found))
+
+
+@pytest.mark.parametrize(
+    "message, reason",
+    [
+        ({"tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}, r"tool_calls\[0\]: .* not JSON"),
+        ({"tool_calls": [{"function": {"arguments": {}}}]}, "must be an object with the function's name"),
+        ({"content": [{"type": "image_url", "image_url": "x"}]}, "no text: 'image_url'"),
+        ({"content": "x", "weight": 0.5}, "weight=0.5 must be 0 or 1"),
+    ],
+)
+def test_malformed_messages_are_named(tokenizer, read, message, reason):
+    tokenizer.chat_template = FULL
+    with pytest.raises(ValueError, match=rf"line 1: messages\[1\].*{reason}"):
+        read(tokenizer, {"messages": [MESSAGES[0], {"role": "assistant", **message}]})
+
+
+def test_content_in_parts(tokenizer, read):
+    tokenizer.chat_template = CHATML
+    parts = [{"type": "text", "text": "Blue is "}, {"type": "text", "text": "a colour."}]
+    found = read(tokenizer, {"messages": [MESSAGES[0], {"role": "assistant", "content": parts}]})
+    assert learnt(tokenizer, row_of(tokenizer, found)) == "Blue is a colour.<end>\n"
+
+
+# ---- fields with a meaning
+
+
+@pytest.mark.parametrize("field, value", [("weight", 0), ("train", False), ("loss", 0)])
+def test_messages_that_are_not_to_be_learnt(tokenizer, read, field, value):
+    """OpenAI's and ShareGPT's, axolotl's, ms-swift's."""
+    tokenizer.chat_template = CHATML
+    messages = [m | ({field: value} if i == 1 else {}) for i, m in enumerate(MESSAGES)]
+    found = read(tokenizer, {"messages": messages})
+    assert learnt(tokenizer, row_of(tokenizer, found)) == "Green is one.<end>\n" and not found.unused
+    turns = [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in MESSAGES]
+    turns[1][field] = value
+    assert learnt(tokenizer, row_of(tokenizer, read(tokenizer, {"conversations": turns}))) == "Green is one.<end>\n"
+    messages[3][field] = value
+    with pytest.raises(ValueError, match="nothing to train on: 1"):
+        read(tokenizer, {"messages": messages})
+
+
+def test_a_users_message_cannot_be_asked_for_alone(tokenizer, read):
+    tokenizer.chat_template = CHATML
+    with pytest.raises(ValueError, match=r"messages\[0\].train=True: only the assistant's messages"):
+        read(tokenizer, {"messages": [MESSAGES[0] | {"train": True}, MESSAGES[1]]})
+
+
+@pytest.mark.parametrize("fields", [("instruction", "output"), ("query", "response"), ("question", "answer")])
+def test_system_and_history(tokenizer, read, fields):
+    """LLaMA-Factory's and ms-swift's columns, also as text in a csv; earlier answers are learnt too."""
+    question, answer = fields
+    record = {question: "b?", answer: "B", "system": "Be brief.", "history": [["a?", "A"]]}
+    expected = (
+        "Be brief.\n\n### Instruction:\na?\n\n### Response:\n>>>A<<<\n\n### Instruction:\nb?\n\n"
+        "### Response:\n>>>B<end><<<"
+    )
+    for history in (record["history"], json.dumps(record["history"])):
+        found = read(tokenizer, record | {"history": history})
+        assert marked(tokenizer, row_of(tokenizer, found)) == expected and not found.unused
+    assert read(tokenizer, {question: "b?", answer: "B", "history": [], "system": ""}).examples == [
+        Example("### Instruction:\nb?\n\n### Response:\n", "B")
+    ]
+    with pytest.raises(ValueError, match=r"history\[0\] must be a list of an instruction and its answer"):
+        read(tokenizer, record | {"history": [["a?"]]})
+
+
+def test_system_beside_messages(tokenizer, read):
+    tokenizer.chat_template = CHATML
+    whole = [{"role": "system", "content": "Be brief."}, *MESSAGES]
+    expected = row_of(tokenizer, read(tokenizer, {"messages": whole}))
+    assert row_of(tokenizer, read(tokenizer, {"messages": MESSAGES, "system": "Be brief."})) == expected
+    with pytest.raises(ValueError, match="both the system's message"):
+        read(tokenizer, {"messages": whole, "system": "Be kind."})
+
+
+def test_options_of_the_template(tokenizer, read):
+    """TRL's field; for thinking to be switched off, say."""
+    record = {"messages": MESSAGES[:2], "chat_template_kwargs": {"quick": True}}
+    tokenizer.chat_template = "{% if quick %}quick{% endif %}" + CHATML
+    assert tokenizer.decode(row_of(tokenizer, read(tokenizer, record))["input_ids"]).startswith("quick<|user|>")
+
+
+def test_fields_without_a_meaning_are_named_once(tokenizer, tmp_path):
+    tokenizer.chat_template = CHATML
+    path = tmp_path / "a.jsonl"
+    messages = [MESSAGES[0] | {"id": 7, "name": None}, MESSAGES[1]]
+    records = [{"messages": messages, "source": "x"}, {"messages": MESSAGES, "source": "y", "score": 1, "note": None}]
+    path.write_text("\n".join(map(json.dumps, records)))
+    found = file_examples(path, tokenizer)
+    assert found.unused == {"source": 2, "score": 1, "messages[].id": 1}
+    assert "fields that are not used: messages[].id (1 row), score (1 row), source (2 rows)" in str(found)

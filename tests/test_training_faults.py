@@ -1,0 +1,303 @@
+"""What goes wrong in fine-tuning without an error: each is refused, or done, or said before training."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import load_peft_weights
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GenerationConfig
+
+from gralora.tool import cli
+from gralora.tool.training.distributed import AdapterTrainer
+
+WEIGHTS = "adapter_model.safetensors"
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"{i} is", "completion": f" {i}{i}"}) for i in range(24)))
+    return path
+
+
+@pytest.fixture
+def finetune(tiny_model, data, tmp_path, capfd):
+    """The command, its exit status and what it printed."""
+
+    def run(*flags: str, out: str = "out", **changes) -> tuple[int, str]:
+        options = {"base_model": tiny_model, "data_path": data, "output_dir": tmp_path / out, "max_steps": 3}
+        options |= {"batch_size": 2, "micro_batch_size": 2, "val_set_size": 4, "learning_rate": 1e-2, "seed": 3}
+        options |= {"lora_r": 4, "use_gralora": True, "lora_target_modules": "q_proj", "max_seq_length": 100} | changes
+        words = [f"--{name}={value}" for name, value in options.items() if value is not None]
+        capfd.readouterr()
+        status = cli.main(["finetune", *words, *flags])
+        printed = capfd.readouterr()
+        return status, printed.out + printed.err
+
+    return run
+
+
+def metrics(folder: Path) -> dict:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads((folder / "metrics.json").read_text(), parse_constant=refuse)
+
+
+# ---- an adapter's folder as the base model
+
+
+@pytest.mark.parametrize(
+    "kind", [{"use_gralora": True, "gralora_k": 2}, {"use_gralora": False}], ids=["gralora", "lora"]
+)
+def test_training_goes_on_with_the_adapter_that_is_given(finetune, tmp_path, tiny_model, kind):
+    assert finetune(**kind)[0] == 0
+    first = load_peft_weights(str(tmp_path / "out"))
+    options = {"base_model": tmp_path / "out", "lora_r": None, "use_gralora": None, "gralora_k": None}
+    options |= {"lora_target_modules": None, "max_steps": 1, "learning_rate": 1e-30, "warmup_steps": 0}
+    status, printed = finetune(out="next", **options)
+    assert status == 0 and f"going on with {tmp_path / 'out'}, on {tiny_model}" in printed
+    second = load_peft_weights(str(tmp_path / "next"))
+    assert first.keys() == second.keys() and any(first[name].any() for name in first if "lora_B" in name)
+    for name in first:
+        torch.testing.assert_close(second[name], first[name])
+    config = json.loads((tmp_path / "next" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_model) and config["target_modules"] == ["q_proj"]
+    before, after = metrics(tmp_path / "out"), metrics(tmp_path / "next")
+    assert after["held_out_loss"]["before"] == pytest.approx(before["held_out_loss"]["after"], rel=1e-5)
+    assert after["arguments"]["lora_r"] == 4
+
+
+@pytest.mark.parametrize("changes", [{"lora_r": 8}, {"lora_target_modules": "k_proj"}, {"hybrid_r": 2}])
+def test_an_adapter_is_not_trained_as_another_one(finetune, tmp_path, tiny_model, changes):
+    finetune()
+    (name,) = changes
+    status, printed = finetune(out="next", base_model=tmp_path / "out", **{"max_steps": 1} | changes)
+    assert status == 2 and "training goes on with it" in printed and f"{name}=" in printed
+    assert f"with --base_model {tiny_model}" in printed and not (tmp_path / "next").exists()
+
+
+def test_a_checkpoint_can_be_trained_on_other_data(finetune, tmp_path, data):
+    """What resuming refuses, and the advice that it gives."""
+    finetune(save_steps=1)
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text().replace("is", "was"))
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    status, printed = finetune(data_path=other, resume_from_checkpoint=checkpoint)
+    assert status == 2 and "was trained on other data" in printed
+    assert f"--base_model {checkpoint} and another output_dir" in printed
+    assert finetune(out="next", data_path=other, base_model=checkpoint)[0] == 0
+
+
+# ---- figures of this run
+
+
+def test_a_finished_run_is_measured_again(finetune, tmp_path, monkeypatch):
+    """Nothing is left to train; the losses are measured, not taken out of the checkpoint's log."""
+    finetune()
+    loss = metrics(tmp_path / "out")["held_out_loss"]
+    state = tmp_path / "out" / "checkpoint-3" / "trainer_state.json"
+    log = json.loads(state.read_text())
+    for row in log["log_history"]:
+        row |= {"eval_loss": 99.0} if "eval_loss" in row else {}
+    changed = json.dumps(log)
+    state.write_text(changed + " " * (state.stat().st_size - len(changed)))
+    contents = tmp_path / "out" / "checkpoint-3" / "gralora_checkpoint.json"
+    found = json.loads(contents.read_text())
+    found["files"]["trainer_state.json"] = state.stat().st_size
+    contents.write_text(json.dumps(found))
+    status, printed = finetune("--resume_from_checkpoint=latest")
+    assert status == 0 and "nothing left to train" in printed
+    assert metrics(tmp_path / "out")["held_out_loss"] == pytest.approx(loss, rel=1e-6)
+
+
+# ---- what is cut
+
+
+def test_what_is_cut_is_counted_before_training(finetune, tmp_path, data):
+    rows = [{"prompt": "a", "completion": "b" * length} for length in [10] * 98 + [50, 60]]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    status, printed = finetune(max_seq_length=32, val_set_size=0, max_steps=1)
+    assert status == 0
+    assert "cut: 2 of 100 texts are longer than max_seq_length=32 and lose their end" in printed
+    assert "--max_seq_length 52 keeps 99% of the texts whole" in printed
+    assert metrics(tmp_path / "out")["cut"] == {"examples": 2, "tokens": 20 + 30, "of_tokens": 98 * 12 + 52 + 62}
+    assert "cut: " not in finetune("--overwrite", max_seq_length=64, val_set_size=0, max_steps=1)[1]
+    printed = finetune("--overwrite", "--truncation_mode=keep_end", max_seq_length=32, val_set_size=0, max_steps=1)[1]
+    assert "lose their beginning" in printed
+
+
+def test_default_length_is_the_models_or_that_of_todays_data(finetune, tmp_path):
+    finetune(max_seq_length=None, max_steps=1)
+    assert metrics(tmp_path / "out")["arguments"]["max_seq_length"] == 128, "what the tiny model takes"
+
+
+@pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
+def test_packing_that_divides_long_texts_loses_nothing(finetune, tmp_path, data, strategy):
+    data.write_text("\n".join(json.dumps({"prompt": "", "completion": "ab" * 30}) for _ in range(8)))
+    flags = ("--packing", f"--packing_strategy={strategy}")
+    status, printed = finetune(*flags, max_seq_length=32, val_set_size=0, max_steps=1)
+    tokenizer_tokens = metrics(tmp_path / "out")["cut"]["of_tokens"]
+    assert status == 0 and "cut: " not in printed
+    assert f"packed into {math.ceil(tokenizer_tokens / 32)} rows" in printed
+
+
+# ---- where answers end
+
+
+@pytest.fixture
+def chat_model(tiny_model, tmp_path) -> Path:
+    """Its template ends turns with a token at which the model's generation config does not stop."""
+    folder = tmp_path / "chat"
+    shutil.copytree(tiny_model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHATML.replace("<turn>", tokenizer.convert_ids_to_tokens(5))
+    tokenizer.add_tokens([tokenizer.convert_ids_to_tokens(5)], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def conversations(data) -> Path:
+    said = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}."}] for i in range(12)]
+    data.write_text("\n".join(json.dumps({"messages": messages}) for messages in said))
+    return data
+
+
+def test_the_saved_generation_config_stops_where_training_stopped(finetune, chat_model, conversations, tmp_path):
+    status, printed = finetune(base_model=chat_model, max_steps=1)
+    assert status == 0 and "stops: answers end with" in printed
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [0, 5]
+
+
+def test_answers_without_an_end_are_counted(finetune, chat_model, conversations):
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    tokenizer.chat_template = CHATML.replace("<turn>", "")
+    tokenizer.save_pretrained(chat_model)
+    status, printed = finetune(base_model=chat_model, max_steps=1)
+    assert status == 0 and "no end: 8 of 8 texts" in printed
+
+
+def test_tokens_beyond_the_embeddings_are_refused(finetune, tiny_model, tmp_path):
+    folder = tmp_path / "more"
+    shutil.copytree(tiny_model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    status, printed = finetune(base_model=folder)
+    assert status == 2 and "has embeddings for 270 tokens" in printed and "'<|im_end|>' (270)" in printed
+
+
+def test_another_template_and_end(finetune, tiny_model, conversations, tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text(CHATML.replace("<turn>", "<end>"))
+    assert finetune(max_steps=1)[0] == 2, "the tiny model has no template"
+    status, printed = finetune(f"--chat_template_path={template}", max_steps=1)
+    assert status == 0 and "<|user|>" in printed
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template.read_text()
+    assert "eos_token='<nothing>' is no token" in finetune("--eos_token=<nothing>", out="x")[1]
+
+
+# ---- training that goes wrong
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Make a loss, or the adapter after a step, not finite."""
+
+    def at(step: int, what: str, value: float) -> None:
+        training_step = AdapterTrainer.training_step
+
+        def poisoned(self, *args, **options):
+            if what == "adapter" and self.state.global_step == step - 1:
+                next(p for p in self.model.parameters() if p.requires_grad).data.view(-1)[0] = value
+            loss = training_step(self, *args, **options)
+            if what == "loss" and self.state.global_step == step - 1:
+                self.recent_losses[-1] = torch.tensor(value)
+            return loss
+
+        monkeypatch.setattr(AdapterTrainer, "training_step", poisoned)
+
+    return at
+
+
+@pytest.mark.parametrize("what, value", [("loss", math.nan), ("loss", math.inf), ("adapter", math.nan)])
+def test_a_run_that_diverges_ends_and_keeps_the_adapter_before(finetune, tmp_path, poison, what, value):
+    finetune()
+    before = (tmp_path / "out" / WEIGHTS).read_bytes()
+    poison(2, what, value)
+    status, printed = finetune("--overwrite", save_steps=1)
+    assert status == 2 and "training diverged: " in printed and "at step 2 of 3" in printed
+    assert "Try a lower learning_rate (now 0.01)" in printed
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == before
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"], "none of a broken step"
+    assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "out" / "checkpoint-1" / WEIGHTS).values())
+    metrics(tmp_path / "out")
+
+
+def test_a_learning_rate_that_is_too_high(finetune, tmp_path):
+    """A real one, that ends in infinite factors."""
+    status, printed = finetune(learning_rate=1e38, warmup_steps=0, optim="sgd", max_grad_norm=0, max_steps=20)
+    assert status == 2 and "training diverged" in printed and not (tmp_path / "out" / WEIGHTS).exists()
+
+
+# ---- checkpoints that are not whole
+
+
+def test_a_checkpoint_without_its_schedule(finetune, tmp_path):
+    finetune()
+    for name in ("scheduler.pt", "rng_state.pth"):
+        checkpoint = tmp_path / name / "checkpoint-3"
+        shutil.copytree(tmp_path / "out" / "checkpoint-3", checkpoint)
+        (checkpoint / name).unlink()
+        status, printed = finetune(out="next", max_steps=6, resume_from_checkpoint=checkpoint)
+        assert status == 2 and f"{name} is missing" in printed
+
+
+def test_a_checkpoint_without_a_tensor(finetune, tmp_path):
+    """Also where nothing says how large its file was."""
+    finetune(save_steps=1)
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    tensors = load_file(checkpoint / WEIGHTS)
+    name = next(iter(tensors))
+    del tensors[name]
+    save_file(tensors, checkpoint / WEIGHTS)
+    status, printed = finetune(resume_from_checkpoint=checkpoint)
+    assert status == 2 and f"{WEIGHTS} is not as it was written" in printed
+    (checkpoint / "gralora_checkpoint.json").unlink()
+    status, printed = finetune(resume_from_checkpoint=checkpoint)
+    assert status == 2 and "is not whole" in printed and f"lacks '{name}'" in printed
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("CODE RAN",)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_pickle_with_code_is_refused_without_a_trace(finetune, tmp_path, name):
+    finetune(save_steps=1)
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    torch.save({"state": Malicious()}, checkpoint / name)
+    (checkpoint / "gralora_checkpoint.json").unlink()
+    status, printed = finetune(resume_from_checkpoint=checkpoint)
+    assert status == 2 and "holds objects that are no tensors" in printed
+    assert "Traceback" not in printed and "CODE RAN" not in printed
+
+
+@pytest.mark.parametrize("step", [10**9, -1, "3", 2.5, None])
+def test_an_absurd_step_is_not_believed(finetune, tmp_path, step):
+    finetune(save_steps=1)
+    state = tmp_path / "out" / "checkpoint-2" / "trainer_state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"global_step": step}))
+    (state.parent / "gralora_checkpoint.json").unlink()
+    status, printed = finetune(resume_from_checkpoint=state.parent)
+    assert status == 2 and f"global_step={step!r}" in printed
