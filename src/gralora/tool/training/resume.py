@@ -172,7 +172,7 @@ def check_checkpoint(checkpoint: str | None, model: PeftModel) -> None:
     if checkpoint is None:
         return
     saved, asked = PeftConfig.from_pretrained(checkpoint), model.peft_config["default"]
-    for name in sorted(names(lambda facts: facts.resume)):
+    for name in sorted(names(lambda facts: facts.resume), key=lambda name: (name != "use_gralora", name)):
         if not same(name, getattr(saved, name), getattr(asked, name)):
             raise ValueError(
                 f"the checkpoint {checkpoint!r} has {name}={getattr(saved, name)!r}, this run "
