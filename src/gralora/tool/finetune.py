@@ -27,6 +27,7 @@ from transformers.hf_argparser import string_to_bool
 from trl import SFTConfig
 
 from ..checkpoints.files import finish_replacing, read_json, replace_files, write_json
+from ..checkpoints.load import load_adapter
 from . import configfile, output
 from .arguments import LENGTH, FinetuneArguments, other_trainer_fields, trainer_flags
 from .data.corpus import Corpus, load_corpus
@@ -46,7 +47,7 @@ from .training.resume import (
     measured_now,
     train_or_interrupt,
 )
-from .training.start import continued, load_trained
+from .training.start import continued
 from .training.stopping import StopAtNonFinite, learnt_ends, stop_at
 from .verify import LOGITS, PROBES, record_logits, verify_in_new_process
 
@@ -199,7 +200,7 @@ def prepare(args: FinetuneArguments) -> Run:
         model = prepare_model_for_kbit_training(model, args.gradient_checkpointing, **kwargs)
     stop_at(model, ends, tokenizer)
     set_seed(args.seed)
-    model = get_peft_model(model, lora_config) if trained is None else load_trained(model, trained)
+    model = get_peft_model(model, lora_config) if trained is None else load_adapter(model, trained, is_trainable=True)
     check_checkpoint(checkpoint, model)
     check_tensors(checkpoint, model)
     check_data(checkpoint, corpus.digest())

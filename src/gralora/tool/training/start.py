@@ -4,19 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel
-
 from ...checkpoints import formats
 from ...checkpoints.files import CONFIG, read_adapter_folder
-from ...checkpoints.load import load_adapter
 from ...config import FLAGS
 from ...fields import plain
 from ..arguments import FinetuneArguments
-
-
-def is_plain_lora(config: dict[str, Any]) -> bool:
-    return config.get("peft_type") == "LORA" and not config.get("use_gralora")
 
 
 def continued(args: FinetuneArguments) -> tuple[FinetuneArguments, Path | None]:
@@ -30,8 +22,8 @@ def continued(args: FinetuneArguments) -> tuple[FinetuneArguments, Path | None]:
     folder = Path(args.base_model)
     if not (folder / CONFIG).is_file():
         return args, None
-    config, tensors = read_adapter_folder(folder)
-    saved = PeftConfig.from_pretrained(folder) if is_plain_lora(config) else formats.read(config, tensors).config
+    files = read_adapter_folder(folder)
+    saved = (formats.read_plain if formats.is_plain_lora(files[0]) else formats.read)(*files).config
     base = saved.base_model_name_or_path
     if not base:
         raise ValueError(
@@ -51,10 +43,3 @@ def continued(args: FinetuneArguments) -> tuple[FinetuneArguments, Path | None]:
             )
         changes[ours] = [value] if ours == "lora_target_modules" and isinstance(value, str) else value
     return dataclasses.replace(args, trainer=args.trainer, **changes), folder
-
-
-def load_trained(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """The base model with the adapter of a folder, to be trained."""
-    if is_plain_lora(read_adapter_folder(folder)[0]):
-        return PeftModel.from_pretrained(model, folder, is_trainable=True)
-    return load_adapter(model, folder, is_trainable=True)
