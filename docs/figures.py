@@ -1,5 +1,6 @@
 """Draws the figures of the documentation: `python docs/figures.py` writes docs/*.svg."""
 
+import json
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +13,7 @@ from matplotlib.patches import Rectangle
 from gralora import ops
 
 COLOURS = ["#4c78a8", "#f58518", "#54a24b", "#b279a2"]
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 INK, PALE = "#333333", "#f2f2f2"
 
 
@@ -164,7 +166,45 @@ def forward() -> plt.Figure:
     return fig
 
 
-FIGURES = {"grid": grid, "exchange": exchange, "rank": rank, "forward": forward}
+SETTINGS = {  # what people use -> where in benchmarks/results it was measured
+    "float32 adapters, autocast\n(PEFT's default)": ("model-h200", "fp32 adapters + autocast, eager"),
+    "the same with\ngradient checkpointing": ("model-h200", "fp32 adapters + autocast, eager, gradient checkpointing"),
+    "bf16 adapters": ("model-h200", "bf16 adapters, eager"),
+    "bf16 adapters,\ntorch.compile": ("compiled-h200", "bf16 adapters, compiled"),
+}
+BARS = {"PEFT LoRA": "#b9bec6", "Unsloth": COLOURS[1], "gralora": COLOURS[0]}
+
+
+def speed() -> plt.Figure:
+    """What adapters add to the time of a training step without them, in percent; of the results that are stored."""
+    measured = {}
+    for label, (file, setting) in SETTINGS.items():
+        rows = json.loads((RESULTS / f"{file}.json").read_text())
+        here = {row["method"]: row for row in rows if row["setting"].endswith(f", {setting}")}
+        measured[label] = {name: 100 * (here[name]["ratio_to_frozen"] - 1) for name in BARS if name in here}
+    names = [name for name in BARS if any(name in bars for bars in measured.values())]
+    fig, ax = plt.subplots(figsize=(7.5, 3.6))
+    height = 0.8 / len(names)
+    for place, bars in enumerate(measured.values()):
+        for number, name in enumerate(name for name in names if name in bars):
+            y = place + (number - (len(names) - 1) / 2) * height
+            ax.barh(y, bars[name], height * 0.92, color=BARS[name], label=name if place == 0 else None)
+            weight = "bold" if name == "gralora" else "normal"
+            ax.text(bars[name] + 0.6, y, f"+{bars[name]:.0f}%", va="center", fontsize=9, color=INK, weight=weight)
+    ax.set_yticks(range(len(measured)), list(measured), fontsize=9, color=INK)
+    ax.invert_yaxis()
+    title = "Time that adapters add to a training step (1.24B Llama, 4 x 2048 tokens, r = 64, one H200)"
+    ax.set_title(title, loc="right", fontsize=10, color=INK)
+    ax.set_xticks([])
+    ax.set_xlim(0, 1.12 * max(max(bars.values()) for bars in measured.values()))
+    ax.legend(loc="lower right", frameon=False, fontsize=9)
+    ax.spines[["top", "right", "bottom"]].set_visible(False)
+    ax.tick_params(left=False)
+    fig.tight_layout(pad=0.4)
+    return fig
+
+
+FIGURES = {"grid": grid, "exchange": exchange, "rank": rank, "forward": forward, "speed": speed}
 
 if __name__ == "__main__":
     plt.rcParams["svg.hashsalt"] = "gralora"  # the same file at every run

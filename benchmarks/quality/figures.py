@@ -3,17 +3,44 @@
 import math
 from pathlib import Path
 
-from .stats import Runs, order
+from .stats import Difference, Runs, order
 from .train import Cell
+
+
+def setup() -> None:
+    """Plots without a display, the same file from the same results, and text that stays text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "quality"
+    matplotlib.rcParams["svg.fonttype"] = "none"
+
+
+def forest(named: list[tuple[str, Difference]], path: Path) -> None:
+    """Differences with their 95% intervals below each other: left of the line the loss is lower."""
+    setup()
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 1 + 0.32 * len(named)), layout="constrained")
+    colours = {"better": "#2a7f3f", "tie": "#8a9099", "worse": "#b3372f"}
+    for place, (_, difference) in enumerate(named):
+        axis.errorbar(difference.mean, place, xerr=difference.half, fmt="o", ms=5, color=colours[difference.verdict])
+        axis.text(1.01, place, difference.verdict, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
+    axis.set_yticks(range(len(named)), [name for name, _ in named], fontsize=8)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.invert_yaxis()
+    axis.set_xlabel(
+        "held-out loss, GraLoRA's minus LoRA's of as many parameters (95% interval over seeds)", fontsize=8
+    )
+    axis.grid(axis="x", alpha=0.3)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 def draw(task: str, runs: dict[Cell, Runs], path: Path) -> None:
     """Held-out loss of the tuning seed against learning rate: a panel for a rank and LoRA's scaling or others."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "quality"  # the same file from the same results
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
+    setup()
     import matplotlib.pyplot as plt
 
     own = sorted((r for c, r in runs.items() if c.task == task and c.method != "full"), key=order)
@@ -23,8 +50,9 @@ def draw(task: str, runs: dict[Cell, Runs], path: Path) -> None:
         for scaled in (False, True)
         if any(r.cell.r == rank and r.cell.method != "lora" and (r.cell.scale != 1) == scaled for r in own)
     ] or [(rank, False) for rank in sorted({r.cell.r for r in own})]
-    rows = math.ceil(len(panels) / 2)
-    figure, axes = plt.subplots(rows, 2, figsize=(10, 3.8 * rows), squeeze=False, layout="constrained")
+    columns = min(len(panels), 2)
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.8 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (rank, scaled) in zip(axes.flat, panels, strict=False):
@@ -35,6 +63,8 @@ def draw(task: str, runs: dict[Cell, Runs], path: Path) -> None:
             points = [(lr, loss) for lr, loss in sorted(r.tuning.items()) if math.isfinite(loss)]
             style = {"lw": 3, "color": "black"} if r.cell.method == "lora" else {"lw": 1.3}
             label = r.name.replace(f" r={rank}", "")
+            if sum(loss < low + 0.045 for _, loss in points) < 2:
+                label = f"{label} (above)"  # no line of it is in the picture
             axis.plot(*zip(*points, strict=True), marker="o", ms=4, label=label, **style)
         rates = sorted({lr for r in here for lr in r.tuning})
         unscaled = "lora_alpha / r" + (", and rsLoRA" if any(r.cell.method == "rslora" for r in here) else "")

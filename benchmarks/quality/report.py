@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from .figures import draw
+from .figures import draw, forest
 from .plan import Results
 from .stats import (
     SCORES,
@@ -79,7 +79,7 @@ def write(results: Results, out: Path) -> str:
         "",
         "## Summary",
         "",
-        *summary(runs, tasks),
+        *summary(runs, tasks, out.with_name(f"{out.stem}.svg")),
     ]
     for task in tasks:
         before = []
@@ -106,7 +106,7 @@ def write(results: Results, out: Path) -> str:
     return text
 
 
-def summary(runs: dict[Cell, Runs], tasks: Iterable[str]) -> list[str]:
+def summary(runs: dict[Cell, Runs], tasks: Iterable[str], plot: Path) -> list[str]:
     """Where GraLoRA is better, ties and is worse: against LoRA of the same rank as a list, against others a table."""
     texts: dict[str, list[str]] = defaultdict(list)
     equal: list[tuple[str, Difference]] = []
@@ -138,7 +138,17 @@ def summary(runs: dict[Cell, Runs], tasks: Iterable[str]) -> list[str]:
         "Held-out loss of GraLoRA against LoRA at equal trainable parameters, each at its own best learning rate: "
         f"{counts}. {_together(equal)}"
     )
-    lines = [total, "", *(f"- {text}" for verdict in ("better", "tie", "worse", "open") for text in texts[verdict])]
+    drawn = [(name, d) for name, d in equal if d.half is not None]
+    picture = []
+    if drawn:
+        forest(drawn, plot)
+        picture = ["", f"![Differences in held-out loss with their intervals]({plot.name})"]
+    lines = [
+        total,
+        *picture,
+        "",
+        *(f"- {text}" for verdict in ("better", "tie", "worse", "open") for text in texts[verdict]),
+    ]
     if len(rows) > 1:
         words = "Against rsLoRA, LoRA of the rank that dW has after export (hybrid_r + k * r_g), and full fine-tuning:"
         lines += ["", words, "", *_table(rows), "", _together(others)]
