@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.dev
 
-.PHONY: test coverage finetune docs bench test-llamacpp test-vllm test-oldest-peft test-versions test-oldest test-newest \
+.PHONY: test coverage finetune docs bench test-llamacpp test-vllm test-oldest-peft test-versions test-oldest test-newest test-triton \
 	lint typecheck format clean
 
 test: $(STAMP)
@@ -46,8 +46,19 @@ test-oldest-peft: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target .peft-oldest peft==0.19.0
 	GRALORA_OLD_PEFT=$(CURDIR)/.peft-oldest $(VENV)/bin/python -m pytest -m slow -k stock_peft tests/test_serving.py
 
-# What a release runs: the tests with the oldest and the newest supported versions, each in an environment of its own
-test-versions: test-oldest test-newest
+# What a release runs: the tests with the oldest and the newest supported versions, and those of the kernels with every
+# release of Triton, each in an environment of its own
+test-versions: test-triton test-oldest test-newest
+
+TRITON := 3.6.0 3.7.1 3.8.0 3.9.0
+
+test-triton: $(TRITON:%=test-triton-%)
+
+test-triton-%: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target .triton/$* triton==$*
+	PYTHONPATH=$(CURDIR)/.triton/$* $(VENV)/bin/python -c 'import triton; assert triton.__version__ == "$*", triton.__file__'
+	PYTHONPATH=$(CURDIR)/.triton/$* $(VENV)/bin/python -m pytest -n auto --dist loadfile \
+		tests/test_compile.py tests/test_launch.py tests/test_kernels.py tests/test_traced.py
 
 test-oldest: constraints-oldest.txt
 	test -d .venv-oldest || $(PYTHON) -m venv .venv-oldest
@@ -73,7 +84,7 @@ format: $(STAMP)
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-llamacpp .venv-vllm .venv-oldest .venv-newest .peft-oldest outputs build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .mypy_cache .coverage
+	rm -rf $(VENV) .venv-llamacpp .venv-vllm .venv-oldest .venv-newest .peft-oldest .triton outputs build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .mypy_cache .coverage
 
 # $(VENV)/.EXTRA: installed with the dependencies of pyproject's EXTRA
 $(VENV)/.%: pyproject.toml constraints.txt

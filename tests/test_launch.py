@@ -145,6 +145,14 @@ def test_hopper_kernel(has_gradients, cuda):
             check(cuda, hopper.linear_up, y, x, weight, draw(n_out), g, B, gradients)
 
 
+def test_every_release_is_tested():
+    """`make test-triton` runs these tests with each release that has the cheap launch."""
+    versions = re.search(r"^TRITON := (.*)", Path(__file__).parents[1].joinpath("Makefile").read_text(), re.MULTILINE)[
+        1
+    ]
+    assert tuple(version.rpartition(".")[0] for version in versions.split()) == launch.RELEASES
+
+
 @triton.jit
 def _add_kernel(x_ptr, n, BLOCK: tl.constexpr):
     p = x_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
