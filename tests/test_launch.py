@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia import driver as nvidia  # noqa: E402
 
 from gralora.ops import hopper, kernels, launch  # noqa: E402
+from gralora.ops.interface import Conversion, FactorGradients, KernelUnavailable  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA's driver is loaded, and no stub can take its place"),
@@ -121,12 +122,12 @@ def test_portable_kernels(factors, cuda):
     for T in (64, 100):
         x, dy, g = draw(T, 64), draw(T, 96), draw(k, T, r)
         A, B = draw(k, 32, r, dtype=factors), draw(k, r, 48, dtype=factors)
-        check(cuda, kernels.down, x, A, 0.3, g, B, B.half())
-        check(cuda, kernels.down, draw(T, 70)[:, 3:67], A, 0.3, g)
+        check(cuda, kernels.down, x, A, 0, 0.3, Conversion(B, B.half()))
+        check(cuda, kernels.down, draw(T, 70)[:, 3:67], A, 4, 0.3)
         check(cuda, kernels.up, g, B, dy)
-        check(cuda, kernels.gradients, x, dy, g, g, A, x, A, B)
-        check(cuda, kernels.gradients, x, dy, g, g, A, None, A, None)
-        check(cuda, kernels.dropout, x, 0.1, 1 / 0.9, torch.tensor(0))
+        check(cuda, kernels.factor_gradients, x, dy, g, g, A, B, A, x)
+        check(cuda, kernels.factor_gradients, x, dy, g, g, A, None)
+        check(cuda, kernels.dropout, x, 0.1, torch.tensor(0))
         check(cuda, kernels.delta_weight, A.float(), B.float(), 0.7)
 
 
@@ -141,8 +142,8 @@ def test_hopper_kernel(has_gradients, cuda):
         h, z_grad, x_grad = draw(k, T, r), torch.empty(k, n_out // k, r), torch.empty(k, r, n_in // k).mT
         inputs = [(draw(T, n_out), draw(T, n_in), draw(k, T, r)) for _ in range(2)]
         for y, x, g in inputs + inputs:
-            gradients = (draw(T, n_out), h, z_grad, x_grad) if has_gradients else None
-            check(cuda, hopper.linear_up, y, x, weight, draw(n_out), g, B, gradients)
+            gradients = FactorGradients(draw(T, n_out), h, z_grad, x_grad) if has_gradients else None
+            check(cuda, hopper.linear, y, x, weight, draw(n_out), g, B, gradients)
 
 
 def test_every_release_is_tested():
@@ -165,7 +166,7 @@ def _broken_kernel(x_ptr, n, BLOCK: tl.constexpr):
 
 
 def add(kernel=_add_kernel):
-    launcher = launch.Launcher(kernel)
+    launcher = launch.Launcher(__name__, kernel)
     return launcher, lambda: launcher(64, (1, 1, 1), (torch.zeros(64),), (3.0,), (64,))
 
 
@@ -211,7 +212,7 @@ def test_a_kernel_that_does_not_compile_is_unavailable(cuda):
     """The error names the kernel, Triton's version and the cause; it comes again at the next call."""
     _, run = add(_broken_kernel)
     for _ in range(2):
-        with pytest.raises(launch.KernelUnavailable, match="^_broken_kernel .*no_such_function") as raised:
+        with pytest.raises(KernelUnavailable, match="^_broken_kernel .*no_such_function") as raised:
             run()
         assert f"Triton {triton.__version__}: " in str(raised.value)
     assert not cuda.launches
@@ -219,12 +220,12 @@ def test_a_kernel_that_does_not_compile_is_unavailable(cuda):
 
 def test_a_kernel_that_the_gpu_cannot_hold_is_unavailable(cuda):
     cuda.device = 1
-    with pytest.raises(launch.KernelUnavailable, match="_down_kernel .*shared memory"):
-        launcher = launch.Launcher(kernels._down_kernel)
+    with pytest.raises(KernelUnavailable, match="_down_kernel .*shared memory") as raised:
+        launcher = launch.Launcher(kernels.__name__, kernels._down_kernel)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "_down", launcher)
-            kernels.down(draw(64, 64), draw(2, 32, 16), 1.0, draw(2, 64, 16))
-    assert not cuda.launches
+            kernels.down(draw(64, 64), draw(2, 32, 16), 0, 1.0)
+    assert raised.value.module == "kernels" and not cuda.launches
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError, MemoryError])

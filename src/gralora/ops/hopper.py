@@ -68,7 +68,7 @@ def _descriptor(tensor: Tensor, block: Ints, shape: Ints, strides: Ints) -> Tens
     return TensorDescriptor(tensor, list(shape), list(strides), list(block), _layout(block, tensor.dtype))
 
 
-_linear = Launcher(linear_kernel, _descriptor, num_warps=8, maxnreg=168)
+_linear = Launcher(__name__, linear_kernel, _descriptor, num_warps=8, maxnreg=168)
 
 
 def _tiles(T: int, N: int) -> int:

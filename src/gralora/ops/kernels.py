@@ -75,7 +75,7 @@ def _dot_size(n: int, most: int) -> int:
     return min(most, max(16, 1 << (n - 1).bit_length()))
 
 
-_down = Launcher(_down_kernel, num_warps=4, num_stages=3)
+_down = Launcher(__name__, _down_kernel, num_warps=4, num_stages=3)
 
 
 def down(x: Tensor, A: Tensor, h: int, scaling: float, convert: Conversion | None = None) -> Tensor:
@@ -206,7 +206,7 @@ def _up_kernel(
     )
 
 
-_up = Launcher(_up_kernel, num_warps=4)
+_up = Launcher(__name__, _up_kernel, num_warps=4)
 
 
 def up(g: Tensor, B: Tensor, y: Tensor) -> None:
@@ -267,7 +267,7 @@ def _gradients_kernel(
         )
 
 
-_gradients = Launcher(_gradients_kernel, num_warps=4, num_stages=4)
+_gradients = Launcher(__name__, _gradients_kernel, num_warps=4, num_stages=4)
 
 
 def factor_gradients(
@@ -311,7 +311,7 @@ def _dropout_kernel(x_ptr, y_ptr, seed_ptr, p, scale, WIDTH, STRIDE_XT: tl.const
         tl.store(y_ptr + t.to(tl.int64) * WIDTH + n, b_y.to(y_ptr.dtype.element_ty), mask=n < WIDTH)
 
 
-_dropout = Launcher(_dropout_kernel, num_warps=4)
+_dropout = Launcher(__name__, _dropout_kernel, num_warps=4)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
@@ -359,7 +359,7 @@ def _delta_weight_kernel(
     tl.store(p_dW, b_dW * scaling, mask=in_o[:, None] & in_n[None, :])
 
 
-_delta_weight = Launcher(_delta_weight_kernel, num_warps=4)
+_delta_weight = Launcher(__name__, _delta_weight_kernel, num_warps=4)
 
 
 def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:

@@ -19,6 +19,7 @@ from torch.library import wrap_triton
 from triton import knobs
 from triton.runtime.errors import OutOfResources
 
+from .interface import KernelUnavailable
 from .torch_seam import is_traced
 
 Grid = tuple[int, int, int]
@@ -26,10 +27,6 @@ Ints = tuple[int, ...]
 RELEASES = ("3.6", "3.7", "3.8", "3.9")  # of Triton, with which the cheap launch is tested
 MOST_TILINGS = 1024  # that are kept: a few for each shape of layers and number of tokens
 MOST_ENCODED = 4096  # launches whose descriptors are kept, 2 KB each: the steps of a training repeat their addresses
-
-
-class KernelUnavailable(RuntimeError):
-    """A kernel cannot run with this Triton on this GPU, which is known before anything is launched."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +50,11 @@ class Launcher:
 
     The kernel's parameters are descriptors of tiled tensors, then pointers, then numbers that it does not specialise
     on (`do_not_specialize`), then constants. `descriptor` makes Triton's descriptor from a tensor, a block, a shape
-    and strides.
+    and strides. `module` is the `__name__` of the module that launches.
     """
 
-    def __init__(self, kernel: Any, descriptor: Any = None, **options: Any) -> None:
-        self.kernel, self.descriptor, self.options = kernel, descriptor, options
+    def __init__(self, module: str, kernel: Any, descriptor: Any = None, **options: Any) -> None:
+        self.module, self.kernel, self.descriptor, self.options = module, kernel, descriptor, options
         self.launches: dict[Hashable, CheapLaunch | None] = {}
 
     def __call__(
@@ -143,7 +140,8 @@ class Launcher:
         while error.__cause__ is not None:
             error = error.__cause__
         cause = f"{type(error).__name__}: {error}".strip().splitlines()[-1]  # Triton's own begin with the source
-        return KernelUnavailable(f"{self.kernel.__name__} cannot run with Triton {triton.__version__}: {cause}")
+        message = f"{self.kernel.__name__} cannot run with Triton {triton.__version__}: {cause}"
+        return KernelUnavailable(message, self.module.rpartition(".")[2])
 
 
 _no_cheap_launch: str | None = None  # why, where it was tried
