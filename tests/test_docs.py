@@ -6,7 +6,7 @@ has a comment above it, `<!-- not run: why -->`.
 """
 
 import argparse
-import importlib
+import importlib.util
 import io
 import json
 import re
@@ -234,11 +234,17 @@ def test_site_is_built_strictly(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "api" / "index.html").is_file()
+    api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    for name in gralora.__all__:
+        assert re.search(rf'id="gralora\.[\w.]*{name}"', api), name
+    assert "pip install" in (tmp_path / "index.html").read_text(encoding="utf-8")
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    page = hooks.with_references((ROOT / "docs" / "api.md").read_text(encoding="utf-8"))
     named = {found.rpartition(".")[2] for found in re.findall(r"^::: (\S+)$", page, re.M)}
     assert set(gralora.__all__) <= named
 

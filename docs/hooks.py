@@ -1,0 +1,30 @@
+"""What MkDocs adds to the pages: README.md before the list of pages, and the names of `gralora.__all__` to the API."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import gralora
+
+ROOT = Path(__file__).parents[1]
+MARK = "<!-- the other names of gralora.__all__ -->"
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Called by MkDocs for each page."""
+    if page.file.src_uri == "index.md":
+        return f"{front((ROOT / 'README.md').read_text(encoding='utf-8'))}\n\n{markdown}"
+    return with_references(markdown)
+
+
+def front(readme: str) -> str:
+    """README.md with links from the site's root. A file outside of docs is named without a link."""
+    readme = readme.replace("](docs/", "](")
+    return re.sub(r"\[[^\]]+\]\(([A-Z]+(?:\.md)?)\)", r"`\1`", readme)
+
+
+def with_references(markdown: str) -> str:
+    """A page with a reference, in place of MARK, of each public name that it has none of."""
+    there = {found.rpartition(".")[2] for found in re.findall(r"^::: (\S+)$", markdown, re.M)}
+    missing = (name for name in gralora.__all__ if name not in there)
+    return markdown.replace(MARK, "\n".join(f"::: {getattr(gralora, name).__module__}.{name}" for name in missing))
