@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config import names
 from ..ops import reference
+from ..strings import check_printable, printable
 from . import formats
 from .adapter import Adapter, set_fields
 from .files import new_folder, read_adapter_folder, read_json, write_json
@@ -147,6 +148,9 @@ def to_lora(
         raise ValueError(f"target {target!r} is not known; use one of {', '.join(TARGETS)}.")
     to, out = TARGETS[target], Path(out)
     source_adapter = formats.read(*read_adapter_folder(adapter), source=source)
+    base_name = str(base or source_adapter.config.base_model_name_or_path or "BASE_MODEL")
+    check_printable("base_model_name_or_path" if base is None else "base", base_name)
+    check_printable("out", str(out))
     extra = check_exportable(source_adapter, target, to.keeps)
     if base is not None and base_config is None and (Path(base) / "config.json").is_file():
         base_config = read_json(Path(base) / "config.json")
@@ -168,7 +172,6 @@ def to_lora(
             raise ValueError(f"adapter {str(adapter)!r} has NaN or infinite tensors; see `gralora inspect`.")
         if to.is_peft and base is not None and any(Path(base).glob("*.safetensors")):
             report["logits"] = logits_parity(Path(adapter), folder, Path(base))
-        base_name = str(base or source_adapter.config.base_model_name_or_path or "BASE_MODEL")
         report["command"] = to.command(base_name, out, plain.rank)
         to.finish(folder, base_name)
         write_json(folder / REPORT, report)
@@ -184,8 +187,10 @@ def summary(report: dict[str, Any]) -> str:
     if report["truncation_errors"]:
         worst = max(report["truncation_errors"], key=report["truncation_errors"].__getitem__)
         lines += [f"approximated {len(report['truncation_errors'])} layers; relative error of dW by layer:"]
-        lines += [f"  {error:.3f}  {layer}" for layer, error in report["truncation_errors"].items()]
-        lines += [f"worst: {report['truncation_errors'][worst]:.3f} at {worst}; over all layers {difference:.3f}"]
+        lines += [f"  {error:.3f}  {printable(layer)}" for layer, error in report["truncation_errors"].items()]
+        lines += [
+            f"worst: {report['truncation_errors'][worst]:.3f} at {printable(worst)}; over all layers {difference:.3f}"
+        ]
     if report["logits"]:
         lines += ["logits differ by {max_difference:.1e}, the greatest is {max_logit:.1f}".format(**report["logits"])]
     return "\n".join([*lines, "serve it with:", report["command"]])

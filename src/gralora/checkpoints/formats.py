@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..config import FORMAT, SUPPORTED_VARIANTS, LoraConfig, is_set, names
 from ..fields import plain
+from ..strings import printable
 from .adapter import HYBRID_A, HYBRID_B, A, Adapter, B, check, check_plain, json_config, set_fields
 from .files import LazyTensors
 from .untrusted import check_fields, check_matching_time, check_rank
@@ -73,7 +74,9 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str |
     lazy = LazyTensors.of(tensors)
     unused = [t for t in lazy if t.endswith(known.unused)] if known.unused else []
     if unused:
-        notices.append(f"dropped {len(unused)} tensors that this format saves and never uses: {unused[0]}, ...")
+        notices.append(
+            f"dropped {len(unused)} tensors that this format saves and never uses: {printable(unused[0])}, ..."
+        )
     sources = {known.to_ours(t): t for t in lazy if t not in unused}
     if len(sources) < len(lazy) - len(unused):
         twice = next(t for t in lazy if t not in unused and sources[known.to_ours(t)] != t)

@@ -4,6 +4,7 @@ A target's `write` puts its files into a folder and returns how to read a layer'
 """
 
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -197,31 +198,36 @@ def write_modelfile(folder: Path, base: str) -> None:
 
 
 def peft_command(base: str, out: Path, rank: int) -> str:
-    return f"python -c \"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{out}')\""
+    program = f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({str(out)!r})"
+    return shlex.join(["python", "-c", program])
 
 
 def vllm_command(base: str, out: Path, rank: int) -> str:
     allowed = min(n for n in VLLM_RANKS if n >= rank)
-    return f"vllm serve {base} --enable-lora --max-lora-rank {allowed} --lora-modules {out.name}={out}"
+    return shlex.join(
+        ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(allowed)]
+        + ["--lora-modules", f"{out.name}={out}"]
+    )
 
 
 def sglang_command(base: str, out: Path, rank: int) -> str:
-    return (
-        f"python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank} "
-        f"--lora-paths {out.name}={out}"
+    return shlex.join(
+        ["python", "-m", "sglang.launch_server", "--model-path", base, "--enable-lora", "--max-lora-rank", str(rank)]
+        + ["--lora-paths", f"{out.name}={out}"]
     )
 
 
 def llamacpp_command(base: str, out: Path, rank: int) -> str:
-    return f"llama-server --model BASE_MODEL.gguf --lora {out / GGUF}"
+    return shlex.join(["llama-server", "--model", "BASE_MODEL.gguf", "--lora", str(out / GGUF)])
 
 
 def ollama_command(base: str, out: Path, rank: int) -> str:
-    return f"ollama create {out.name} -f {out / 'Modelfile'} && ollama run {out.name}"
+    create = ["ollama", "create", out.name, "-f", str(out / "Modelfile")]
+    return f"{shlex.join(create)} && {shlex.join(['ollama', 'run', out.name])}"
 
 
 def mlx_command(base: str, out: Path, rank: int) -> str:
-    return f"mlx_lm.server --model {base} --adapter-path {out}"
+    return shlex.join(["mlx_lm.server", "--model", base, "--adapter-path", str(out)])
 
 
 def nothing(folder: Path, base: str) -> None:

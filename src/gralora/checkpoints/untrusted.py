@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..config import PATTERNS, LoraConfig
 from ..fields import facts
+from ..strings import printable
 
 MATCHING_S = 10.0  # that matching an adapter's patterns with the model's layers may take
 # of a regular expression that may take exponential time, or a high power of a name's length; others are not tried out
@@ -155,5 +156,5 @@ def is_finite(t: Tensor) -> bool:
 
 def listed(names: list[str]) -> str:
     """The first names, for a message."""
-    names = [name.removeprefix("base_model.model.")[:200] for name in names]
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    shown = [printable(name.removeprefix("base_model.model.")[:200]) for name in names[:SHOWN]]
+    return ", ".join(shown) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -9,6 +9,7 @@ import torch
 
 from ..checkpoints import formats
 from ..checkpoints.convert import convert_adapter
+from ..strings import printable
 from . import output
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,7 +60,7 @@ def convert_command(argv: list[str]) -> None:
     def convert() -> dict[str, Any]:
         read = convert_adapter(args.adapter, args.out, args.to, args.source)
         for notice in read.notices:
-            print(notice)
+            print(printable(notice))
         print(f"{read.format} -> {args.to}: {len(read.layers)} layers, written to {args.out}")
         return {"from": read.format, "to": args.to, "layers": len(read.layers), "notices": list(read.notices)}
 
@@ -138,14 +139,14 @@ def merge_command(argv: list[str]) -> None:
             progress=not args.quiet,
         )
         for notice in result["notices"]:
-            print(notice)
+            print(printable(notice))
         if result["resumed"]:
             print(f"resumed: {len(result['resumed'])} files were there already")
         replaced = f", replaced {len(result['replaced'])} tensors" if result["replaced"] else ""
         if result["rounding"]:
             worst, error = max(result["rounding"].items(), key=lambda item: item[1]["of_update"])
             lost = f"{error['of_update']:.2g} of its update, {error['of_weight']:.2g} of the weight"
-            print(f"lost by rounding, at most: {lost}, in {worst}")
+            print(f"lost by rounding, at most: {lost}, in {printable(worst)}")
         print(f"merged {result['layers']} layers{replaced}, checked {result['verified']}; written to {args.out}")
         return result
 
@@ -178,18 +179,22 @@ def print_tables(description: dict[str, Any]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    def shown(text: object) -> Text:  # a plain string would be read as markup
+        return Text(printable(text))
 
     console = Console()
     head = Table(show_header=False, box=None)
     plain = ("format", "base", "r", "gralora_k", "hybrid_r", "lora_alpha", "use_rslora", "target_modules", "dtype")
     for name in plain:
         value = description[name]
-        head.add_row(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        head.add_row(name, shown(", ".join(map(str, value)) if isinstance(value, list) else value))
     head.add_row("parameters", f"{description['parameters']:,}")
     head.add_row("as plain LoRA", f"rank {description['lora_rank']}")
     head.add_row("norm of dW", f"{description['norm']:.4g}")
     for name, shape in description["others"].items():
-        head.add_row("also saved", f"{name} {shape}")
+        head.add_row("also saved", shown(f"{name} {shape}"))
     console.print(head)
 
     table = Table(
@@ -201,11 +206,11 @@ def print_tables(description: dict[str, Any]) -> None:
     for layer, d in description["layers"].items():
         sizes = map(str, (d["in_features"], d["out_features"], d["r"], d["k"]))
         numbers = (f"{d[name]:.3g}" for name in ("scaling", "norm", "spectral_norm"))
-        table.add_row(layer.removeprefix("model."), *sizes, *numbers, f"{d['rank']}/{d['lora_rank']}")
+        table.add_row(shown(layer.removeprefix("model.")), *sizes, *numbers, f"{d['rank']}/{d['lora_rank']}")
     console.print(table)
     for notice in description["notices"]:
-        console.print(f"notice: {notice}", style="yellow", markup=False)
+        console.print(shown(f"notice: {notice}"), style="yellow")
     for anomaly in description["anomalies"]:
-        console.print(f"anomaly: {anomaly}", style="bold red", markup=False)
+        console.print(shown(f"anomaly: {anomaly}"), style="bold red")
     if not description["anomalies"]:
         console.print("no anomalies", style="green")

@@ -6,6 +6,8 @@ import sys
 import traceback
 from types import ModuleType
 
+from ..strings import printable
+
 # name -> (module, function, what it does); the function takes the command's own arguments, a list of strings
 COMMANDS = {
     "finetune": ("gralora.tool.finetune", "main", "fine-tune a causal language model with GraLoRA or plain LoRA"),
@@ -65,13 +67,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         getattr(load(module, call.command), function)(call.arguments)
     except KeyboardInterrupt as stop:
-        print(f"gralora {call.command}: {str(stop) or 'interrupted'}", file=sys.stderr)
+        print(f"gralora {call.command}: {printable(stop, lines=True) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     except USER_ERRORS as error:
         if debug:
             traceback.print_exc()
         hint = "" if debug else " (--debug shows where)"
-        print(f"gralora {call.command}: error: {error}{hint}", file=sys.stderr)
+        print(f"gralora {call.command}: error: {printable(error, lines=True)}{hint}", file=sys.stderr)
         return USER_ERROR
     return 0
 
