@@ -1,5 +1,7 @@
 """Killed at any point, on a full disk, in a read-only folder: nothing finished is lost, and the next run goes on."""
 
+import collections
+import contextlib
 import multiprocessing
 import os
 import random
@@ -21,7 +23,7 @@ from saved import CONFIG, WEIGHTS, read, save_gralora, write
 from tqdm import tqdm
 
 import gralora
-from gralora.checkpoints import files
+from gralora.checkpoints import convert, files, merge, targets
 from gralora.tool.finetune import FinetuneArguments, finetune
 
 pytestmark = [
@@ -234,6 +236,188 @@ def test_replacing_an_adapter_killed_anywhere(tmp_path: Path) -> None:
             files.finish_replacing(folder)
             assert contents(folder) == new | {"other": b"kept"}
     assert set(found) == {"old", "new", "refused"} and events > 5
+
+
+# Two at once
+
+
+def race(*actions: Callable[[], Any], delays: tuple[float, ...]) -> list[str]:
+    """Run actions in processes of their own, each after a delay; returns for each "done" or the error's name."""
+    children = []
+    for action, delay in zip(actions, delays, strict=True):
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                tqdm.set_lock(threading.RLock())
+                time.sleep(delay)
+                action()
+                os.write(writer, b"done")
+            except BaseException as error:
+                os.write(writer, f"{type(error).__name__}: {error}".encode())
+            finally:
+                os._exit(0)
+        os.close(writer)
+        children.append((pid, reader))
+    results = []
+    for pid, reader in children:
+        with os.fdopen(reader) as pipe:
+            results.append(pipe.read())
+        os.waitpid(pid, 0)
+    return results
+
+
+def try_races(operation: str, inputs: Path, times: int, seed: int = 0) -> dict[str, int]:
+    """Two operations with different results into one folder: one is done and its files are there, the other is told.
+
+    Returns:
+        How often the other was told that the first was writing, that it had written, or that it was faster.
+    """
+    save_gralora(inputs / "other", lora_alpha=1)
+    first, second = OPERATIONS[operation], OTHERS[operation]
+    results = {}
+    for name, run in {"first": first, "second": second}.items():
+        started = time.monotonic()
+        run(inputs, inputs / name)
+        results[name] = contents(inputs / name), time.monotonic() - started
+    assert results["first"][0] != results["second"][0]
+    r, told = random.Random(seed), {"being written": 0, "exists": 0, "meanwhile": 0}
+    duration = max(seconds for _, seconds in results.values())
+    for _ in range(times):
+        delays = (0.0, r.uniform(0, 1.2 * duration)) if r.random() < 0.5 else (r.uniform(0, 0.2 * duration), 0.0)
+        out = inputs / "out"
+        ended = race(lambda: first(inputs, out), lambda: second(inputs, out), delays=delays)  # noqa: B023
+        assert ended.count("done") == 1, ended
+        winner = list(results)[ended.index("done")]
+        named = {n: x for n, x in contents(out).items() if n != "export_report.json"}  # has the output's name in it
+        assert named == {n: x for n, x in results[winner][0].items() if n != "export_report.json"}
+        loser = next(one for one in ended if one != "done")
+        told[next(word for word in told if word in loser)] += 1
+        assert not list(inputs.glob(".out*"))
+        shutil.rmtree(out)
+    print(f"{operation}: {times} races of two; the slower one was told: {told}")
+    return told
+
+
+OTHERS: dict[str, Callable[[Path, Path], Any]] = {
+    "merge": lambda inputs, out: gralora.merge_adapter(inputs / "other", out, inputs / "base", dtype=torch.bfloat16),
+    "export": lambda inputs, out: gralora.to_lora(inputs / "other", out),
+    "convert": lambda inputs, out: gralora.convert_adapter(inputs / "other", out),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_two_at_once_into_one_folder(inputs: Path, operation: str) -> None:
+    try_races(operation, inputs, 2 * QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_many_races(inputs: Path, operation: str) -> None:
+    try_races(operation, inputs, 2 * SLOW)
+
+
+def test_same_merge_started_twice(inputs: Path) -> None:
+    """With nothing different, too: one writes, and the other says which process does."""
+    out, started = inputs / "out", inputs / "started"
+    run = OPERATIONS["merge"]
+
+    def slowly() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            copy = merge.copy_other_files
+            patch.setattr(merge, "copy_other_files", lambda *a: (started.touch(), time.sleep(3), copy(*a)))
+            run(inputs, out)
+
+    def after() -> None:
+        while not started.exists():
+            time.sleep(0.01)
+        run(inputs, out)
+
+    first, second = race(slowly, after, delays=(0, 0))
+    assert first == "done"
+    assert "out' is being written by process " in second and "BlockingIOError" in second
+
+
+def test_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    def hold() -> None:
+        with files.locked(tmp_path / "lock", tmp_path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    in_child(hold, kill_after=5)
+    assert (tmp_path / "lock").exists()
+    with (
+        files.locked(tmp_path / "lock", tmp_path),
+        pytest.raises(BlockingIOError, match=f"by process {os.getpid()} "),
+        files.locked(tmp_path / "lock", tmp_path),
+    ):
+        pass
+    assert not (tmp_path / "lock").exists()
+
+
+def test_many_wait_for_one_lock(tmp_path: Path) -> None:
+    """Never two at a time, also while the file is removed and made again."""
+    count = tmp_path / "count"
+    count.write_text("0")
+
+    def add() -> None:
+        done = 0
+        while done < 50:
+            with contextlib.suppress(BlockingIOError), files.locked(tmp_path / "lock", tmp_path):
+                count.write_text(str(int(count.read_text()) + 1))
+                done += 1
+
+    assert race(*[add] * 4, delays=(0,) * 4) == ["done"] * 4
+    assert count.read_text() == "200" and sorted(path.name for path in tmp_path.iterdir()) == ["count"]
+
+
+# What can be known before
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_outputs_that_cannot_be_made(inputs: Path, operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told at once: before a tensor is computed, and nothing is left."""
+    for module, name in ((merge, "write_safetensors"), (targets, "write_safetensors"), (convert, "write_safetensors")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("a file was written"))
+    before = {path.name for path in inputs.iterdir()} | {"file", "link", "deep"}
+    (inputs / "file").write_text("kept")
+    (inputs / "link").symlink_to(inputs / "base")
+    (inputs / "deep").symlink_to(inputs / "file" / "nowhere")
+    for out, error in {
+        "base": FileExistsError,
+        "file": FileExistsError,
+        "link": FileExistsError,
+        "file/out": NotADirectoryError,
+        "deep": NotADirectoryError,
+        "n" * 300: OSError,
+    }.items():
+        with pytest.raises(error):
+            OPERATIONS[operation](inputs, inputs / out)
+    assert {path.name for path in inputs.iterdir()} == before
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_output_through_a_link(inputs: Path, operation: str) -> None:
+    """A link to a place that is free is followed, and stays."""
+    (inputs / "link").symlink_to(inputs / "elsewhere" / "out")
+    OPERATIONS[operation](inputs, inputs / "link")
+    assert (inputs / "link").is_symlink() and (inputs / "elsewhere" / "out").is_dir()
+
+
+def test_space_is_looked_at_before_a_merge(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is there already of an interrupted one is not needed again."""
+    size = sum(path.stat().st_size for path in (inputs / "base").glob("*.safetensors"))
+    usage = collections.namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free=size // 2))
+    with pytest.raises(OSError, match=r"No space left for '.*out': it needs [\d,]+ bytes, and .* has [\d,]+ free"):
+        OPERATIONS["merge"](inputs, inputs / "out")
+    assert sorted(path.name for path in inputs.iterdir()) == ["base", "in"]
+    gralora.merge_adapter(inputs / "in", inputs / "out", inputs / "base", dtype=torch.bfloat16)  # half as large
+
+
+def test_device_that_is_not_there(inputs: Path) -> None:
+    with pytest.raises(ValueError, match="device='nowhere' cannot be used"):
+        gralora.merge_adapter(inputs / "in", inputs / "out", inputs / "base", device="nowhere")
+    assert sorted(path.name for path in inputs.iterdir()) == ["base", "in"]
 
 
 # Finetune

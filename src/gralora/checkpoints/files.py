@@ -3,10 +3,15 @@
 Only safetensors and JSON are ever read; pickled checkpoints (`.bin`, `.pt`) can run code and are refused.
 """
 
+import contextlib
+import errno
 import json
 import os
+import platform
 import secrets
 import shutil
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +20,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from ..strings import printable
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -156,13 +168,23 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write, which is at `path` after the block in place of an older one; after an error that one stays."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a file that is there whole, or as it was before."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with new_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
         sync(file)
-    os.replace(temporary, path)
 
 
 def read_adapter_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], LazyTensors]:
@@ -194,9 +216,81 @@ def read_adapter_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any],
 
 
 def check_absent(path: Path) -> None:
-    """Raise FileExistsError if something is at `path`, except an empty folder."""
+    """Raise OSError, with the reason, if a new folder cannot be made at `path`; an empty one may be there.
+
+    Checked before work that takes long. Links are followed by whoever calls this, with `Path.resolve`.
+    """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"output {str(path)!r} exists; choose another name, or remove it.")
+    if path.is_mount():
+        raise FileExistsError(f"output {str(path)!r} is where a file system is mounted; give a folder inside of it.")
+    existing_parent(path)
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above `path` that there is; NotADirectoryError if it is a file."""
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"output {str(path)!r} cannot be made: {str(parent)!r} is a file.")
+    return parent
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raise OSError if the file system that `path` is to be on has less than `needed` bytes free."""
+    parent = existing_parent(path)
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"No space left for {str(path)!r}: it needs {needed:,} bytes, and {str(parent)!r} has {free:,} free",
+        )
+
+
+@contextmanager
+def locked(lock: Path, place: Path) -> Iterator[None]:
+    """Keep other processes out of a place for as long as the block lasts; the system frees it if this process dies.
+
+    Args:
+        lock: a file that is made for this, and removed after the block.
+        place: what it stands for, for messages.
+
+    Raises:
+        BlockingIOError: if another process has the lock; the message says which.
+    """
+    existing_parent(place)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        if not _lock(descriptor):
+            holder = printable(os.read(descriptor, 500).decode(errors="replace")) or "another process"
+            os.close(descriptor)
+            raise BlockingIOError(
+                f"{str(place)!r} is being written by {holder}; wait for it to end, or choose another name."
+            )
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                break
+        os.close(descriptor)  # whoever had it has removed the file meanwhile
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file; False if another process has. Where the system knows no locks, warn and go on."""
+    try:
+        if fcntl is None:
+            raise OSError(f"{sys.platform} has no flock")
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        warnings.warn(f"outputs cannot be locked here ({error}); do not write one twice at once.", stacklevel=4)
+    return True
 
 
 @contextmanager
@@ -204,14 +298,16 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to write into, which is at `path` after the block; after an error nothing is.
 
     Raises:
-        FileExistsError: if `path` exists and is not an empty folder.
+        FileExistsError: if `path` exists and is not an empty folder, before the block or after it.
+        OSError: if it cannot be made.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     check_absent(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        check_absent(path)  # again: another process may have been faster
         publish(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -243,9 +339,18 @@ def finish_replacing(path: Path) -> None:
 
 
 def publish(folder: Path, path: Path) -> None:
-    """Move a finished folder to its place, durably: also after a power failure it is whole or not there."""
+    """Move a finished folder to its place, durably: also after a power failure it is whole or not there.
+
+    Raises:
+        FileExistsError: if another process has put something there since `check_absent`; it stays.
+    """
     sync_files(folder)
-    os.replace(folder, path)
+    try:
+        os.replace(folder, path)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise FileExistsError(f"output {str(path)!r} was made by another process meanwhile.") from error
+        raise
     sync_folder(path.parent)
 
 

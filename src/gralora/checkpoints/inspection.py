@@ -14,7 +14,7 @@ from ..factors import block_norms, hybrid_to_lora, singular_values
 from ..fields import plain
 from . import formats
 from .adapter import Adapter
-from .files import read_adapter_folder
+from .files import new_file, read_adapter_folder
 from .untrusted import is_finite
 
 PANELS = 16  # in one heat map
@@ -161,5 +161,6 @@ def draw_block_norms(
     figure.colorbar(image, ax=figure.axes, label="norm of the block")
     figure.supxlabel("input block")
     figure.supylabel("output block")
-    figure.savefig(Path(png), format="png", dpi=120)
+    with new_file(Path(png)) as file:
+        figure.savefig(file, format="png", dpi=120)
     return names

@@ -27,6 +27,8 @@ from .files import (
     WEIGHTS,
     LazyTensors,
     check_absent,
+    check_space,
+    locked,
     publish,
     read_adapter_folder,
     read_json,
@@ -72,28 +74,53 @@ def merge_adapter(
         given if that is more than LOST of a layer's update.
 
     Raises:
-        OSError: if something is not there, or `out` exists.
+        OSError: if something is not there, if `out` exists, cannot be made or has no space, or if another process is
+            writing it.
         ValueError: if adapter and base do not fit together, or a merged weight would have NaN or infinite values.
     """
-    out = Path(out)
-    check_absent(out)
+    adapter, out = Path(adapter), Path(out).resolve()
     read = formats.read(*read_adapter_folder(adapter), source=source)
-    folder = base_folder(base or read.config.base_model_name_or_path)
-    model = BaseModel(folder)
+    model = BaseModel(base_folder(base or read.config.base_model_name_or_path))
+    check_device(device)
     merges = Merges(read, model, device)
     check_finite(read.tensors)
+    fingerprint = fingerprint_of(adapter, model, dtype)
+    with locked(out.with_name(f".{out.name}.lock"), out):
+        check_absent(out)
+        return write_merged(merges, out, dtype, fingerprint, progress)
 
+
+def write_merged(
+    merges: "Merges", out: Path, dtype: torch.dtype | None, fingerprint: dict[str, Any], progress: bool
+) -> dict[str, Any]:
+    """Write the merged model to `out`, which nobody else writes to, going on with what an interrupted merge left.
+
+    Args:
+        merges: what changes in which base model.
+        out: folder to make.
+        dtype: of all floating-point weights, or None for each one's own.
+        fingerprint: what must be the same for a merge to go on.
+        progress: show a progress bar.
+
+    Returns:
+        As `merge_adapter`.
+    """
+    read, model = merges.adapter, merges.model
     partial = out.with_name(f".{out.name}.partial")
-    fingerprint = fingerprint_of(Path(adapter), model, dtype)
     state = {"of": fingerprint, "rounding": {}}
     if partial.exists():
         if (partial / STATE).exists() and read_json(partial / STATE).get("of") == fingerprint:
             state = read_json(partial / STATE)
         else:
             shutil.rmtree(partial)  # of another adapter, base or dtype
-    partial.mkdir(parents=True, exist_ok=True)
-
     resumed = [name for name in model.files if name in state["rounding"] and (partial / name).exists()]
+    to_write = [t for name in model.files if name not in resumed for t in model.files[name].specs.values()]
+    check_space(out, sum(t.numel() * stored_dtype(t, dtype).itemsize for t in to_write))
+    partial.mkdir(parents=True, exist_ok=True)
+    for path in partial.iterdir():
+        if path.name not in (STATE, *resumed):
+            path.unlink()  # what was being written when a merge was killed
+
     try:
         with _progress_bar(model, resumed, progress) as bar:
             for name in model.files:
@@ -120,6 +147,19 @@ def merge_adapter(
         "rounding": rounding,
         "notices": list(read.notices),
     }
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError if torch cannot compute on a device."""
+    try:
+        torch.ones(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device={device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def stored_dtype(t: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype in which the merged model stores a tensor of the base: the one asked for, if it has floats."""
+    return dtype if dtype is not None and t.dtype.is_floating_point else t.dtype
 
 
 def warn_of_rounding(rounding: dict[str, dict[str, float]]) -> None:
@@ -215,13 +255,9 @@ class Merges:
             rounding: gets, for each merged layer, what storing it lost; see `merge_adapter`.
         """
 
-        def new_dtype(name: str) -> torch.dtype:
-            old = tensors.specs[name].dtype
-            return dtype if dtype is not None and old.is_floating_point else old
-
         def load(name: str) -> Tensor:
             exact = self.merged_tensor(name, tensors)
-            stored = exact.to(new_dtype(name))
+            stored = exact.to(stored_dtype(tensors.specs[name], dtype))
             if name in self.changed and not is_finite(stored):
                 raise ValueError(
                     f"the merged tensor {name!r} would have NaN or infinite values in {stored.dtype}; `gralora "
@@ -231,7 +267,8 @@ class Merges:
                 rounding[self.weights[name]] = self._rounding(name, exact, stored, tensors)
             return stored.cpu()
 
-        return LazyTensors({name: spec(tuple(t.shape), new_dtype(name)) for name, t in tensors.specs.items()}, load)
+        specs = {name: spec(tuple(t.shape), stored_dtype(t, dtype)) for name, t in tensors.specs.items()}
+        return LazyTensors(specs, load)
 
     def _rounding(self, name: str, exact: Tensor, stored: Tensor, tensors: LazyTensors) -> dict[str, float]:
         """What storing lost; overwrites `exact` if it is not `stored` itself."""
