@@ -6,6 +6,7 @@ import pickle
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from helpers import tiny_llama
 from saved import CONFIG, WEIGHTS, edit, read, save_gralora, write
 
 import gralora
-from gralora.checkpoints import untrusted
+from gralora.checkpoints import files, untrusted
 from gralora.strings import printable
 from gralora.tool import cli
 from gralora.tool.finetune import FinetuneArguments, finetune
@@ -179,14 +180,86 @@ def test_a_value_that_no_adapter_has_is_refused(field: str, value: Any) -> None:
         untrusted.check_fields(good | {field: value})
 
 
-@pytest.mark.parametrize("pattern", [r"(\w+)+x", r"\w*\w*\w*\w*x", r"(a|b){9}\w"])
-def test_patterns_that_may_take_long_are_tried_elsewhere(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = []
-    monkeypatch.setattr(untrusted.subprocess, "run", lambda *_, input, **options: tried.append(json.loads(input)))
-    untrusted.check_matching_time({"target_modules": r"\w+\.\w+\.q_proj", "rank_pattern": {"q_proj": 8}}, ["a.b"])
-    assert not tried, "what cannot take long costs no process"
+@pytest.mark.parametrize(
+    "pattern", [r"(\w+)+x", r"\w*\w*\w*\w*x", r"(a|b){9}\w", r"a?a?a?aaa", r".*.*", r"(a|a)b", "[ab]"]
+)
+def test_patterns_that_are_no_names_are_tried_elsewhere(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+
+    def run(*_: Any, input: bytes, **options: Any) -> Any:
+        tried.append(json.loads(input))
+        return subprocess.CompletedProcess([], 0)
+
+    monkeypatch.setattr(untrusted.subprocess, "run", run)
+    names = {
+        "target_modules": r"model\.layers.0.q_proj",
+        "rank_pattern": {"q_proj": 8},
+        "modules_to_save": ["lm-head"],
+    }
+    untrusted.check_matching_time(names, ["a.b"])
+    assert not tried, "what is a name costs no process"
     untrusted.check_matching_time({"target_modules": pattern}, iter(["a.b"]))
-    assert tried == [[[f"(?:{pattern})$"], ["a.b"]]]
+    assert tried == [[untrusted.MATCHING_S, [f"(?:{pattern})$"], ["a.b"]]]
+
+
+SLOW_PATTERNS = [r"((\w+)+\.)*$", r"(a?){40}a{40}$", r".*.*.*.*x", r"(a|a)*b", r"(?:a|a?)+$b", r"(\w|\w\w)+\d"]
+
+
+@pytest.mark.parametrize("pattern", SLOW_PATTERNS)
+@pytest.mark.parametrize(
+    "field", ["target_modules", "exclude_modules", "rank_pattern", "modules_to_save", "layers_pattern"]
+)
+def test_slow_patterns_end_in_seconds(field: str, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in time of the processor, so that a busy machine refuses nothing else."""
+    monkeypatch.setattr(untrusted, "MATCHING_S", 0.3)
+    value = {"rank_pattern": {pattern: 8}, "modules_to_save": [pattern], "layers_pattern": [pattern]}.get(
+        field, pattern
+    )
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=rf"matching {field}=.* takes more than 0 s"):
+        untrusted.check_matching_time({field: value}, ["a" * 900])
+    assert time.monotonic() - started < 20
+
+
+def test_names_of_a_file_are_bounded() -> None:
+    with pytest.raises(ValueError, match="1 names have more than 1024 characters: aaa"):
+        untrusted.check_matching_time({"target_modules": "x"}, ["a" * 16_000])
+
+
+BOUNDED: dict[str, tuple[dict[str, Any], int]] = {
+    "rank_pattern": ({"rank_pattern": {f"layers.{i}.q": 8 for i in range(16_000)}}, 10),
+    "alpha_pattern": ({"alpha_pattern": {f"layers.{i}.q": 8 for i in range(1_000)}}, 1_000),
+    "gralora_k_pattern": ({"gralora_k_pattern": {f"layers.{i}.q": 8 for i in range(400)}}, 100_000),
+    "modules_to_save": ({"modules_to_save": [f"head{i}" for i in range(2_000)]}, 10),
+    "layers_pattern": ({"layers_pattern": [f"layers{i}" for i in range(2_000)]}, 10),
+    "target_modules": ({"target_modules": [f"q{i}" for i in range(100_000)]}, 1_000),
+    "exclude_modules": ({"exclude_modules": [f"q{i}" for i in range(100_000)]}, 1_000),
+}
+
+
+@pytest.mark.parametrize("fields, layers", BOUNDED.values(), ids=BOUNDED)
+def test_counts_of_a_config_are_bounded(fields: dict[str, Any], layers: int) -> None:
+    """What would take PEFT minutes is refused at once; what adapters have is not."""
+    (field,) = fields
+    names = [f"model.layers.{i}.x" for i in range(layers)]
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=rf"{field}.*(more than can be|at most 1024)"):
+        untrusted.check_matching_time(fields, names)
+    assert time.monotonic() - started < 5
+    few = {f"layers.{i}.q": 8 for i in range(560)}  # a rank for each layer of a model of 70B
+    untrusted.check_matching_time({"rank_pattern": few}, [f"model.{name}" for name in few])
+    untrusted.check_matching_time({"target_modules": names}, names)
+
+
+def test_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_gralora(tmp_path)
+    monkeypatch.setattr(files, "MOST_TENSORS", 20)
+    with pytest.raises(ValueError, match="24 tensors, more than 20"):
+        gralora.inspect_adapter(tmp_path)
+    with (tmp_path / CONFIG).open("r+b") as file:
+        file.truncate(files.LONGEST + 1)
+    with pytest.raises(ValueError, match="33,554,433 bytes, more than 33,554,432"):
+        gralora.inspect_adapter(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
@@ -211,7 +284,8 @@ SLOW_PATTERN = r"((\w+)+\.)*$"
 def test_pattern_that_never_ends_is_refused(tmp_path: Path, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gralora.checkpoints.untrusted.MATCHING_S", 1.0)
     save_gralora(tmp_path / "in")
-    value = {"rank_pattern": {SLOW_PATTERN: 8}, "modules_to_save": [SLOW_PATTERN]}.get(field, SLOW_PATTERN)
+    values = {"rank_pattern": {SLOW_PATTERN: 8}, "modules_to_save": [SLOW_PATTERN]}
+    value = (values | {"target_modules": f".*_proj|{SLOW_PATTERN}"}).get(field, SLOW_PATTERN)
     edit(tmp_path / "in", **{field: value})
     with pytest.raises(ValueError, match=rf"matching {field}=.* takes more than 1 s"):
         gralora.load_adapter(tiny_llama(), tmp_path / "in")

@@ -5,6 +5,7 @@ Whatever format an adapter was saved in (see formats.py), its tensors have gralo
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -153,10 +154,9 @@ def check(adapter: Adapter) -> None:
     _check_linear(adapter)
     if not adapter.layers:
         raise ValueError("the file has no GraLoRA tensors; the adapter is empty or of another method.")
-    names = [layer_and_suffix(name) for name in adapter.tensors]
-    if len(set(names)) < len(names):
-        twice = next(layer for layer, suffix in names if names.count((layer, suffix)) > 1)
-        raise ValueError(f"layer {twice!r} has a factor twice, with and without the prefix {PREFIX!r}.")
+    (layer, _), count = Counter(map(layer_and_suffix, adapter.tensors)).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"layer {layer!r} has a factor twice, with and without the prefix {PREFIX!r}.")
     for layer in adapter.layers:
         f = adapter.specs(layer)
         _check_present(layer, f, config)

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FINISHED = ".finished"  # subfolder of an adapter's, while its files are replaced
 DEPTH = 32  # of nested JSON; configs need a few
+LONGEST = 1 << 25  # bytes of JSON; the index of a model with 100,000 tensors has a third of it
+MOST_TENSORS = 1 << 18  # of one file
 DTYPES = {  # safetensors' names
     "F64": torch.float64,
     "F32": torch.float32,
@@ -95,6 +98,8 @@ def read_safetensors(path: Path) -> LazyTensors:
     try:
         file = safe_open(path, framework="pt")
         specs = {}
+        if len(file.keys()) > MOST_TENSORS:
+            raise ValueError(f"{str(path)!r} has {len(file.keys()):,} tensors, more than {MOST_TENSORS:,}.")
         for name in list(file.keys()):
             entry = file.get_slice(name)
             if entry.get_dtype() not in DTYPES:
@@ -143,7 +148,13 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], done: Callable[
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raise ValueError if the file is not one JSON object, names a field twice, or nests deeper than DEPTH."""
+    """Read a file that holds one JSON object.
+
+    Raises:
+        ValueError: if it holds anything else, names a field twice, nests deeper than DEPTH or is longer than LONGEST.
+    """
+    if path.stat().st_size > LONGEST:
+        raise ValueError(f"{str(path)!r} has {path.stat().st_size:,} bytes, more than {LONGEST:,}.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except RecursionError:
@@ -163,8 +174,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} is there twice")
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the field {name!r} is there twice")
     return found
 
 

@@ -11,8 +11,10 @@ import reprlib
 import subprocess
 import sys
 import typing
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import type_validator
@@ -22,9 +24,16 @@ from ..config import PATTERNS, LoraConfig
 from ..fields import facts
 from ..strings import printable
 
-MATCHING_S = 10.0  # that matching an adapter's patterns with the model's layers may take
-# of a regular expression that may take exponential time, or a high power of a name's length; others are not tried out
-REPEATED_GROUP, REPEAT, FEW_REPEATS = re.compile(r"\)\s*[*+{]"), re.compile(r"[*+{]"), 3
+MATCHING_S = (
+    1.0  # of a processor, to match an adapter's patterns with the model's layers once; loading does it ten times
+)
+WAITING_S = 60.0  # for the process that tries it
+LITERAL = re.compile(r"(?:[\w-]|\\?\.)*")  # a pattern that takes no longer than the name that it is
+MOST_PATTERNS, LONGEST_PATTERN = 1024, 1 << 16
+MOST_COMPARISONS = 20_000_000  # of listed names with names of layers: a few seconds
+MOST_MATCHES = 5_000_000  # of patterns with names of layers: the same
+CACHED = 500  # patterns that `re` keeps compiled; with more, each match costs a hundred times as much
+LONGEST_NAME = 1024
 LARGEST = torch.finfo(torch.float32).max
 LARGEST_RANK = 1 << 20  # no layer has as many features
 SHOWN = 5  # names in a message
@@ -77,11 +86,17 @@ def check_fields(fields: Mapping[str, Any]) -> None:
     check_number("lora_dropout", dropout)
     if not 0 <= dropout <= 1:
         raise ValueError(f"lora_dropout={dropout!r} in the config must be from 0 to 1.")
-    for name, pattern in patterns(fields):
+    for field_name, written, matched in patterns(fields):
+        if len(written) > LONGEST_PATTERN:
+            raise ValueError(f"{field_name} in the config has a pattern of {len(written)} characters.")
         try:
-            re.compile(pattern)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of patterns that a later Python reads otherwise
+                re.compile(matched)
         except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"{name} in the config has {pattern[:200]!r}, no regular expression: {error}") from None
+            raise ValueError(
+                f"{field_name} in the config has {matched[:200]!r}, no regular expression: {error}"
+            ) from None
 
 
 def check_number(name: str, value: Any, kinds: tuple[type[int] | type[float], ...] = (int, float)) -> None:
@@ -96,46 +111,86 @@ def check_rank(name: str, value: Any) -> None:
         raise ValueError(f"{name}={reprlib.repr(value)} in the config is more than {LARGEST_RANK}.")
 
 
-def patterns(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Field and content of every regular expression in a config, as PEFT matches it with the names of layers."""
+class Pattern(NamedTuple):
+    """A regular expression of a config: its field, what the config has, and what PEFT matches with names of layers."""
+
+    field: str
+    written: str
+    matched: str
+
+
+def patterns(fields: Mapping[str, Any]) -> list[Pattern]:
+    """Every regular expression in a config."""
     found = []
     for name in ("target_modules", "exclude_modules"):
-        if isinstance(fields.get(name), str):
-            found.append((name, fields[name]))
+        if isinstance(text := fields.get(name), str):
+            found.append(Pattern(name, text, text))
     layers_pattern = fields.get("layers_pattern") or []
     layers_pattern = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-    found += [("layers_pattern", rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.") for pattern in layers_pattern]
-    found += [("modules_to_save", rf"(^|.*\.){module}($|\..*)") for module in fields.get("modules_to_save") or []]
+    found += [Pattern("layers_pattern", p, rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\.") for p in layers_pattern]
+    saved = fields.get("modules_to_save") or []
+    found += [Pattern("modules_to_save", module, rf"(^|.*\.){module}($|\..*)") for module in saved]
     for name in PATTERNS.values():
-        found += [(name, rf"(.*\.)?({key})$") for key in fields.get(name) or {}]
+        found += [Pattern(name, key, rf"(.*\.)?({key})$") for key in fields.get(name) or {}]
     return found
 
 
-def check_matching_time(fields: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise ValueError if matching a config's patterns with these names does not end within MATCHING_S.
+def check_matching_time(fields: Mapping[str, Any], layers: Iterable[str]) -> None:
+    """Raise ValueError if matching a config's patterns and lists with these names of layers would take long.
 
-    Python cannot interrupt a match, so patterns that could take long are first tried in a process of their own.
+    Python cannot interrupt a match, so every pattern that is more than a name is first tried in a process of its own.
     """
-    risky = {
-        pattern: name
-        for name, pattern in patterns(fields)
-        if REPEATED_GROUP.search(pattern) or len(REPEAT.findall(pattern)) > FEW_REPEATS
-    }
+    layers = list(layers)
+    too_long = [name for name in layers if len(name) > LONGEST_NAME]
+    if too_long:
+        raise ValueError(f"{len(too_long)} names have more than {LONGEST_NAME} characters: {listed(too_long)}.")
+    found = patterns(fields)
+    counts = dict(Counter(one.field for one in found))
+    matches = len(found) * len(layers) * (1 if len(found) <= CACHED else 100)
+    if len(found) > MOST_PATTERNS or matches > MOST_MATCHES * (1 if len(found) <= CACHED else 10):
+        raise ValueError(
+            f"the config has {len(found)} patterns ({counts}) for {len(layers)} layers, more than can be matched in "
+            f"seconds; at most {MOST_PATTERNS} are taken."
+        )
+    for name in ("target_modules", "exclude_modules"):
+        entries = fields.get(name)
+        if entries and not isinstance(entries, str):
+            others = len(set(layers).difference(entries))
+            if len(entries) * others > MOST_COMPARISONS:
+                raise ValueError(
+                    f"{name} has {len(entries)} entries to compare with {others} names of layers, more than can be "
+                    "compared in seconds."
+                )
+    risky = [one for one in found if not LITERAL.fullmatch(one.written)]
     if not risky:
         return
-    program = "import json, re, sys; ps, names = json.load(sys.stdin); [re.match(p, n) for p in ps for n in names]"
+    task = json.dumps([MATCHING_S, [f"(?:{one.matched})$" for one in risky], layers])
+    command = [sys.executable, "-I", "-S", "-c", TRY]
     try:
-        subprocess.run(
-            [sys.executable, "-I", "-S", "-c", program],
-            input=json.dumps([[f"(?:{pattern})$" for pattern in risky], list(names)]).encode(),
-            timeout=MATCHING_S,
-            capture_output=True,
-        )
+        ended = subprocess.run(command, input=task.encode(), timeout=WAITING_S, capture_output=True).returncode == 0
     except subprocess.TimeoutExpired:
+        ended = False
+    if not ended:
         raise ValueError(
-            f"matching {', '.join(f'{name}={pattern[:200]!r}' for pattern, name in risky.items())} with the names of "
+            f"matching {', '.join(f'{one.field}={one.written[:200]!r}' for one in risky[:SHOWN])} with the names of "
             f"layers takes more than {MATCHING_S:.0f} s; write it without nested repetitions, or as a list of names."
-        ) from None
+        )
+
+
+# tries patterns; the system ends it at its limit of processor time, which a busy machine does not shorten
+TRY = """
+import json, re, sys
+limit, patterns, names = json.load(sys.stdin)
+try:
+    import signal
+    signal.setitimer(signal.ITIMER_VIRTUAL, limit)
+except (ImportError, AttributeError):
+    pass
+for pattern in patterns:
+    pattern = re.compile(pattern)
+    for name in names:
+        pattern.match(name)
+"""
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
