@@ -1,5 +1,5 @@
 /* The part of CUDA's driver API that Triton calls, without a GPU: descriptors hold what they were made of, launches are
-   reported. Device 1 has little shared memory. tests/cuda_stub.py compiles it as libcuda.so.1. */
+   reported. Device 1 has little shared memory. tests/test_launch.py compiles it as libcuda.so.1. */
 
 #include <string.h>
 
@@ -10,8 +10,14 @@
 typedef void (*Report)(const unsigned *numbers, CUstream stream, CUfunction function, void **parameters);
 
 static Report report;
+int unloaded; // modules
 
 void set_report(Report function) { report = function; }
+
+CUresult cuModuleUnload(CUmodule module) {
+  ++unloaded;
+  return CUDA_SUCCESS;
+}
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **parameters, void **extra) {
   unsigned numbers[8] = {c->gridDimX,  c->gridDimY,  c->gridDimZ,       c->blockDimX,
@@ -96,6 +102,5 @@ STUB(cuDevicePrimaryCtxRetain, CUcontext *context, CUdevice device)
 STUB(cuFuncSetAttribute, CUfunction function, CUfunction_attribute attribute, int value)
 STUB(cuFuncSetCacheConfig, CUfunction function, CUfunc_cache config)
 STUB(cuModuleLoadData, CUmodule *module, const void *image)
-STUB(cuModuleUnload, CUmodule module)
 STUB(cuOccupancyMaxActiveClusters, int *clusters, CUfunction function, const CUlaunchConfig *config)
 STUB(cuStreamIsCapturing, CUstream stream, CUstreamCaptureStatus *status)

@@ -5,6 +5,7 @@ The driver is a stub (cuda_stub.c), so no GPU is needed; the kernels and launche
 
 import contextlib
 import ctypes
+import gc
 import re
 import shutil
 import subprocess
@@ -51,7 +52,7 @@ def stub(tmp_path_factory):
     options = "-shared", "-fPIC", f"-I{include}", f"-Wl,-soname,{library.name}"
     subprocess.run(["gcc", *options, source, "-o", library], check=True)
     driver = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    seen = SimpleNamespace(launches=[], sizes=[], device=0)
+    seen = SimpleNamespace(launches=[], sizes=[], device=0, unloaded=ctypes.c_int.in_dll(driver, "unloaded"))
 
     @ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_uint), *[ctypes.c_void_p] * 2, ctypes.POINTER(ctypes.c_void_p))
     def report(numbers, stream, function, parameters):
@@ -185,6 +186,17 @@ def test_profilers_see_launches(cuda):
         triton.knobs.runtime.launch_enter_hook.remove(hook)
     run()
     assert names == ["_add_kernel"]
+
+
+def test_kernels_stay_loaded(cuda):
+    """Also when Triton forgets them, which then unloads what nobody holds."""
+    launcher, run = add()
+    run()
+    before = cuda.unloaded.value
+    launcher.kernel.device_caches.clear()
+    gc.collect()
+    run()
+    assert cuda.unloaded.value == before
 
 
 @pytest.mark.parametrize("why", ["an unknown release", "a changed launcher"])

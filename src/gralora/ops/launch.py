@@ -56,6 +56,7 @@ class Launcher:
     def __init__(self, module: str, kernel: Any, descriptor: Any = None, **options: Any) -> None:
         self.module, self.kernel, self.descriptor, self.options = module, kernel, descriptor, options
         self.launches: dict[Hashable, CheapLaunch | None] = {}
+        self.loaded: list[Any] = []  # compiled kernels, which Triton unloads from the GPU once nobody holds them
 
     def __call__(
         self,
@@ -127,6 +128,7 @@ class Launcher:
             compiled[grid]  # loads it
         except OutOfResources as error:
             raise self._unavailable(error) from error
+        self.loaded.append(compiled)
         if _release() not in RELEASES:
             _warn_of_jit_launch("its release is not among those that this is tested with")
             return None
