@@ -13,8 +13,9 @@ from torch.nn import Dropout, Identity, Linear, Parameter
 from transformers.pytorch_utils import Conv1D
 
 from .blocks import GranularDown, GranularUp, scaling_gain
-from .ops import Factors, add_update, gralora_linear, plans
+from .ops import Factors, PackedWeight, add_update, gralora_linear, plans
 from .ops.torch_seam import children_of, has_global_hooks, has_hooks, is_transformed, is_view, parameters_of
+from .quantized import packed_weight
 
 
 class FusedCall(NamedTuple):
@@ -22,8 +23,8 @@ class FusedCall(NamedTuple):
 
     Attributes:
         base: the base layer.
-        weight: its weight as a matrix, `[O, I]`, frozen; None if the base layer is called, and the adapter's output
-            added to what it returns.
+        weight: its weight as a matrix, `[O, I]`, frozen, packed if it is quantised; None if the base layer is called,
+            and the adapter's output added to what it returns.
         bias: its bias, `[O]`, or None; None also without a weight.
         factors: the active adapter's.
         p: probability of dropout on what the adapter sees of x.
@@ -31,7 +32,7 @@ class FusedCall(NamedTuple):
     """
 
     base: nn.Module
-    weight: Tensor | None
+    weight: Tensor | PackedWeight | None
     bias: Tensor | None
     factors: Factors
     p: float
@@ -40,10 +41,13 @@ class FusedCall(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         base, weight, bias, factors, p, dtype = self
         if weight is not None:
-            x = x if x.dtype == dtype else x.to(dtype)
-            weight = weight if weight.dtype == dtype else weight.to(dtype)
+            seen = x if x.dtype == dtype else x.to(dtype)
             bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)
-            return gralora_linear(x, weight, bias, factors, p)
+            if isinstance(weight, Tensor):
+                weight = weight if weight.dtype == dtype else weight.to(dtype)
+                return gralora_linear(seen, weight, bias, factors, p)
+            y = gralora_linear(seen, weight, bias, factors, p)
+            return y if y.dtype == x.dtype else y.to(x.dtype)  # as bitsandbytes' layers do, also under autocast
         y = base(x)
         quantised = type(parameters_of(base).get("weight")) is not Parameter
         if not quantised or is_view(y) or not y.is_contiguous() or has_hooks(base):
@@ -112,11 +116,15 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
     p = dropout.p if dropout.training and type(dropout) is Dropout else 0.0
 
     base = modules["base_layer"]
+    weight: Tensor | PackedWeight | None
     weight, bias = _weights(base)
     if weight is not None and not autocast and weight.dtype != dtype:
         weight = bias = None
     if torch.compiler.is_compiling() and (weight is None or plans.compiled_as(x.to(dtype), weight, p) == "operations"):
         return None
+    if weight is None and not has_hooks(base):
+        weight = packed_weight(base, x, dtype)
+        bias = None if weight is None else parameters_of(base)["bias"]
     return FusedCall(base, weight, bias, Factors(A_weight, B_weight, A_hybrid, B_hybrid, scaling), p, dtype)
 
 

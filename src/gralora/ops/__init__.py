@@ -8,18 +8,19 @@ from . import reference as _reference
 from .dropout import draw_seed, dropout
 from .reference import Factors
 from .torch_seam import is_transformed
+from .weights import PackedWeight, Weight
 
-__all__ = ["Factors", "add_update", "delta_weight", "dropout", "gralora_linear"]
+__all__ = ["Factors", "PackedWeight", "add_update", "delta_weight", "dropout", "gralora_linear"]
 
 
 def gralora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, p: float = 0.0, seed: Tensor | None = None
+    x: Tensor, weight: Weight, bias: Tensor | None, factors: Factors, p: float = 0.0, seed: Tensor | None = None
 ) -> Tensor:
     """x W^T + bias + scaling * (grid + B_s A_s x), differentiable in x and the factors, not in weight and bias.
 
     Args:
         x: `[..., I]`.
-        weight: frozen base weight, `[O, I]`, dtype of x.
+        weight: frozen base weight, `[O, I]`, dtype of x; or, except while torch.compile traces, a quantised one.
         bias: frozen base bias, `[O]`, dtype of x, or None.
         factors: of the adapter, any float dtype; computed with in the dtype of x.
         p: probability of dropout on what the adapter sees of x.
@@ -30,7 +31,7 @@ def gralora_linear(
     """
     if p and seed is None:
         seed = draw_seed(x)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and isinstance(weight, Tensor):
         if plans.compiled_as(x, weight, p) != "kernels":
             return compiled.linear(x, weight, bias, *factors, p, seed)[0]
         from .traced import linear  # imports Triton

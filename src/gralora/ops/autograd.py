@@ -13,16 +13,18 @@ from .layout import contiguous_or_rows
 from .reference import Factors
 from .saved import save, saved
 from .torch_seam import is_batched
+from .weights import Weight, dense
 
 Grads = list[Tensor | None]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, p: float, seed: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None, factors: Factors, p: float, seed: Tensor | None) -> Tensor:
     """`fused.linear`, differentiable in x and the factors."""
     *tensors, scaling = factors
     y, product = GraloraLinearFunction.apply(x, *tensors, (weight, bias, scaling, p, seed))
     if product is not None:
-        how, *operands = product
+        how, seen, g, B = product
+        operands = seen, dense(weight, x.dtype), bias, g, B
         try:
             how.forward.linear(y, *operands)
         except KernelUnavailable as error:
@@ -45,22 +47,25 @@ class GraloraLinearFunction(torch.autograd.Function):
         factors = Factors(A, B, hybrid_A, hybrid_B, scaling)
         seen = contiguous_or_rows(x)
         how, g, B_up, y = _begin(x, seen, weight, bias, factors, p, seed)
+        product = None
+        if y is None:
+            y, product = fused.output(x, weight), (how, seen, g, B_up)
+        ctx.packed, weight = (None, weight) if isinstance(weight, Tensor) else (weight, None)
         save(ctx, x, weight, A, B, hybrid_A, hybrid_B, g if how.keeps_g else None, seed)
         ctx.scaling, ctx.p, ctx.how = scaling, p, how
-        if y is None:
-            return fused.output(x, weight), (how, seen, weight, bias, g, B_up)
-        return y, None
+        return y, product
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: None) -> Any:
         x, weight, A, B, hybrid_A, hybrid_B, g, seed = saved(ctx)
         factors = Factors(A, B, hybrid_A, hybrid_B, ctx.scaling)
+        weight = ctx.packed if weight is None else weight
         return *_backward(ctx, dy, x, weight, factors, g, seed), None
 
 
 @plans.falls_back
 def _begin(
-    x: Tensor, seen: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, p: float, seed: Tensor | None
+    x: Tensor, seen: Tensor, weight: Weight, bias: Tensor | None, factors: Factors, p: float, seed: Tensor | None
 ) -> Any:
     """Plan and project down: the plan, g, B, and y if no product of ours computes it."""
     packed = fused.pack(factors)
@@ -102,7 +107,7 @@ class GraloraUpdateFunction(torch.autograd.Function):
 
 
 def _backward(
-    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, factors: Factors, g: Tensor | None, seed: Tensor | None
+    ctx: Any, dy: Tensor, x: Tensor, weight: Weight | None, factors: Factors, g: Tensor | None, seed: Tensor | None
 ) -> Grads:
     """Gradients of x, A, B, hybrid_A and hybrid_B; with create_graph=True to be differentiated in turn."""
     needed = ctx.needs_input_grad[-6:-1]
@@ -112,7 +117,7 @@ def _backward(
             if weight is None:
                 y = reference.update(x if kept is None else x * kept, factors)
             else:
-                y = reference.linear(x, weight, None, factors, kept)
+                y = reference.linear(x, dense(weight, x.dtype), None, factors, kept)
         return _differentiable(y, (x, *factors[:4]), needed, dy)
     needs = Needs.of(*needed)
     try:

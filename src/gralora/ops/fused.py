@@ -22,6 +22,7 @@ from .layout import chunks, contiguous_or_rows, rows
 from .plans import Plan, falls_back, plan
 from .reference import Factors
 from .torch_seam import unsafe_view
+from .weights import Weight, dense
 
 
 class Packed(NamedTuple):
@@ -92,7 +93,7 @@ def linear_down(x: Tensor, packed: Packed, p: float, seed: Tensor | None, how: P
     return how.down.down(x, A, h, scaling, convert), B if convert is None else convert.target
 
 
-def linear_up(x: Tensor, seen: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tensor, how: Plan) -> Tensor:
+def linear_up(x: Tensor, seen: Tensor, weight: Weight, bias: Tensor | None, g: Tensor, B: Tensor, how: Plan) -> Tensor:
     """x W^T + bias + up(g, B), `[..., O]`.
 
     Args:
@@ -104,15 +105,15 @@ def linear_up(x: Tensor, seen: Tensor, weight: Tensor, bias: Tensor | None, g: T
     """
     if how.forward is not None:
         y = output(x, weight)
-        how.forward.linear(y, seen, weight, bias, g, B)
+        how.forward.linear(y, seen, dense(weight, x.dtype), bias, g, B)
         return y
     # with a bias, what torch makes of more than two dimensions is a view
-    y = torch.nn.functional.linear(seen if bias is None else rows(seen), weight, bias)
+    y = torch.nn.functional.linear(seen if bias is None else rows(seen), dense(weight, x.dtype), bias)
     how.up.up(g, B, y)
     return y if y.dim() == x.dim() else unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
 
-def output(x: Tensor, weight: Tensor) -> Tensor:
+def output(x: Tensor, weight: Weight) -> Tensor:
     """Memory for y `[..., O]`."""
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
@@ -120,7 +121,7 @@ def output(x: Tensor, weight: Tensor) -> Tensor:
 def linear_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor | None,
+    weight: Weight | None,
     factors: Factors,
     g: Tensor | None,
     p: float,
@@ -158,15 +159,15 @@ def linear_backward(
         dx = x.new_empty(g.shape[1], shape[-1])
         chunks(dx, A.shape[0]).baddbmm_(dh, A_up.to(x.dtype), beta=0)
         dx = dx if seed is None else how.down.dropout(dx, p, seed)
-        dx = dx if weight is None else dx.addmm_(rows(dy), weight)
+        dx = dx if weight is None else dx.addmm_(rows(dy), dense(weight, x.dtype))
     elif needs.x and weight is not None and how.backward is not None:
         dx = x.new_empty(shape)
         gradients = None
         if how.gradients_in_product and dA is not None and dB is not None:
             gradients, is_done = FactorGradients(x, g, dA, dB.mT), True
-        how.backward.linear(dx, dy, weight.t(), None, dh, A_up, gradients)
+        how.backward.linear(dx, dy, dense(weight, x.dtype).t(), None, dh, A_up, gradients)
     elif needs.x and weight is not None:
-        dx = dy @ weight
+        dx = dy @ dense(weight, x.dtype)
         if how.gradients is how.up:
             grown = dx  # in the launch that computes the gradients of A and B
         else:
@@ -180,7 +181,7 @@ def linear_backward(
 
 @falls_back
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, p: float, seed: Tensor | None
+    x: Tensor, weight: Weight, bias: Tensor | None, factors: Factors, p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Plan and compute y `[..., O]`; also returns g `[k, T, R]` for the backward.
 
@@ -197,7 +198,7 @@ def linear(
 
 
 @falls_back
-def adapted(x: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor, B: Tensor) -> Tensor:
+def adapted(x: Tensor, weight: Weight, bias: Tensor | None, g: Tensor, B: Tensor) -> Tensor:
     """Plan and compute x W^T + bias + up(g, B), `[..., O]`: x of any strides, B `[k, R, O/k]` of any float dtype."""
     seen = contiguous_or_rows(x)
     how = plan(seen, weight, None, B)
@@ -222,7 +223,7 @@ def add_update(y: Tensor, x: Tensor, factors: Factors, p: float, seed: Tensor | 
 def gradients(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor | None,
+    weight: Weight | None,
     factors: Factors,
     g: Tensor | None,
     p: float,

@@ -16,7 +16,7 @@ from .layout import Layout
 
 
 class KernelUnavailable(RuntimeError):
-    """A kernel cannot be compiled with this Triton, or for this GPU.
+    """A kernel cannot run with this Triton on this GPU, which is known before anything is launched.
 
     Attributes:
         module: of `gralora.ops`, which implements `Kernels` or `Product` with it.

@@ -372,3 +372,69 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     grid = (k * -(-chunk_in // 128), k * -(-chunk_out // 64), 1)
     _delta_weight(constants, grid, (A, B, dW), (float(scaling),), constants)
     return dW
+
+
+@triton.jit(do_not_specialize=["SIZE"])
+def _dequantize_4bit_kernel(
+    packed_ptr,
+    absmax_ptr,
+    code_ptr,
+    absmax_code_ptr,
+    absmax_scale_ptr,
+    absmax_offset_ptr,
+    w_ptr,
+    SIZE,
+    HALF_BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """TILES times TILE quantisation blocks; the first of a byte's two values is in its high bits."""
+    n = tl.arange(0, HALF_BLOCK)
+    first = tl.program_id(0) * TILE * TILES
+    for tile in tl.static_range(TILES):
+        block = (first + tile * TILE + tl.arange(0, TILE)).to(tl.int64)
+        inside = block * 2 * HALF_BLOCK < SIZE
+        if NESTED:
+            b_code = tl.load(absmax_ptr + block, mask=inside, other=0)
+            b_scale = tl.load(absmax_scale_ptr + block // 256, mask=inside, other=0.0)
+            b_absmax = tl.load(absmax_code_ptr + b_code) * b_scale + tl.load(absmax_offset_ptr)
+        else:
+            b_absmax = tl.load(absmax_ptr + block, mask=inside, other=0.0)
+        place = block[:, None] * HALF_BLOCK + n[None, :]
+        b_packed = tl.load(packed_ptr + place, mask=2 * place < SIZE, other=0)
+        b_high = tl.load(code_ptr + (b_packed >> 4)) * b_absmax[:, None]
+        b_low = tl.load(code_ptr + (b_packed & 15)) * b_absmax[:, None]
+        b_w = tl.join(b_high, b_low).reshape(TILE, 2 * HALF_BLOCK)
+        place = block[:, None] * (2 * HALF_BLOCK) + tl.arange(0, 2 * HALF_BLOCK)[None, :]
+        tl.store(w_ptr + place, b_w.to(w_ptr.dtype.element_ty), mask=place < SIZE)
+
+
+# without fused multiply-add, as bitsandbytes computes: the same bits
+_dequantize_4bit = Launcher(__name__, _dequantize_4bit_kernel, num_warps=8, enable_fp_fusion=False)
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    blocksize: int,
+    w: Tensor,
+    nested: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> None:
+    """Unpack a weight that bitsandbytes has quantised to 4 bits, in one pass at the speed of memory.
+
+    Args:
+        packed: two values a byte, uint8, contiguous.
+        absmax: one scale for each block of `blocksize` values: float32, or uint8 with `nested`.
+        code: the 16 values that 4 bits stand for, float32.
+        blocksize: a power of two.
+        w: written: as many elements as there are values, contiguous, any float dtype.
+        nested: how the scales are quantised in turn: the 256 values that a byte stands for, one scale for each 256 of
+            them, and `[]` what is added to all; float32.
+    """
+    blocks, half = -(-w.numel() // blocksize), blocksize // 2
+    tile = max(1024 // half, 1)
+    constants = (half, nested is not None, tile, 4)
+    pointers = (packed, absmax, code, *((code,) * 3 if nested is None else nested), w)
+    _dequantize_4bit(constants, (-(-blocks // (tile * 4)), 1, 1), pointers, (w.numel(),), constants)

@@ -29,6 +29,7 @@ from . import batched
 from .interface import Kernels, KernelUnavailable, Product
 from .layout import Layout, layout
 from .torch_seam import is_exporting, is_traced, saves_through_hooks
+from .weights import Weight
 
 CHOICES = ("auto", "portable", "torch", "triton", "reference")
 
@@ -149,6 +150,12 @@ def kernels_for(x: Tensor) -> Kernels:
     return _module(row.kernels) if x.dtype in row.dtypes and x.stride()[-1] == 1 else batched
 
 
+def has_kernels(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether there are kernels on the device of x that compute in this dtype."""
+    row = _row_of(x)
+    return dtype in row.dtypes and row.kernels != "batched"
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """How one call of an adapted layer is computed, forward and backward.
@@ -192,7 +199,7 @@ class _Operands(NamedTuple):
     goes_through_hooks: bool
 
 
-def plan(x: Tensor, weight: Tensor | None, A: Tensor | None, B: Tensor, h: int = 0, p: float = 0.0) -> Plan:
+def plan(x: Tensor, weight: Weight | None, A: Tensor | None, B: Tensor, h: int = 0, p: float = 0.0) -> Plan:
     """Decide how a layer is computed; cached, so that it costs the host little.
 
     Args:
@@ -206,14 +213,19 @@ def plan(x: Tensor, weight: Tensor | None, A: Tensor | None, B: Tensor, h: int =
     row = _row_of(x)
     if row.large == NEVER:
         return TORCH
-    if weight is not None and weight.dtype != x.dtype:
-        raise TypeError(f"x has dtype {x.dtype}, weight {weight.dtype}; convert one of them.")
+    weight_layout: Layout | None
+    if isinstance(weight, Tensor):
+        if weight.dtype != x.dtype:
+            raise TypeError(f"x has dtype {x.dtype}, weight {weight.dtype}; convert one of them.")
+        weight_layout = layout(weight)
+    else:
+        weight_layout = None if weight is None else Layout(weight.shape, (weight.shape[1], 1))
     if is_traced(x):
         return _small_plan(row, x.dtype, x.numel() // x.shape[-1])
     operands = _Operands(
         x.dtype,
         layout(x),
-        None if weight is None else layout(weight),
+        weight_layout,
         None if A is None else layout(A),
         None if A is None else A.dtype,
         layout(B),
@@ -319,8 +331,8 @@ def give_up(error: KernelUnavailable) -> None:
     _failed.add(error.module)
     architecture.cache_clear()
     _plan.cache_clear()
-    instead = "torch" if error.module == "kernels" else "the other kernels and torch"
-    warnings.warn(f"{error} From now on {instead} compute, more slowly.", RuntimeWarning, stacklevel=2)
+    instead = "torch computes" if error.module == "kernels" else "the portable kernels compute"
+    warnings.warn(f"{error}. From now on {instead} instead, more slowly.", RuntimeWarning, stacklevel=2)
 
 
 def delta_weight_kernels(A: Tensor) -> Kernels:
