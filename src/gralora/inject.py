@@ -43,7 +43,8 @@ def install() -> None:
         return
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = LoraConfig
     lora.LoraModel._create_and_replace = _with_gralora(lora.LoraModel._create_and_replace)
-    CONFIG_KEYS_TO_CHECK[PeftType.LORA] += sorted(names(lambda facts: facts.hotswap))
+    compared = names(lambda facts: facts.hotswap)  # the first that differs is named
+    CONFIG_KEYS_TO_CHECK[PeftType.LORA] += sorted(compared, key=lambda name: (name != "use_gralora", name))
 
 
 def _with_gralora(stock: Callable[..., None]) -> Callable[..., None]:
