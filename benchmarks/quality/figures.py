@@ -61,10 +61,12 @@ def draw(task: str, runs: dict[Cell, Runs], path: Path) -> None:
         here = [r for r in here if r.cell.method == "lora" or (r.cell.scale != 1) == scaled]
         for r in here:
             points = [(lr, loss) for lr, loss in sorted(r.tuning.items()) if math.isfinite(loss)]
-            style = {"lw": 3, "color": "black"} if r.cell.method == "lora" else {"lw": 1.3}
+            style = {"lw": 3, "color": "black", "zorder": 1} if r.cell.method == "lora" else {"lw": 1.3}
             label = r.name.replace(f" r={rank}", "")
-            if sum(loss < low + 0.045 for _, loss in points) < 2:
-                label = f"{label} (above)"  # no line of it is in the picture
+            if len(points) == 1:
+                label = f"{label} (one rate)"
+            elif not any(loss < low + 0.045 for _, loss in points):
+                label = f"{label} (above the picture)"
             axis.plot(*zip(*points, strict=True), marker="o", ms=4, label=label, **style)
         rates = sorted({lr for r in here for lr in r.tuning})
         unscaled = "lora_alpha / r" + (", and rsLoRA" if any(r.cell.method == "rslora" for r in here) else "")
