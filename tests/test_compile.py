@@ -1,6 +1,8 @@
 """Triton compiles every kernel for every architecture that it is written for; this needs no GPU."""
 
 import itertools
+import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +11,10 @@ import torch
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.experimental.gluon.language import shared_memory_descriptor  # noqa: E402
 
-from gralora.ops import hopper, kernels, launch  # noqa: E402
+from gralora import ops  # noqa: E402
+from gralora.ops import hopper, kernels, launch, plans  # noqa: E402
 from gralora.ops.interface import Conversion, FactorGradients  # noqa: E402
 
 SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a program may take
@@ -92,3 +96,25 @@ def test_hopper_kernel_compiles(w_transposed, b_transposed, block_r, compiled):
     )
     check(compiled)
     assert "wgmma.mma_async" in compiled.made["linear_kernel"].asm["ptx"]
+
+
+@pytest.mark.parametrize("moved", ["", "reinterpret", "kernels"])
+def test_a_triton_that_moved_what_kernels_use(moved, monkeypatch):
+    """Plans do without these kernels, and a warning names Triton's version."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for name in ("gluon", "hopper", "hopper_kernel", "kernels", "launch"):
+        monkeypatch.setattr(ops, name, getattr(ops, name))  # imported again, for this test
+        monkeypatch.delitem(sys.modules, f"gralora.ops.{name}")
+    if moved == "reinterpret":
+        for name in ("reinterpret", "_reinterpret"):
+            monkeypatch.delattr(shared_memory_descriptor, name, raising=False)
+    elif moved:
+        monkeypatch.setitem(sys.modules, "triton.runtime.errors", None)
+    monkeypatch.setattr(plans, "architecture", plans.architecture.__wrapped__)  # not from the cache
+    expected = {"": ("kernels", "hopper"), "reinterpret": ("kernels", ""), "kernels": ("batched", "")}[moved]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        row = plans.architecture(0)
+    assert (row.kernels, row.product) == expected
+    ours = [str(w.message) for w in warned if "gralora" in str(w.message)]
+    assert len(ours) == bool(moved) and all(f"Triton {triton.__version__}" in message for message in ours)

@@ -131,13 +131,20 @@ def _with_kernels(device: int | None) -> Architecture:
 def _is_there(product: str) -> bool:
     try:
         _module(product)
-    except ImportError:  # an older Triton
+    except ImportError:
         return False
     return product not in _failed
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(f".{name}", __package__)
+    try:
+        return importlib.import_module(f".{name}", __package__)
+    except (AttributeError, ImportError) as error:  # of a Triton that is older, or has moved what the kernels use
+        import triton
+
+        message = f"gralora.ops.{name} cannot be used with Triton {triton.__version__}: {error}."
+        warnings.warn(f"{message} Other kernels or torch compute instead, more slowly.", RuntimeWarning, stacklevel=2)
+        raise ImportError(message) from error
 
 
 def _row_of(x: Tensor) -> Architecture:
