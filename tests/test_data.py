@@ -248,6 +248,30 @@ def test_broken_rows_name_file_and_line(tmp_path, name, text, line, reason):
     assert f"{path}, {place} {line}:" in str(error.value) and reason in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", b"PAR1....", "is a parquet file; name it .parquet"),
+        ("a.json", b"\x1f\x8b....", "compressed with gzip"),
+        ("a.csv", "text\nx".encode("utf-16"), "UTF-16 text; save it as UTF-8"),
+        ("a.csv", b"prompt\tcompletion\na\tb\n", r"columns separated by '\\t'; save it with commas"),
+        ("a.csv", b"prompt;completion\na;b\n", "columns separated by ';'"),
+        ("a.json", b'{\n"data": [{"text": "x"}]}', "one object with the fields 'data'; save the list in 'data' alone"),
+    ],
+)
+def test_what_a_file_is_instead_is_said(tmp_path, name, content, message):
+    """Files that are whole, and of another kind than their names say, are not called broken."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        file_examples(path)
+
+
+def test_a_list_in_a_file_of_lines(tmp_path):
+    path = write(tmp_path / "a.jsonl", json.dumps(RECORDS, indent=2))
+    assert file_examples(path).examples == EXAMPLES
+
+
 def test_broken_parquet(tmp_path):
     pytest.importorskip("pyarrow")
     with pytest.raises(ValueError, match="a.parquet: not a parquet file"):

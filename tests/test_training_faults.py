@@ -35,7 +35,8 @@ def finetune(tiny_model, data, tmp_path, capfd):
     def run(*flags: str, out: str = "out", **changes) -> tuple[int, str]:
         options = {"base_model": tiny_model, "data_path": data, "output_dir": tmp_path / out, "max_steps": 3}
         options |= {"batch_size": 2, "micro_batch_size": 2, "val_set_size": 4, "learning_rate": 1e-2, "seed": 3}
-        options |= {"lora_r": 4, "use_gralora": True, "lora_target_modules": "q_proj", "max_seq_length": 100} | changes
+        options |= {"lora_r": 4, "use_gralora": True, "lora_target_modules": "q_proj", "max_seq_length": 100}
+        options |= {"logging_steps": 1} | changes
         words = [f"--{name}={value}" for name, value in options.items() if value is not None]
         capfd.readouterr()
         status = cli.main(["finetune", *words, *flags])
@@ -301,3 +302,139 @@ def test_an_absurd_step_is_not_believed(finetune, tmp_path, step):
     (state.parent / "gralora_checkpoint.json").unlink()
     status, printed = finetune(resume_from_checkpoint=state.parent)
     assert status == 2 and f"global_step={step!r}" in printed
+
+
+# ---- what SFTConfig and the Trainer offer, by its own name
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--torch_compile", "--torch_compile_backend=eager"),
+        ("--padding_free",),
+        ("--loss_type=dft",),
+        ("--dataloader_num_workers=0", "--adam_beta2=0.9", "--lr_scheduler_kwargs={}"),
+        ("--activation_checkpointing",),
+        ("--use_rslora", "--neftune_noise_alpha=5", "--group_by_length=x"),
+    ],
+    ids=lambda flags: flags[0].strip("-").split("=")[0],
+)
+def test_fields_of_the_trainer_are_flags(finetune, tmp_path, flags):
+    if "--group_by_length=x" in flags:
+        with pytest.raises(SystemExit):
+            finetune(*flags)
+        return
+    assert finetune(out="usual")[0] == 0
+    status, printed = finetune(*flags)
+    assert status == 0, printed
+    usual, other = metrics(tmp_path / "usual"), metrics(tmp_path / "out")
+    name = flags[0].strip("-").split("=")[0]
+    assert name in other["arguments"] or name == "activation_checkpointing"
+    same = [row["loss"] for row in usual["history"] if "loss" in row]
+    losses = [row["loss"] for row in other["history"] if "loss" in row]
+    if name == "loss_type":
+        assert losses != pytest.approx(same, rel=1e-3), "another loss"
+    elif name == "dataloader_num_workers":
+        assert losses == pytest.approx(same, rel=1e-2) and losses != same, "another optimizer"
+    else:
+        assert losses == pytest.approx(same, rel=1e-5), "the same losses, computed otherwise"
+
+
+def test_fields_of_the_trainer_in_a_file(finetune, tmp_path):
+    """An object where the field takes one; an unknown name is refused with near ones."""
+    path = tmp_path / "c.yaml"
+    path.write_text("lr_scheduler_type: cosine_with_restarts\nlr_scheduler_kwargs: {num_cycles: 2}\nadam_beta1: 0.8\n")
+    assert finetune(f"--config={path}")[0] == 0
+    found = metrics(tmp_path / "out")["arguments"]
+    assert json.loads(found["lr_scheduler_kwargs"]) == {"num_cycles": 2} and found["adam_beta1"] == 0.8
+    path.write_text("adam_beta: 0.8\n")
+    status, printed = finetune(f"--config={path}", out="x")
+    assert status == 2 and "unknown key 'adam_beta'; did you mean adam_beta" in printed
+
+
+@pytest.mark.parametrize(
+    "flag, learnt", [("--completion_only_loss=false", True), ("--assistant_only_loss=true", False)], ids=str
+)
+def test_what_is_learnt_by_trls_names(finetune, tmp_path, flag, learnt):
+    status, printed = finetune(flag, max_steps=1)
+    assert status == 0 and metrics(tmp_path / "out")["arguments"]["train_on_inputs"] is learnt
+    status, printed = finetune("--completion_only_loss=true", "--train_on_inputs", out="x")
+    assert status == 2 and "contradict each other" in printed
+
+
+def test_several_data_sets_with_weights(finetune, tmp_path, data):
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(json.dumps({"text": f"other {i}"}) for i in range(6)))
+    flags = ("--data_path", str(data), str(other))
+    assert finetune(*flags, data_path=None, val_set_size=0, max_steps=1)[0] == 0
+    assert metrics(tmp_path / "out")["examples"]["train"] == 24 + 6
+    weighted = (*flags, "--data_weights", "1", "1")
+    assert finetune(*weighted, out="weighted", data_path=None, val_set_size=0, max_steps=1)[0] == 0
+    assert metrics(tmp_path / "weighted")["examples"]["train"] > 40, "the smaller one comes as often as the larger"
+    status, printed = finetune(*flags, "--data_weights", "1", out="x", data_path=None)
+    assert status == 2 and "must be as many numbers as there are data_path, of which there are 2" in printed
+
+
+def test_an_adapter_goes_to_the_hub(finetune, tmp_path, monkeypatch):
+    """Once, at the end, with the card that we write and without checkpoints."""
+    uploads = []
+
+    def upload(**options):
+        folder = Path(options["folder_path"])
+        uploads.append((sorted(path.name for path in folder.iterdir()), (folder / "README.md").read_text(), options))
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **options: upload(**options))
+    repo = type("Url", (), {"repo_id": "me/mine"})
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, *_, **__: repo)
+    status, printed = finetune("--push_to_hub", "--hub_model_id=me/mine", "--hub_strategy=end", max_steps=1)
+    assert status == 0, printed
+    (names, card, options) = uploads[-1]
+    assert {WEIGHTS, "adapter_config.json", "README.md", "metrics.json"} <= set(names)
+    assert "Written by `gralora finetune`" in card and "checkpoint-*" in str(options["ignore_patterns"])
+
+
+# ---- before training
+
+
+def test_dry_run_trains_and_writes_nothing(finetune, tmp_path, data):
+    status, printed = finetune("--dry_run", max_steps=None, num_train_epochs=2)
+    assert status == 0 and not (tmp_path / "out").exists()
+    assert "training GraLoRA r=4" in printed and "dry run, nothing is trained or written:" in printed
+    assert "steps: 20, of about " in printed, "20 examples in batches of 2, twice"
+    for words in ("tokens/s", "time: about 0:00:", "memory: about ", "less: --bf16", "less: --quantization 4bit"):
+        assert words in printed
+    status, printed = finetune("--dry_run", "--json")
+    found = json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
+    assert found["steps"] == 3 and found["parameters"]["trainable"] > 0 and found["peak_memory_gib"] > 0
+    assert finetune("--dry_run", base_model="./missing")[0] == 2
+
+
+def test_data_shows_what_files_become(chat_model, conversations, capsys):
+    flags = ["data", str(conversations), "--base_model", str(chat_model), "--rows", "1", "--max_seq_length", "30"]
+    assert cli.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert "rows with something to train on: 12 of messages" in printed
+    assert "<|assistant|>>>>0." in printed and "answers end with: " in printed and "12 texts, " in printed
+    assert "cut at 30 tokens: " in printed
+    assert cli.main([*flags, "--color", "always"]) == 0
+    assert "<|assistant|>\033[32m0." in capsys.readouterr().out
+    assert cli.main([*flags, "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert counts["texts"] == 12 and counts["lengths"]["100%"] >= counts["lengths"]["50%"] > 0
+    conversations.write_text("{")
+    assert cli.main(flags) == 2 and "line 1: not JSON" in capsys.readouterr().err
+
+
+def test_factors_of_a_quantised_base_stay_in_float32(finetune, tmp_path, monkeypatch):
+    """TRL rounds them to bfloat16, which loses updates that are smaller than that can tell apart."""
+    pytest.importorskip("bitsandbytes")
+    seen = []
+    trained = AdapterTrainer.training_step
+
+    def watched(self, *args, **options):
+        seen.append({p.dtype for p in self.model.parameters() if p.requires_grad})
+        return trained(self, *args, **options)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", watched)
+    assert finetune("--bf16", quantization="4bit", max_steps=1)[0] == 0
+    assert seen == [{torch.float32}]

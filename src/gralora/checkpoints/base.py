@@ -74,11 +74,23 @@ class BaseModel:
         return name in self.file_of
 
 
-def copy_other_files(model: BaseModel, folder: Path, dtype: torch.dtype | None) -> None:
-    """Tokenizer, config, generation config and the rest; the index and the config's dtype are brought up to date."""
+# files of an adapter's folder that say how it was trained to be asked, and where it was trained to stop
+FROM_ADAPTER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+
+def copy_other_files(model: BaseModel, folder: Path, dtype: torch.dtype | None, adapter: Path | None = None) -> None:
+    """Tokenizer, config, generation config and the rest; the index and the config's dtype are brought up to date.
+
+    Tokenizer and generation config are the adapter's where its folder has them: the merged model is then asked, and
+    stops, as the adapter was trained.
+    """
     for path in sorted(model.folder.iterdir()):
         if path.is_file() and not path.name.endswith(WEIGHT_ENDINGS) and path.name != "config.json":
             shutil.copyfile(path, folder / path.name)
+    if adapter is not None:
+        for name in FROM_ADAPTER:
+            if (adapter / name).is_file():
+                shutil.copyfile(adapter / name, folder / name)
     config = dict(model.config)
     if dtype is not None:
         key = "torch_dtype" if "torch_dtype" in config else "dtype"

@@ -133,7 +133,7 @@ def write_merged(
     except ValueError:  # no merge of these can be written, so nothing can go on from what is
         shutil.rmtree(partial)
         raise
-    copy_other_files(model, partial, dtype)
+    copy_other_files(model, partial, dtype, Path(adapter))
     verified = merges.verify(BaseModel(partial), VERIFIED)
     (partial / STATE).unlink()
     publish(partial, out)

@@ -1,82 +1,10 @@
-"""The `gralora` command: one table of commands, each in a module that is imported when the command is called."""
+"""The `gralora` command as a module, for `python -m gralora.tool.cli`; its program is `gralora_command`."""
 
-import argparse
-import importlib
 import sys
-import traceback
-from types import ModuleType
 
-from ..strings import printable
+from gralora_command import COMMANDS, INTERRUPTED, USER_ERROR, USER_ERRORS, load, main, make_parser
 
-# name -> (module, function, what it does); the function takes the command's own arguments, a list of strings
-COMMANDS = {
-    "finetune": ("gralora.tool.finetune", "main", "fine-tune a causal language model with GraLoRA or plain LoRA"),
-    "evaluate": ("gralora.tool.evaluate", "main", "measure adapters and their base model side by side"),
-    "chat": ("gralora.tool.chat", "main", "talk to a model, with adapters switched on and off"),
-    "inspect": ("gralora.tool.adapters", "inspect_command", "show sizes, norms, ranks and anomalies of an adapter"),
-    "convert": ("gralora.tool.adapters", "convert_command", "write an adapter in another GraLoRA format"),
-    "export": ("gralora.tool.adapters", "export_command", "write the plain LoRA that an adapter equals, for serving"),
-    "merge": ("gralora.tool.adapters", "merge_command", "write the base model with an adapter merged in"),
-    "verify": ("gralora.tool.verify", "verify_main", "reload a fine-tuned adapter, merge it, and compare logits"),
-}
-
-USER_ERROR = 2  # as argparse
-INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
-# what a wrong argument, file or missing package raises; anything else is a fault of the program and shows its trace
-USER_ERRORS = (ValueError, OSError, ImportError)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    width = max(map(len, COMMANDS))
-    parser = argparse.ArgumentParser(
-        prog="gralora",
-        description="GraLoRA (Granular Low-Rank Adaptation) on Hugging Face PEFT.",
-        epilog="commands:\n"
-        + "\n".join(f"  {name:{width}}  {what}" for name, (_, _, what) in COMMANDS.items())
-        + "\n\nexample:\n  gralora finetune --use_gralora --data_path data.jsonl --output_dir out"
-        + f"\nexit status: 0 done, {USER_ERROR} wrong arguments or data, {INTERRUPTED} stopped by Ctrl-C, 1 a fault",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--debug", action="store_true", help="show where an error came from (also after the command)")
-    parser.add_argument(
-        "command", choices=COMMANDS, metavar="command", help="one of the below; command --help: its flags"
-    )
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
-    return parser
-
-
-def load(module: str, command: str) -> ModuleType:
-    """A command's module; ImportError with what to install where a package is missing."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("gralora"):
-            raise
-        raise ImportError(
-            f"{command} needs the package {error.name}, which is not installed: pip install 'gralora[finetune]'"
-        ) from error
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run one command, `argv` or else the process's arguments, and return the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
-    call = make_parser().parse_args([argument for argument in argv if argument != "--debug"])
-    module, function, _ = COMMANDS[call.command]
-    try:
-        getattr(load(module, call.command), function)(call.arguments)
-    except KeyboardInterrupt as stop:
-        print(f"gralora {call.command}: {printable(stop, lines=True) or 'interrupted'}", file=sys.stderr)
-        return INTERRUPTED
-    except USER_ERRORS as error:
-        if debug:
-            traceback.print_exc()
-        hint = "" if debug else " (--debug shows where)"
-        print(f"gralora {call.command}: error: {printable(error, lines=True)}{hint}", file=sys.stderr)
-        return USER_ERROR
-    return 0
-
+__all__ = ["COMMANDS", "INTERRUPTED", "USER_ERROR", "USER_ERRORS", "load", "main", "make_parser"]
 
 if __name__ == "__main__":
     sys.exit(main())

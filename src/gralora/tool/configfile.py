@@ -38,7 +38,7 @@ def read(parser: argparse.ArgumentParser, path: Path) -> argparse.Namespace:
     given: dict[str, str] = {}  # field -> key
     namespace = argparse.Namespace()
     for key, value in settings.items():
-        if key not in actions or key in ("help", "config", "print_config"):
+        if key not in actions or key in ("help", "config", "print_config", "dry_run"):
             near = get_close_matches(str(key), actions, n=3)
             raise ValueError(
                 f"{path}: unknown key {key!r}" + (f"; did you mean {' or '.join(near)}?" if near else ".")

@@ -6,6 +6,7 @@ import functools
 import os
 import platform
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from .data.packing import check_packing
 from .data.tokens import IGNORED, LEARNT, marked
 from .models import check_length, check_tokens, load_config, load_model, load_tokenizer, positions
 from .training.distributed import AdapterTrainer, holds_share
+from .training.dry_run import dry_run
 from .training.progress import Progress, peak_memory_gib
 from .training.report import CARD, LOSS_PLOT, METRICS, finite, history, plot_losses, report, summary, write_card
 from .training.resume import (
@@ -60,6 +62,7 @@ EXAMPLES = """examples:
   gralora finetune --model_name_or_path MODEL --data_path data.jsonl --use_gralora --quantization 4bit --bf16 --packing
   gralora finetune --print_config > config.yaml
   gralora finetune config.yaml --learning_rate 1e-4
+  gralora finetune config.yaml --dry_run
   gralora finetune config.yaml --resume_from_checkpoint latest
 exit status: 0 done, 2 wrong arguments or data, or training that diverged, 130 stopped by Ctrl-C with a checkpoint
 saved, 1 a fault"""
@@ -90,6 +93,9 @@ def make_parser() -> HfArgumentParser:
             help=f"The same as --quantization {bits}.",
         )
     parser.add_argument("--config", help="A YAML file with flags by their names; flags given here win over it.")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="Measure one step, print what the run would take, and stop."
+    )
     parser.add_argument("--print_config", action="store_true", help="Print all settings as such a file, and stop.")
     output.add_output_flags(parser)
     return parser
@@ -108,6 +114,7 @@ def main(argv: list[str]) -> None:
     call = vars(configfile.parse(make_parser(), argv))
     quiet, as_json, print_config = call.pop("quiet"), call.pop("json"), call.pop("print_config")
     del call["config"]
+    dry = call.pop("dry_run")
     ours = {field.name for field in dataclasses.fields(FinetuneArguments)}
     trainer = {name: call.pop(name) for name in list(call) if name not in ours}
     args = FinetuneArguments(**call, trainer=trainer)
@@ -115,7 +122,7 @@ def main(argv: list[str]) -> None:
         print(configfile.dump(args, args.trainer), end="")
         return
     of_many = os.environ.get("RANK", "0") != "0"  # of several processes one speaks
-    output.run(lambda: finetune(args), quiet or of_many, as_json and not of_many)
+    output.run(lambda: plan(args) if dry else finetune(args), quiet or of_many, as_json and not of_many)
 
 
 class Run(NamedTuple):
@@ -171,6 +178,15 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
     if run.training.push_to_hub:
         trainer.push_to_hub()
     return metrics
+
+
+def plan(args: FinetuneArguments) -> dict[str, Any]:
+    """What a run would take, from its shapes and one measured step; nothing is written. See `dry_run`."""
+    check_output(args.output_dir, find_checkpoint(args.resume_from_checkpoint, args.output_dir), args.overwrite)
+    with tempfile.TemporaryDirectory() as folder:  # the Trainer makes its output folder
+        elsewhere = dataclasses.replace(args, trainer=args.trainer, output_dir=folder, resume_from_checkpoint=None)
+        run = prepare(elsewhere)
+        return finite(dry_run(run.args, run.trainer, run.model, run.corpus))
 
 
 def prepare(args: FinetuneArguments) -> Run:
@@ -239,7 +255,7 @@ def show(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, args: FinetuneArgum
         print(
             f"cut: {cut['examples']} of {corpus.lengths.total()} texts are longer than max_seq_length={args.length} "
             f"and lose their {lost}, in all {cut['tokens'] / cut['of_tokens']:.1%} of the tokens; "
-            f"--max_seq_length {corpus.enough()} keeps 99% of the texts whole"
+            f"--max_seq_length {corpus.length_of(0.99)} keeps 99% of the texts whole"
         )
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints.files import CONFIG, read_json
 from ..checkpoints.load import load_adapter
 from .embedded import embedded_model
 from .models import EMBEDDED, load_pretrained, load_tokenizer
+
+TOKENIZER, GENERATION = "tokenizer_config.json", "generation_config.json"
 
 
 @dataclass
@@ -62,8 +64,12 @@ def load_side_by_side(
     """
     labels = unique_labels(models)
     base = common_base(models, base_model)
-    tokenizer = load_tokenizer(base)
+    trained = [path for path in models if is_adapter(path)]
+    # with the template that it was trained with
+    tokenizer = load_tokenizer(next((path for path in trained if Path(path, TOKENIZER).is_file()), base))
     model = load_pretrained(AutoModelForCausalLM, base, dtype=dtype).eval().to(device or default_device())
+    for path in trained:
+        stop_where_trained(model, path)
     adapters: dict[str, str | None] = {}
     for number, (label, path) in enumerate(zip(labels, models, strict=True)):
         adapters[label] = None
@@ -74,6 +80,20 @@ def load_side_by_side(
             except ValueError as error:
                 raise ValueError(f"adapter {path!r}: {error}") from error
     return SideBySide(model.eval(), tokenizer, adapters)
+
+
+def stop_where_trained(model: PreTrainedModel, adapter: str) -> None:
+    """Add the tokens at which an adapter was trained to stop, if it says so, to those at which the model does."""
+    if not Path(adapter, GENERATION).is_file():
+        return
+
+    def ends(tokens: int | list[int] | None) -> list[int]:
+        return [tokens] if isinstance(tokens, int) else list(tokens or [])
+
+    own = ends(model.generation_config.eos_token_id)
+    more = ends(GenerationConfig.from_pretrained(adapter).eos_token_id)
+    if set(more) - set(own):
+        model.generation_config.eos_token_id = [*own, *(token for token in more if token not in own)]
 
 
 def default_device() -> torch.device:

@@ -117,14 +117,25 @@ def verify_main(argv: list[str]) -> None:
     """The command `gralora verify`."""
     parser = argparse.ArgumentParser(
         prog="gralora verify",
-        description=(verify.__doc__ or "").split("\n")[0],
-        epilog="example:\n  gralora verify outputs/finetune",
+        description="Reload and merge an adapter that `finetune --verify` saved, and compare logits with those of "
+        "training; or, with --served, compare a server's answers with the adapter's own.",
+        epilog="examples:\n  gralora verify outputs/finetune\n"
+        "  gralora verify outputs/finetune --served http://localhost:8000 --model finetuned",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("adapter", help="the output_dir of gralora finetune --verify")
     output.add_output_flags(parser)
+    parser.add_argument("--served", metavar="URL", help="of a server with OpenAI's API, such as vLLM's or llama.cpp's")
+    parser.add_argument("--model", metavar="NAME", help="with --served: the name under which it serves the adapter")
     args = parser.parse_args(argv)
+    if args.served:
+        from .served import verify_served
+
+        if not args.model:
+            raise ValueError("--served needs --model: the name under which the server has the adapter.")
+        output.run(lambda: verify_served(args.adapter, args.served, args.model), args.quiet, args.json)
+        return
 
     def command() -> dict[str, float]:
         differences = verify(args.adapter)

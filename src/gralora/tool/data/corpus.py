@@ -21,7 +21,6 @@ from .stdlib import stdlib_examples
 from .tokens import Row, encode_example, end_token, has_answer
 
 SHUFFLED = 1000  # examples of a stream among which the next one is drawn
-ENOUGH = 0.99  # share of the texts that the length which is recommended keeps whole
 
 
 @dataclass
@@ -66,9 +65,9 @@ class Corpus:
         lengths = sorted(self.lengths.items()) if isinstance(self.train, datasets.Dataset) else None
         return sha256(json.dumps([self.first, self.held_out, lengths, self.counts()["train"]]).encode()).hexdigest()
 
-    def enough(self) -> int:
-        """The length in tokens that keeps `ENOUGH` of the texts whole."""
-        wanted, seen = ENOUGH * self.lengths.total(), 0
+    def length_of(self, share: float) -> int:
+        """The length in tokens that so large a share of the texts does not exceed; 0 if there are none."""
+        wanted, seen = share * self.lengths.total(), 0
         for tokens in sorted(self.lengths):
             seen += self.lengths[tokens]
             if seen >= wanted:

@@ -40,6 +40,27 @@ def data_files(path: Path, split: str | None = None, preferred: str = "train") -
     return named or files
 
 
+MAGIC = {  # how files begin that have another ending than their contents
+    b"PAR1": "a parquet file; name it .parquet",
+    b"\x1f\x8b": "compressed with gzip; decompress it",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"ARROW1": "an Arrow file; save it as parquet",
+    b"\xff\xfe": "UTF-16 text; save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text; save it as UTF-8",
+}
+
+
+def check_contents(path: Path) -> None:
+    """Raise ValueError, with what to do, if a file of text is something else."""
+    if path.suffix.lower() == ".parquet":
+        return
+    with path.open("rb") as file:
+        start = file.read(8)
+    for magic, what in MAGIC.items():
+        if start.startswith(magic):
+            raise ValueError(f"{path} is {what}.")
+
+
 # A reader yields the place and the value of each row; of a row that cannot be read, a ValueError as its value.
 Rows = Iterator[tuple[str, Any]]
 
@@ -63,6 +84,10 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def jsonl_rows(path: Path) -> Rows:
+    """A record per line; a file that holds one list is read as such."""
+    if next((line for _, line in lines(path) if isinstance(line, ValueError) or line.strip()), "") in LISTS:
+        yield from json_rows(path)
+        return
     for number, line in lines(path):
         if isinstance(line, ValueError):
             yield f"line {number}", line
@@ -74,9 +99,20 @@ def jsonl_rows(path: Path) -> Rows:
             yield f"line {number}", row
 
 
+LISTS = ("[\n", "[\r\n")  # the first line of a list over several lines
+
+
 def json_rows(path: Path) -> Rows:
     """The elements of a list; a file that begins with an object is read line by line."""
-    if next((line for _, line in text_lines(path) if line.strip()), "").lstrip().startswith("{"):
+    number, first = next(((number, line.strip()) for number, line in text_lines(path) if line.strip()), (1, ""))
+    if first.startswith("{"):
+        if not is_json(first) and (held := one_object(path)) is not None:
+            lists = [key for key, value in held.items() if isinstance(value, list)]
+            raise ValueError(
+                f"{path}, line {number}: not JSON lines or a list, but one object with the fields "
+                f"{', '.join(map(repr, held))}; "
+                + (f"save the list in {lists[0]!r} alone." if lists else "write it on one line, or into a list.")
+            )
         yield from jsonl_rows(path)
         return
     source = "".join(line for _, line in text_lines(path))
@@ -94,6 +130,23 @@ def json_rows(path: Path) -> Rows:
         line, counted = line + source.count("\n", counted, position), position
         yield f"line {line}", row
         _, position = decode(source, position)
+
+
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def one_object(path: Path) -> dict[str, Any] | None:
+    """The object that the whole file is, over several lines; None if it is none."""
+    try:
+        held = json.loads("".join(line for _, line in text_lines(path)))
+    except json.JSONDecodeError:
+        return None
+    return held if isinstance(held, dict) else None
 
 
 def text_rows(path: Path) -> Rows:
@@ -115,6 +168,10 @@ def csv_rows(path: Path) -> Rows:
     reader = csv.DictReader((line for _, line in text_lines(path)), strict=True)
     number = 0
     try:
+        if len(reader.fieldnames or ()) == 1 and (
+            found := [mark for mark in ("\t", ";") if mark in reader.fieldnames[0]]
+        ):
+            raise ValueError(f"{path} has columns separated by {found[0]!r}; save it with commas.")
         for number, row in enumerate(reader, start=1):
             complete = None not in row and None not in row.values()
             yield f"row {number}", row if complete else ValueError("it has more or fewer fields than the header.")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .readers import READERS, Rows, data_files
+from .readers import READERS, Rows, check_contents, data_files
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
@@ -49,6 +49,7 @@ class Source:
     def rows(self) -> Rows:
         """Place and value of each row; of one that cannot be read, a ValueError as its value."""
         for file in self.files:
+            check_contents(file)
             yield from ((f"{file}, {place}", row) for place, row in READERS[file.suffix.lower()](file))
         if not self.files:
             yield from ((f"{self}, row {number}", row) for number, row in enumerate(self.dataset, start=1))

@@ -14,7 +14,7 @@ IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 TRUNCATION_MODES = ("keep_start", "keep_end")  # TRL's names
 LEARNT = (">>>", "<<<")  # around what is learnt
 SHOWN = 1500  # characters of one piece
-GREEN, PLAIN = "\033[32m", "\033[0m"  # on terminals
+COLOURS = ("\033[32m", "\033[0m")  # the same on terminals
 
 Row = dict[str, list[int]]  # `input_ids`, `attention_mask` and `labels` of one text, of one length
 Pieces = Iterable[tuple[str, bool]]  # text, and whether it is learnt

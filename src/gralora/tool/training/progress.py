@@ -24,6 +24,12 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def reset_peak_memory() -> None:
+    """Let `peak_memory_gib` count from now on, on a GPU; of a process, the most is known for all of its time only."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 class Bar(ProgressCallback):
     """The Trainer's progress bar, without what it prints."""
 

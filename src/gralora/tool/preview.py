@@ -1,0 +1,115 @@
+"""`gralora data`: what files of training data become, before anything is trained: layouts, lengths, what is learnt."""
+
+import argparse
+import os
+import sys
+from itertools import islice
+from typing import Any
+
+from . import output
+from .arguments import LENGTH, FinetuneArguments
+from .data.corpus import Corpus, load_corpus
+from .data.tokens import COLOURS, LEARNT, TRUNCATION_MODES, marked
+from .models import EMBEDDED, load_config, load_tokenizer, positions
+from .training.stopping import learnt_ends
+
+QUANTILES = (0.5, 0.9, 0.99, 1.0)
+EXAMPLES = """examples:
+  gralora data chats.jsonl --base_model MODEL
+  gralora data chats.jsonl more/ --base_model MODEL --max_seq_length 4096 --rows 5
+exit status: 0 done, 2 data that cannot be trained on"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gralora data",
+        description="Show what training data become: their layouts, lengths, what is learnt, cut and not used.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("data_path", nargs="+", help="local files, folders, or ids of data sets on the hub")
+    add("--base_model", "--model_name_or_path", default=EMBEDDED, help="whose tokenizer and template are used")
+    add("--chat_template_path", help="a Jinja file, or a model whose template is used instead")
+    add("--train_split", help="split of the data set, or what the names of a folder's files begin with")
+    add(
+        "--max_seq_length",
+        "--max_length",
+        type=int,
+        help=f"tokens at which texts are cut (default: {LENGTH} or the model's)",
+    )
+    add("--truncation_mode", choices=TRUNCATION_MODES, default="keep_start", help="what of a long text is kept")
+    add("--train_on_inputs", action="store_true", help="learn prompts too")
+    add("--skip_bad_rows", action="store_true", help="count broken rows instead of stopping at the first")
+    add("--rows", type=int, default=2, help="texts to show, with what is learnt marked (default: 2)")
+    add("--color", choices=("auto", "always", "never"), default="auto", help="mark what is learnt in colour")
+    output.add_output_flags(parser)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """The command `gralora data`."""
+    args = make_parser().parse_args(argv)
+    if args.rows < 0:
+        raise ValueError(f"rows={args.rows} must be at least 0.")
+    output.run(lambda: preview(args), args.quiet, args.json)
+
+
+def preview(args: argparse.Namespace) -> dict[str, Any]:
+    """Print what the data become, and return the counts."""
+    tokenizer = load_tokenizer(args.base_model, args.chat_template_path)
+    most = positions(load_config(args.base_model))
+    asked = FinetuneArguments(
+        base_model=args.base_model,
+        data_path=args.data_path,
+        train_split=args.train_split,
+        max_seq_length=args.max_seq_length or min(LENGTH, most or LENGTH),
+        train_on_inputs=args.train_on_inputs,
+        skip_bad_rows=args.skip_bad_rows,
+        val_set_size=0,
+        trainer={"truncation_mode": args.truncation_mode},
+    )
+    corpus = load_corpus(asked, tokenizer)
+    in_colour = args.color == "always" or (
+        args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    )
+    for number, row in enumerate(islice(corpus.train, args.rows), start=1):
+        print(f"---- text {number}, {len(row['input_ids'])} tokens")
+        print(marked(tokenizer, row, COLOURS if in_colour else LEARNT))
+    print("----")
+    ends = learnt_ends(corpus, tokenizer)
+    counts = {
+        "texts": corpus.lengths.total(),
+        "tokens": corpus.tokens,
+        "learnt_tokens": sum(label != -100 for row in corpus.train for label in row["labels"]),
+        "lengths": {f"{share:.0%}": corpus.length_of(share) for share in QUANTILES},
+        "left_out": corpus.left_out,
+        "max_seq_length": asked.length,
+        "cut": corpus.cut(asked.length),
+        "ends": tokenizer.convert_ids_to_tokens(ends),
+    }
+    print(summary(counts, corpus, most))
+    return counts
+
+
+def summary(counts: dict[str, Any], corpus: Corpus, most: int | None) -> str:
+    lengths = ", ".join(f"{share} up to {tokens}" for share, tokens in counts["lengths"].items())
+    lines = [
+        f"{counts['texts']} texts, {counts['tokens']} tokens; after cutting, {counts['learnt_tokens']} are learnt",
+        f"lengths in tokens: {lengths}",
+        f"answers end with: {', '.join(map(repr, counts['ends'])) or 'no special token'}",
+    ]
+    cut = counts["cut"]
+    if cut["examples"]:
+        lines.append(
+            f"cut at {counts['max_seq_length']} tokens: {cut['examples']} texts lose {cut['tokens']} tokens; "
+            f"--max_seq_length {corpus.length_of(0.99)} keeps 99% of the texts whole"
+        )
+    else:
+        lines.append(f"cut at {counts['max_seq_length']} tokens: none")
+    if counts["left_out"]:
+        lines.append(f"left out, since the prompt leaves no room for an answer: {counts['left_out']}")
+    if most and counts["lengths"]["100%"] > most:
+        lines.append(f"the model takes {most} tokens at most")
+    return "\n".join(lines)
