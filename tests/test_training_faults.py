@@ -11,7 +11,9 @@ from peft import load_peft_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
+from gralora.checkpoints.files import locked
 from gralora.tool import cli
+from gralora.tool.side_by_side import load_side_by_side
 from gralora.tool.training.distributed import AdapterTrainer
 
 WEIGHTS = "adapter_model.safetensors"
@@ -248,6 +250,26 @@ def test_a_learning_rate_that_is_too_high(finetune, tmp_path):
     """A real one, that ends in infinite factors."""
     status, printed = finetune(learning_rate=1e38, warmup_steps=0, optim="sgd", max_grad_norm=0, max_steps=20)
     assert status == 2 and "training diverged" in printed and not (tmp_path / "out" / WEIGHTS).exists()
+
+
+def test_two_runs_into_one_folder(finetune, tmp_path):
+    out = tmp_path / "out"
+    with locked(tmp_path / ".out.lock", out):
+        status, printed = finetune()
+    assert status == 2 and f"'{out}' is being written by process" in printed and not out.exists()
+    assert finetune()[0] == 0 and not (tmp_path / ".out.lock").exists()
+
+
+def test_the_merged_model_has_the_template_and_ends_of_training(finetune, chat_model, conversations, tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text(CHATML.replace("<turn>", "<end>"))
+    assert finetune(f"--chat_template_path={template}", base_model=chat_model)[0] == 0
+    assert cli.main(["merge", str(tmp_path / "out"), str(tmp_path / "merged"), "--base", str(chat_model)]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == template.read_text()
+    ends = [GenerationConfig.from_pretrained(tmp_path / name).eos_token_id for name in ("out", "merged")]
+    assert ends[0] == ends[1]
+    loaded = load_side_by_side([str(tmp_path / "out")])
+    assert loaded.tokenizer.chat_template == template.read_text(), "and in chat"
 
 
 # ---- checkpoints that are not whole

@@ -87,16 +87,22 @@ def merge_adapter(
     fingerprint = fingerprint_of(adapter, model, dtype)
     with locked(out.with_name(f".{out.name}.lock"), out):
         check_absent(out)
-        return write_merged(merges, out, dtype, fingerprint, progress)
+        return write_merged(merges, adapter, out, dtype, fingerprint, progress)
 
 
 def write_merged(
-    merges: "Merges", out: Path, dtype: torch.dtype | None, fingerprint: dict[str, Any], progress: bool
+    merges: "Merges",
+    adapter: Path,
+    out: Path,
+    dtype: torch.dtype | None,
+    fingerprint: dict[str, Any],
+    progress: bool,
 ) -> dict[str, Any]:
     """Write the merged model to `out`, which nobody else writes to, going on with what an interrupted merge left.
 
     Args:
         merges: what changes in which base model.
+        adapter: folder of the adapter, whose tokenizer and generation config go into `out`.
         out: folder to make.
         dtype: of all floating-point weights, or None for each one's own.
         fingerprint: what must be the same for a merge to go on.
@@ -133,7 +139,7 @@ def write_merged(
     except ValueError:  # no merge of these can be written, so nothing can go on from what is
         shutil.rmtree(partial)
         raise
-    copy_other_files(model, partial, dtype, Path(adapter))
+    copy_other_files(model, partial, dtype, adapter)
     verified = merges.verify(BaseModel(partial), VERIFIED)
     (partial / STATE).unlink()
     publish(partial, out)

@@ -1,6 +1,7 @@
 """`gralora finetune`: TRL's SFTTrainer with an adapter. There is no training loop of ours."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import os
@@ -27,7 +28,7 @@ from transformers import (
 from transformers.hf_argparser import string_to_bool
 from trl import SFTConfig
 
-from ..checkpoints.files import finish_replacing, read_json, replace_files, write_json
+from ..checkpoints.files import finish_replacing, locked, read_json, replace_files, write_json
 from ..checkpoints.load import load_adapter
 from . import configfile, output
 from .arguments import LENGTH, FinetuneArguments, other_trainer_fields, trainer_flags
@@ -121,7 +122,7 @@ def main(argv: list[str]) -> None:
     if print_config:
         print(configfile.dump(args, args.trainer), end="")
         return
-    of_many = os.environ.get("RANK", "0") != "0"  # of several processes one speaks
+    of_many = not is_first_process()  # of several processes one speaks
     output.run(lambda: plan(args) if dry else finetune(args), quiet or of_many, as_json and not of_many)
 
 
@@ -149,6 +150,18 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
         OSError: if model or data cannot be read.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is saved; the message says where.
     """
+    out = Path(args.output_dir).resolve()
+    with locked(out.with_name(f".{out.name}.lock"), out) if is_first_process() else contextlib.nullcontext():
+        return train(args)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the first, or the only one, of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def train(args: FinetuneArguments) -> dict[str, Any]:
+    """As `finetune`, whose lock keeps others out of `output_dir`."""
     started = time.monotonic()
     run = prepare(args)
     trainer, tokenizer, output_dir = run.trainer, run.tokenizer, Path(args.output_dir)

@@ -168,10 +168,10 @@ def csv_rows(path: Path) -> Rows:
     reader = csv.DictReader((line for _, line in text_lines(path)), strict=True)
     number = 0
     try:
-        if len(reader.fieldnames or ()) == 1 and (
-            found := [mark for mark in ("\t", ";") if mark in reader.fieldnames[0]]
-        ):
-            raise ValueError(f"{path} has columns separated by {found[0]!r}; save it with commas.")
+        header = list(reader.fieldnames or ())
+        marks = [mark for mark in ("\t", ";") if len(header) == 1 and mark in header[0]]
+        if marks:
+            raise ValueError(f"{path} has columns separated by {marks[0]!r}; save it with commas.")
         for number, row in enumerate(reader, start=1):
             complete = None not in row and None not in row.values()
             yield f"row {number}", row if complete else ValueError("it has more or fewer fields than the header.")
