@@ -300,3 +300,25 @@ def test_fields_without_a_meaning_are_named_once(tokenizer, tmp_path):
     found = file_examples(path, tokenizer)
     assert found.unused == {"source": 2, "score": 1, "messages[].id": 1}
     assert "fields that are not used: messages[].id (1 row), score (1 row), source (2 rows)" in str(found)
+
+
+def test_arguments_of_calls_stay_those_of_their_row(tokenizer, tmp_path):
+    """Readers that give all rows one schema fill in null for what other rows have (axolotl #2909)."""
+    tokenizer.chat_template = FULL
+    path = tmp_path / "a.jsonl"
+    calls = [("move", {"x": 1}), ("say", {"text": "hi"})]
+    path.write_text(
+        "\n".join(
+            json.dumps(
+                {
+                    "messages": [
+                        MESSAGES[0],
+                        {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]},
+                    ]
+                }
+            )
+            for name, arguments in calls
+        )
+    )
+    written = [learnt(tokenizer, row) for row in encode(tokenizer, file_examples(path, tokenizer).examples, None)]
+    assert written == ['<call>move {"x": 1}</call><end>\n', '<call>say {"text": "hi"}</call><end>\n']

@@ -1,10 +1,9 @@
 """What a fine-tuning run is asked for: one field per flag, and every check that needs neither model nor data.
 
 Fields here have the names of the research scripts, or a meaning that depends on data and model. All other fields of
-TRL's SFTConfig, and so of transformers' TrainingArguments, are flags under their own names; see `trainer_flags`.
+TRL's SFTConfig, and so of transformers' TrainingArguments, are flags under their own names; see trainer_fields.py.
 """
 
-import dataclasses
 import json
 from dataclasses import InitVar, dataclass, make_dataclass
 from typing import Any, get_type_hints
@@ -22,6 +21,7 @@ from .data.layouts import RECORD_NAMES
 from .data.readers import READERS
 from .data.tokens import TRUNCATION_MODES
 from .models import EMBEDDED, QUANTIZATIONS
+from .trainer_fields import CHECKPOINTING, OF_DATA, SPLITTING, other_fields, same_names
 
 # the words that the Trainer knows
 KNOWN = {
@@ -35,16 +35,6 @@ LEAST |= {"save_total_limit": 1}
 BATCH_SIZE = 16  # unless asked for otherwise
 HELD_OUT = 64  # examples held out, unless asked for otherwise
 LENGTH = 2048  # tokens at which examples are cut, unless asked for otherwise or the model takes fewer
-# fields of SFTConfig that have another name here
-OURS = {"per_device_train_batch_size": "micro_batch_size", "max_length": "max_seq_length"}
-OURS |= {"activation_checkpointing": "gradient_checkpointing"}
-CHECKPOINTING = "activation_checkpointing"  # its name since transformers 5.20
-if CHECKPOINTING not in {field.name for field in dataclasses.fields(SFTConfig)}:
-    CHECKPOINTING = "gradient_checkpointing"
-# fields of SFTConfig that say how data become tokens, which is done before the trainer gets them
-OF_DATA = {"truncation_mode", "completion_only_loss", "assistant_only_loss", "chat_template_path"}
-OF_DATA |= {"dataset_text_field", "model_init_kwargs", "trust_remote_code"}  # and which model it gets
-SPLITTING = ("bfd_split", "wrapped")  # packing strategies that do not need texts cut beforehand
 
 
 def _flag_type(name: str) -> type:
@@ -220,7 +210,7 @@ class FinetuneArguments(GraloraFlags):
 
     def check_trainer(self) -> None:
         """Check and apply the fields of SFTConfig that mean something for the data; ValueError for what is unknown."""
-        unknown = set(self.trainer) - {name for name, _, _ in other_trainer_fields()}
+        unknown = set(self.trainer) - set(other_fields(type(self)))
         if unknown:
             raise ValueError(f"{sorted(unknown)} are no fields of TRL's SFTConfig, or have another name here.")
         for name in ("completion_only_loss", "assistant_only_loss"):
@@ -309,6 +299,11 @@ class FinetuneArguments(GraloraFlags):
         return self.packing and self.trainer.get("packing_strategy") in SPLITTING
 
     @property
+    def is_flat(self) -> bool:
+        """Whether a batch is one row of texts without padding."""
+        return self.packing or bool(self.trainer.get("padding_free"))
+
+    @property
     def reporters(self) -> list[str]:
         names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
         return [name for name in names if name != "none"]
@@ -340,10 +335,7 @@ class FinetuneArguments(GraloraFlags):
         if self.fp16 and not gpu:
             raise ValueError("fp16=True needs a GPU, and none is found; use bf16 or neither.")
         early = self.early_stopping_patience is not None
-        settings = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name in SAME_NAMES
-        }
-        settings.pop("gradient_checkpointing")
+        settings = {name: getattr(self, name) for name in same_names(type(self)) - {"gradient_checkpointing"}}
         settings |= {
             "per_device_train_batch_size": self.micro_batch_size,
             "per_device_eval_batch_size": 1,  # the Trainer averages over batches: of one, that is over answers
@@ -358,7 +350,9 @@ class FinetuneArguments(GraloraFlags):
             "load_best_model_at_end": early,
             "metric_for_best_model": "eval_loss" if early else None,
             # without padding there is no mask to count by
-            "include_num_input_tokens_seen": "all" if self.packing else "non_padding",
+            "include_num_input_tokens_seen": "all"
+            if self.packing or self.trainer.get("padding_free")
+            else "non_padding",
             # the reentrant kind needs an input with gradients, and a frozen model's has none
             CHECKPOINTING: self.gradient_checkpointing,
             f"{CHECKPOINTING}_kwargs": {"use_reentrant": False} if self.gradient_checkpointing else None,
@@ -375,30 +369,3 @@ class FinetuneArguments(GraloraFlags):
         devices = training.world_size * max(1, training.n_gpu)
         training.gradient_accumulation_steps = self.accumulation(devices)
         return training
-
-
-SAME_NAMES = {field.name for field in dataclasses.fields(SFTConfig)} & {
-    field.name for field in dataclasses.fields(FinetuneArguments)
-}
-
-
-def other_trainer_fields() -> list[tuple[str, Any, Any]]:
-    """Name, type and dataclass field of what SFTConfig has and `FinetuneArguments` has not."""
-    hints = get_type_hints(SFTConfig)
-    return [
-        (field.name, hints[field.name], field)
-        for field in dataclasses.fields(SFTConfig)
-        if field.init and field.name not in SAME_NAMES and field.name not in OURS
-    ]
-
-
-def trainer_flags() -> type:
-    """A dataclass of the other fields of SFTConfig, for a parser of flags."""
-    rows = []
-    for name, hint, field in other_trainer_fields():
-        default = {"default": field.default}
-        if field.default_factory is not dataclasses.MISSING:
-            default = {"default_factory": field.default_factory}
-        rows.append((name, hint, dataclasses.field(**default, metadata=field.metadata)))
-    group = "fields of TRL's SFTConfig and transformers' TrainingArguments, under their own names"
-    return make_dataclass("TrainerFlags", rows, namespace={"_argument_group_name": group})

@@ -31,11 +31,12 @@ from trl import SFTConfig
 from ..checkpoints.files import finish_replacing, locked, read_json, replace_files, write_json
 from ..checkpoints.load import load_adapter
 from . import configfile, output
-from .arguments import LENGTH, FinetuneArguments, other_trainer_fields, trainer_flags
+from .arguments import LENGTH, FinetuneArguments
 from .data.corpus import Corpus, load_corpus
 from .data.packing import check_packing
 from .data.tokens import IGNORED, LEARNT, marked
 from .models import check_length, check_tokens, load_config, load_model, load_tokenizer, positions
+from .trainer_fields import other_fields, other_flags
 from .training.distributed import AdapterTrainer, holds_share
 from .training.dry_run import dry_run
 from .training.progress import Progress, peak_memory_gib
@@ -71,7 +72,7 @@ saved, 1 a fault"""
 
 def make_parser() -> HfArgumentParser:
     parser = HfArgumentParser(
-        (FinetuneArguments, trainer_flags()),
+        (FinetuneArguments, other_flags(FinetuneArguments)),
         prog="gralora finetune",
         usage="gralora finetune [CONFIG.yaml] [--flag value ...]",
         description="Fine-tune a causal language model with GraLoRA or plain LoRA.",
@@ -79,7 +80,7 @@ def make_parser() -> HfArgumentParser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    others = {name for name, _, _ in other_trainer_fields()}
+    others = other_fields(FinetuneArguments)
     for action in parser._actions:
         if action.dest in others:
             action.default = argparse.SUPPRESS  # what is not given is left to SFTConfig

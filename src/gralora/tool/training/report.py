@@ -125,4 +125,5 @@ def report(metrics: dict[str, Any], output: Path) -> None:
         print(f"held-out loss: {loss['before']:.4f} before, {loss['after']:.4f} after {metrics['steps']} steps")
     speed = f", {metrics['tokens_per_s']} tokens/s while training" if metrics["tokens_per_s"] else ""
     print(f"time: {metrics['time_s']} s{speed}; peak memory: {metrics['peak_memory_gib']:.1f} GiB")
+    print(f"talk to it: gralora chat {output}")
     print(f"adapter: {output}, metrics: {output / METRICS}, loss curve: {output / LOSS_PLOT}")
