@@ -350,9 +350,7 @@ class FinetuneArguments(GraloraFlags):
             "load_best_model_at_end": early,
             "metric_for_best_model": "eval_loss" if early else None,
             # without padding there is no mask to count by
-            "include_num_input_tokens_seen": "all"
-            if self.packing or self.trainer.get("padding_free")
-            else "non_padding",
+            "include_num_input_tokens_seen": "all" if self.is_flat else "non_padding",
             # the reentrant kind needs an input with gradients, and a frozen model's has none
             CHECKPOINTING: self.gradient_checkpointing,
             f"{CHECKPOINTING}_kwargs": {"use_reentrant": False} if self.gradient_checkpointing else None,
