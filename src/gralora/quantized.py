@@ -59,6 +59,6 @@ def packed_weight(base: nn.Module, x: Tensor, dtype: torch.dtype) -> PackedWeigh
         return None
     if bias is not None and bias.requires_grad:
         return None
-    if state.shape[1] != x.shape[-1] or state.nested and state.state2.blocksize != 256:
+    if state.shape[1] != x.shape[-1] or weight.numel() % 4 or state.nested and state.state2.blocksize != 256:
         return None
     return FourBitWeight(weight)

@@ -374,7 +374,7 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return dW
 
 
-@triton.jit(do_not_specialize=["SIZE"])
+@triton.jit(do_not_specialize=["WORDS"])
 def _dequantize_4bit_kernel(
     packed_ptr,
     absmax_ptr,
@@ -383,31 +383,26 @@ def _dequantize_4bit_kernel(
     absmax_scale_ptr,
     absmax_offset_ptr,
     w_ptr,
-    SIZE,
-    HALF_BLOCK: tl.constexpr,
+    WORDS,
+    BLOCK_WORDS: tl.constexpr,
     NESTED: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,
 ):
-    """TILES times TILE quantisation blocks; the first of a byte's two values is in its high bits."""
-    n = tl.arange(0, HALF_BLOCK)
-    first = tl.program_id(0) * TILE * TILES
-    for tile in tl.static_range(TILES):
-        block = (first + tile * TILE + tl.arange(0, TILE)).to(tl.int64)
-        inside = block * 2 * HALF_BLOCK < SIZE
-        if NESTED:
-            b_code = tl.load(absmax_ptr + block, mask=inside, other=0)
-            b_scale = tl.load(absmax_scale_ptr + block // 256, mask=inside, other=0.0)
-            b_absmax = tl.load(absmax_code_ptr + b_code) * b_scale + tl.load(absmax_offset_ptr)
-        else:
-            b_absmax = tl.load(absmax_ptr + block, mask=inside, other=0.0)
-        place = block[:, None] * HALF_BLOCK + n[None, :]
-        b_packed = tl.load(packed_ptr + place, mask=2 * place < SIZE, other=0)
-        b_high = tl.load(code_ptr + (b_packed >> 4)) * b_absmax[:, None]
-        b_low = tl.load(code_ptr + (b_packed & 15)) * b_absmax[:, None]
-        b_w = tl.join(b_high, b_low).reshape(TILE, 2 * HALF_BLOCK)
-        place = block[:, None] * (2 * HALF_BLOCK) + tl.arange(0, 2 * HALF_BLOCK)[None, :]
-        tl.store(w_ptr + place, b_w.to(w_ptr.dtype.element_ty), mask=place < SIZE)
+    """TILE words of eight values, which is what a thread stores at once; a byte's first value is in its high bits."""
+    word = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = word < WORDS
+    b_packed = tl.load(packed_ptr.to(tl.pointer_type(tl.int32)) + word, mask=inside, other=0)
+    block = word // BLOCK_WORDS
+    if NESTED:
+        b_code = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
+        b_scale = tl.load(absmax_scale_ptr + block // 256, mask=inside, other=0.0)
+        b_absmax = tl.load(absmax_code_ptr + b_code) * b_scale + tl.load(absmax_offset_ptr)
+    else:
+        b_absmax = tl.load(absmax_ptr + block, mask=inside, other=0.0)
+    n = tl.arange(0, 8)
+    shift = n // 2 * 8 + (1 - n % 2) * 4
+    b_w = tl.load(code_ptr + ((b_packed[:, None] >> shift[None, :]) & 15)) * b_absmax[:, None]
+    tl.store(w_ptr + word[:, None] * 8 + n[None, :], b_w.to(w_ptr.dtype.element_ty), mask=inside[:, None])
 
 
 # without fused multiply-add, as bitsandbytes computes: the same bits
@@ -425,16 +420,15 @@ def dequantize_4bit(
     """Unpack a weight that bitsandbytes has quantised to 4 bits, in one pass at the speed of memory.
 
     Args:
-        packed: two values a byte, uint8, contiguous.
+        packed: two values a byte, uint8, contiguous, at an address that is a multiple of 4.
         absmax: one scale for each block of `blocksize` values: float32, or uint8 with `nested`.
         code: the 16 values that 4 bits stand for, float32.
-        blocksize: a power of two.
-        w: written: as many elements as there are values, contiguous, any float dtype.
+        blocksize: a multiple of 8.
+        w: written: as many elements as there are values, a multiple of 8; contiguous, any float dtype.
         nested: how the scales are quantised in turn: the 256 values that a byte stands for, one scale for each 256 of
             them, and `[]` what is added to all; float32.
     """
-    blocks, half = -(-w.numel() // blocksize), blocksize // 2
-    tile = max(1024 // half, 1)
-    constants = (half, nested is not None, tile, 4)
+    words, tile = w.numel() // 8, 512
+    constants = (blocksize // 8, nested is not None, tile)
     pointers = (packed, absmax, code, *((code,) * 3 if nested is None else nested), w)
-    _dequantize_4bit(constants, (-(-blocks // (tile * 4)), 1, 1), pointers, (w.numel(),), constants)
+    _dequantize_4bit(constants, (-(-words // tile), 1, 1), pointers, (words,), constants)
