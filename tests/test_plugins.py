@@ -70,10 +70,22 @@ class Settings(dict):
 
 def load_lora(model, cfg, inference=False, config_only=False):
     assert config_only
-    return None, peft.LoraConfig(
-        r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=cfg.lora_target_modules, task_type="CAUSAL_LM",
-        lora_dropout=cfg.lora_dropout, use_rslora=bool(cfg.peft_use_rslora), bias="none",
-    )  # fmt: skip
+    options = {"use_rslora": cfg.peft_use_rslora} if cfg.peft_use_rslora else {}
+    return None, peft.LoraConfig(  # as _build_peft_lora_config, with its empty values
+        r=cfg.lora_r,
+        lora_alpha=cfg.lora_alpha,
+        target_modules=cfg.lora_target_modules or [],
+        target_parameters=cfg.lora_target_parameters or [],
+        layers_to_transform=cfg.peft_layers_to_transform,
+        layers_pattern=cfg.peft_layers_pattern,
+        lora_dropout=cfg.lora_dropout,
+        fan_in_fan_out=cfg.lora_fan_in_fan_out,
+        modules_to_save=cfg.lora_modules_to_save if cfg.lora_modules_to_save else None,
+        exclude_modules=cfg.lora_exclude_modules or None,
+        bias="none",
+        task_type="CAUSAL_LM",
+        **options,
+    )
 
 
 @pytest.fixture
@@ -103,6 +115,16 @@ def test_axolotl_builds_and_loads_the_adapter(axolotl, model, tiny_model, tmp_pa
     again, config = plugin.load_adapter(again, Settings(SETTINGS, lora_model_dir=str(tmp_path)), inference=True)
     assert torch.equal(logits(again), logits(adapted)) and not torch.allclose(logits(again), base, atol=1e-3)
     assert not any(parameter.requires_grad for parameter in again.parameters()) and config.gralora_k == 4
+
+
+def test_what_axolotl_leaves_alone_is_saved_as_peft_saves_it(axolotl, model, tmp_path):
+    """And what it trains is read by our commands, which Axolotl's empty values would have stopped."""
+    adapted, config = axolotl.GraloraPlugin().load_adapter(model, Settings(SETTINGS, peft_use_rslora=None))
+    assert config.fan_in_fan_out is False and config.target_parameters is None and config.use_rslora is False
+    randomise(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    gralora.to_lora(tmp_path / "adapter", tmp_path / "lora", "peft")
+    gralora.convert_adapter(tmp_path / "adapter", tmp_path / "again")
 
 
 def test_axolotl_settings(axolotl, model):
@@ -138,7 +160,10 @@ class Tuner:
 def swift(load):
     functions = {
         "get_target_modules": lambda args, model: args.target_modules,
-        "get_modules_to_save": lambda args, model: args.modules_to_save,
+        "get_modules_to_save": lambda args, model, task_type=None: [
+            *args.modules_to_save,
+            *(["v_head"] if task_type and task_type.lower() == "seq_cls" else []),
+        ],
     }
     tuners = {"PeftTuner": Tuner, "tuners_map": {}}
     modules = {"swift": {}, "swift.pipelines": {}, "swift.pipelines.train": {}, "swift.tuner_plugin": tuners}
@@ -149,6 +174,7 @@ def swift(load):
 ARGS = {"task_type": "causal_lm", "lora_rank": 8, "lora_alpha": 24, "lora_dropout": 0.1, "use_rslora": True}
 ARGS |= {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["lm_head"], "lora_bias": "none"}
 ARGS |= {"init_weights": True, "lora_dtype": None, "use_dora": False, "lorap_lr_ratio": None}
+ARGS |= {"target_parameters": None}
 
 
 def test_ms_swift_builds_saves_and_loads_the_adapter(swift, model, tiny_model, tmp_path, monkeypatch):
@@ -165,6 +191,32 @@ def test_ms_swift_builds_saves_and_loads_the_adapter(swift, model, tiny_model, t
     swift.save_pretrained(adapted, str(tmp_path))
     again = swift.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(tmp_path))
     assert torch.equal(logits(again), logits(adapted)) and not torch.allclose(logits(again), base, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("task_type", "peft_type", "saved"),
+    [
+        ("causal_lm", "CAUSAL_LM", []),
+        ("seq_cls", "SEQ_CLS", ["v_head"]),
+        ("embedding", None, []),
+        ("reranker", "SEQ_CLS", []),
+        ("generative_reranker", "CAUSAL_LM", []),
+        ("decision", "CAUSAL_LM", []),
+    ],
+)
+def test_ms_swift_task_types(swift, model, monkeypatch, task_type, peft_type, saved):
+    """As ms-swift maps its own to PEFT's for `--tuner_type lora`; to its list of modules to save it gives its own."""
+    made = []
+    monkeypatch.setattr(sys.modules[swift.__module__], "get_peft_model", lambda model, config: made.append(config))
+    swift.prepare_model(SimpleNamespace(**ARGS | {"task_type": task_type, "modules_to_save": []}), model)
+    assert made[0].task_type == peft_type and made[0].modules_to_save == saved
+
+
+def test_ms_swift_target_parameters(swift, model, monkeypatch):
+    made = []
+    monkeypatch.setattr(sys.modules[swift.__module__], "get_peft_model", lambda model, config: made.append(config))
+    swift.prepare_model(SimpleNamespace(**ARGS | {"target_parameters": ["q_proj.weight"]}), model)
+    assert made[0].target_parameters == ["q_proj.weight"]
 
 
 def test_ms_swift_settings(swift, model, monkeypatch):

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from gralora import LoraConfig
 from gralora.config import SETTINGS
+from gralora.fields import is_set
 
 NAME = "gralora"
 # Axolotl's fused kernels read lora_A and lora_B as plain matrices; it quantises the base for `lora` and `qlora` only
@@ -82,7 +83,13 @@ class GraloraPlugin(BasePlugin):
 
 
 def granular(plain: peft.LoraConfig, **settings: Any) -> LoraConfig:
-    """The GraLoRA config with the fields of a plain LoRA's."""
+    """The GraLoRA config with what is set in a plain LoRA's.
+
+    Axolotl passes None and empty lists for the fields that it leaves alone; they keep PEFT's defaults here, which
+    other programs expect in adapter_config.json.
+    """
     fields = {f.name: getattr(plain, f.name) for f in dataclasses.fields(peft.LoraConfig) if f.init}
     del fields["peft_type"]  # given only where a config is read from a file
-    return LoraConfig(**fields, use_gralora=True, **settings)
+    given = {name: value for name, value in fields.items() if is_set(LoraConfig, name, value)}
+    given["target_modules"] = plain.target_modules  # empty: no modules beside target_parameters
+    return LoraConfig(**given, use_gralora=True, **settings)

@@ -23,7 +23,8 @@ from gralora import LoraConfig
 from gralora.config import SETTINGS, parse
 
 NAME = "gralora"
-REFUSED = ("lorap_lr_ratio", "target_parameters")  # arguments of ms-swift that mean other optimizers and layers
+REFUSED = ("lorap_lr_ratio",)  # arguments of ms-swift that mean another optimizer
+TASK_TYPES = {"EMBEDDING": None, "RERANKER": "SEQ_CLS", "GENERATIVE_RERANKER": "CAUSAL_LM", "DECISION": "CAUSAL_LM"}
 
 
 class GraloraTuner(PeftTuner):
@@ -37,13 +38,16 @@ class GraloraTuner(PeftTuner):
         # --model_kwargs '{"gralora_hybrid_r": 2}' is the variable GRALORA_HYBRID_R
         variables = {name: f"GRALORA_{name.removeprefix('gralora_').upper()}" for name in SETTINGS}
         settings = {n: parse(n, os.environ[variable]) for n, variable in variables.items() if variable in os.environ}
+        task_type = args.task_type.upper()
+        if args.target_parameters is not None:
+            settings["target_parameters"] = args.target_parameters
         config = LoraConfig(
-            task_type=args.task_type.upper(),
+            task_type=TASK_TYPES.get(task_type, task_type),  # as ms-swift's own prepare_adapter says it to PEFT
             r=args.lora_rank,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
             target_modules=get_target_modules(args, model),
-            modules_to_save=get_modules_to_save(args, model),
+            modules_to_save=get_modules_to_save(args, model, task_type),
             bias=args.lora_bias,
             use_rslora=args.use_rslora,
             use_dora=args.use_dora,
