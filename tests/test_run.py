@@ -13,7 +13,8 @@ import pytest
 from gralora.tool import run
 
 PROGRAM = """
-import json, sys
+import importlib.util, json, sys
+assert importlib.util.find_spec("peft")  # as transformers asks whether PEFT is there
 import peft
 from peft.tuners.lora import LoraConfig
 class Theirs(LoraConfig):  # as ms-swift's

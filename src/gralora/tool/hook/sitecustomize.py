@@ -15,20 +15,29 @@ from types import ModuleType
 
 
 class AfterImport(MetaPathFinder):
-    """Calls `gralora.tool.run.install` when PEFT has been imported, and is then gone from the import system."""
+    """Calls `gralora.tool.run.install` when PEFT has been imported, and is then gone from the import system.
+
+    Programs also ask for the spec alone, to see whether PEFT is there; that must not use it up.
+    """
+
+    asked = False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != "peft":
+        if name != "peft" or self.asked:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.asked = True  # by the search for the real spec
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.asked = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
+            sys.meta_path.remove(self)
             execute(module)
             from gralora.tool.run import install
 
