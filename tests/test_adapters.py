@@ -100,13 +100,18 @@ def test_bias_of_an_adapter_is_merged(tmp_path: Path) -> None:
     assert len(biases) == 6
 
 
-def test_square_weight_of_unclear_orientation_is_refused(tmp_path: Path) -> None:
+def test_square_weight_of_unclear_orientation_is_merged_in_memory(tmp_path: Path) -> None:
     """GPT-2's attn.c_proj is square; c_attn shows that the base stores weights the other way than the config says."""
     save_gralora(tmp_path / "in", "gpt2")
     save_base(tmp_path / "base", tiny_gpt2())
+    gralora.merge_adapter(tmp_path / "in", tmp_path / "expected", tmp_path / "base")
     edit(tmp_path / "in", fan_in_fan_out=False)
-    with pytest.raises(ValueError, match="c_proj.*orientation is ambiguous"):
-        gralora.merge_adapter(tmp_path / "in", tmp_path / "out", tmp_path / "base")
+    result = gralora.merge_adapter(tmp_path / "in", tmp_path / "out", tmp_path / "base")
+    assert "in memory" in result["notices"][0] and "c_proj" in result["notices"][0]
+    found, expected = (read_safetensors(tmp_path / name / "model.safetensors") for name in ("out", "expected"))
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
 
 
 def test_interrupted_merge_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,23 +282,16 @@ def test_merge_refuses_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"down_proj.weight' is \(16, 48\)"):
         gralora.merge_adapter(tmp_path / "in", tmp_path / "out", wide)
     short = save_base(tmp_path / "short", tiny_llama(num_hidden_layers=1))
-    with pytest.raises(ValueError, match=r"lack 3 tensors.*layers\.1"):
+    with pytest.raises(ValueError, match=r"do not have 3 of the tensors.*layers\.1"):
         gralora.merge_adapter(tmp_path / "in", tmp_path / "out", short)
-    save_gralora(tmp_path / "tied", target_modules=["lm_head", "q_proj"])
-    tied = save_base(tmp_path / "tied_base", tiny_llama(tie_word_embeddings=True))
-    with pytest.raises(ValueError, match="shares its weight with the embedding"):
-        gralora.merge_adapter(tmp_path / "tied", tmp_path / "out", tied)
     save_gralora(tmp_path / "vocabulary", modules_to_save=["lm_head"])
     more = save_base(tmp_path / "more", tiny_llama(vocab_size=40))
-    with pytest.raises(ValueError, match=r"lm_head.weight' is \(32, 16\) .* and \(40, 16\) in the base; resize"):
+    with pytest.raises(ValueError, match=r"lm_head.weight' is \(32, 16\) .* and \(40, 16\) in the base"):
         gralora.merge_adapter(tmp_path / "vocabulary", tmp_path / "out", more)
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
     with pytest.raises(ValueError, match="quantised"):
         gralora.merge_adapter(tmp_path / "in", tmp_path / "out", short)
-    save_gralora(tmp_path / "tokens", trainable_token_indices=[1])
-    with pytest.raises(ValueError, match="lack .*trainable_tokens"):
-        gralora.merge_adapter(tmp_path / "tokens", tmp_path / "out", save_base(tmp_path / "base", tiny_llama()))
 
 
 # Inspect

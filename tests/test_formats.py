@@ -359,7 +359,6 @@ TOOLS = {
     "export": gralora.to_lora,
     "convert": lambda adapter, out: gralora.convert_adapter(adapter, out, to="peft"),
     "load": lambda adapter, out: gralora.load_adapter(Others(), adapter),
-    "merge": lambda adapter, out: gralora.merge_adapter(adapter, out, base=adapter),
 }
 
 

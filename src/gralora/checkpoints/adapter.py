@@ -29,6 +29,10 @@ SUFFIXES = (A, B, HYBRID_A, HYBRID_B, BIAS, MAGNITUDE)  # in the order of Factor
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+class NotByFiles(ValueError):
+    """What an adapter has cannot be merged into a base model's files one by one; the message says why."""
+
+
 class Factors(NamedTuple):
     """One layer: A `[k, I/k, r_g]`, B `[k, r_g, O/k]`, A_s `[hybrid_r, I]`, B_s `[O, hybrid_r]`, bias and m `[O]`."""
 
@@ -179,9 +183,9 @@ def _check_linear(adapter: Adapter) -> None:
         if ".base_layer." in layer:
             problem = problem or f"layer {layer!r} inside of an attention module"
     if problem:
-        raise ValueError(
+        raise NotByFiles(
             f"the adapter has {problem}, and gralora's tools for saved adapters read those of linear layers only. "
-            "Load it with peft.PeftModel.from_pretrained; merge_and_unload() there merges it into the model."
+            "`gralora merge` merges it into the model; peft.PeftModel.from_pretrained loads it."
         )
 
 

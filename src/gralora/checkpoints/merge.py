@@ -20,7 +20,7 @@ from ..config import names
 from ..factors import hybrid_to_lora
 from ..ops import Factors
 from . import formats
-from .adapter import PREFIX, Adapter, set_fields
+from .adapter import PREFIX, Adapter, NotByFiles, set_fields
 from .base import BaseModel, base_folder, copy_other_files
 from .files import (
     CONFIG,
@@ -36,6 +36,7 @@ from .files import (
     write_json,
     write_safetensors,
 )
+from .in_memory import merge_in_memory, shared_parameters, skeleton
 from .untrusted import check_finite, is_finite, listed
 
 STATE = "merge_state.json"
@@ -57,6 +58,7 @@ def merge_adapter(
     """Write the base model with the adapter merged in, as a folder that needs neither gralora nor PEFT.
 
     Peak memory is one layer: its weight and its update in float32. Calling it again after an interruption resumes.
+    Where that is not possible (see in_memory.py) the whole model is loaded, merged and saved, which a notice says.
 
     Args:
         adapter: folder of the adapter, in any GraLoRA format.
@@ -79,13 +81,27 @@ def merge_adapter(
         ValueError: if adapter and base do not fit together, or a merged weight would have NaN or infinite values.
     """
     adapter, out = Path(adapter), Path(out).resolve()
-    read = formats.read(*read_adapter_folder(adapter), source=source)
-    model = BaseModel(base_folder(base or read.config.base_model_name_or_path))
+    fields, saved = read_adapter_folder(adapter)
+    folder = base_folder(base or fields.get("base_model_name_or_path"))
+    model = BaseModel(folder)
     check_device(device)
-    merges = Merges(read, model, device)
+    lock = out.with_name(f".{out.name}.lock")
+    try:
+        read = formats.read(fields, saved, source=source)
+        merges = Merges(read, model, device)
+        merges.check_shared()
+    except NotByFiles as reason:
+        with locked(lock, out):
+            check_absent(out)
+            try:
+                report = merge_in_memory(adapter, out, folder, saved, dtype=dtype, device=device, source=source)
+            except ValueError as error:
+                raise ValueError(f"{error} (Not merged file by file either: {reason})") from error
+        notice = f"merged in memory, not file by file: {reason}"
+        return report | {"resumed": [], "rounding": {}, "notices": [notice]}
     check_finite(read.tensors)
     fingerprint = fingerprint_of(adapter, model, dtype)
-    with locked(out.with_name(f".{out.name}.lock"), out):
+    with locked(lock, out):
         check_absent(out)
         return write_merged(merges, adapter, out, dtype, fingerprint, progress)
 
@@ -203,17 +219,27 @@ class Merges:
         self.changed = {*self.weights, *self.biases, *self.replaced}
         missing = [name for name in [*self.weights, *self.biases, *self.replaced] if name not in model]
         if missing:
-            raise ValueError(
-                f"the base model's files lack {len(missing)} tensors that the adapter changes: {listed(missing)}. (An "
-                "output layer that shares its weight with the embedding is not in them and cannot be merged.)"
+            raise NotByFiles(
+                f"the base model's files do not have {len(missing)} of the tensors that the adapter changes, or have "
+                f"them under other names: {listed(missing)}."
             )
         self.transposed = {name: self._is_transposed(name) for name in self.weights}
         for name, source in self.replaced.items():
             if model.spec(name).shape != adapter.tensors.specs[source].shape:
-                raise ValueError(
+                raise NotByFiles(
                     f"tensor {name!r} is {tuple(adapter.tensors.specs[source].shape)} in the adapter and "
-                    f"{tuple(model.spec(name).shape)} in the base; resize the base's embedding and save it first."
+                    f"{tuple(model.spec(name).shape)} in the base."
                 )
+
+    def check_shared(self) -> None:
+        """Raise NotByFiles if a tensor that the adapter changes is in memory also the weight of another layer."""
+        model = skeleton(self.model.folder, self.adapter.layers)
+        if model is None:
+            return
+        shared = shared_parameters(model)
+        names = [name for name in shared if any(name == c or name.endswith(f".{c}") for c in self.changed)]
+        if names:
+            raise NotByFiles(f"{names[0]!r} shares its memory with {sorted({*shared[names[0]]} - {names[0]})}.")
 
     def _prefix_to_strip(self) -> str:
         """What layers' names have in front that the file's names lack, e.g. GPT-2's "transformer."."""
@@ -233,7 +259,7 @@ class Merges:
         features = self.adapter.features(self.weights[name])
         shape = tuple(self.model.spec(name).shape)
         if shape not in (features, features[::-1]):
-            raise ValueError(
+            raise NotByFiles(
                 f"weight {name!r} is {shape} in the base model; the adapter has (in, out) features {features}."
             )
         if features[0] != features[1]:
@@ -243,10 +269,9 @@ class Merges:
             for other, layer in self.weights.items()
             if len(set(self.adapter.features(layer))) == 2
         ):
-            raise ValueError(
+            raise NotByFiles(
                 f"weight {name!r} is square and the base model's weights are not all stored as the adapter's "
-                f"fan_in_fan_out={self.adapter.config.fan_in_fan_out} says, so its orientation is ambiguous; load the "
-                "model with PEFT and use merge_and_unload()."
+                f"fan_in_fan_out={self.adapter.config.fan_in_fan_out} says, so the file does not show its orientation."
             )
         return self.adapter.config.fan_in_fan_out
 

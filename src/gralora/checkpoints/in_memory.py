@@ -1,0 +1,246 @@
+"""Merge an adapter in memory: load the base model, load the adapter, merge, save, and read back what was saved.
+
+`merge.py` goes file by file and needs no more than one layer. That works where a tensor of the base's files is one
+weight of one linear layer. Where it is not, this module takes over, and the report says why: transformers renames,
+joins or splits weights while it loads many models; a weight may be shared by several layers; and the adapter may
+change experts, embeddings or convolutions.
+"""
+
+import hashlib
+import re
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .adapter import PREFIX
+from .base import WEIGHT_ENDINGS
+from .convert import convert_adapter
+from .files import LazyTensors, new_folder
+from .load import expected_tensors
+from .untrusted import check_finite, listed
+
+
+def model_class(folder: Path, layers: list[str]) -> Any:
+    """The class of transformers that has an adapter's layers: what the base's config names, or its model without head.
+
+    Args:
+        folder: of the base model.
+        layers: full names of modules.
+
+    Raises:
+        ValueError: if none has them.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    named = [getattr(transformers, name, None) for name in config.architectures or []]
+    candidates = [*filter(None, named), *([MODEL_MAPPING[type(config)]] if type(config) in MODEL_MAPPING else [])]
+    for cls in candidates:
+        with torch.device("meta"):
+            modules = dict(cls(config).named_modules())
+        if all(layer in modules for layer in layers):
+            return cls
+    raise ValueError(
+        f"the base model in {str(folder)!r} ({', '.join(cls.__name__ for cls in candidates) or config.model_type}) "
+        f"lacks layers that the adapter has, as {listed(layers)}; was it trained on another model?"
+    )
+
+
+def adapted_modules(tensors: LazyTensors) -> list[str]:
+    """Full names of the modules that have factors in an adapter's file."""
+    found = (re.match(r"(.*?)\.(?:lora_|gralora_)", name.removeprefix(PREFIX)) for name in tensors)
+    return list(dict.fromkeys(match[1].replace(".base_layer", "") for match in found if match))
+
+
+def skeleton(folder: Path, layers: list[str]) -> nn.Module | None:
+    """The base model on the meta device, with its weights tied; None if transformers does not know it."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model = model_class(folder, layers)(config)
+            model.tie_weights()
+    except (ValueError, KeyError, OSError):
+        return None
+    return model
+
+
+def shared_parameters(model: nn.Module) -> dict[str, list[str]]:
+    """Name of each parameter that several modules have -> all of its names."""
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return {name: sharing for sharing in names.values() if len(sharing) > 1 for name in sharing}
+
+
+@torch.no_grad()
+def merge_in_memory(
+    adapter: Path,
+    out: Path,
+    folder: Path,
+    tensors: LazyTensors,
+    *,
+    dtype: torch.dtype | None,
+    device: str,
+    source: str | None,
+) -> dict[str, Any]:
+    """Write the base model with an adapter of any kind merged in; see `merge.merge_adapter`, which calls this.
+
+    Args:
+        adapter, out: folders.
+        folder: of the base model.
+        tensors: of the adapter, as they are in its file.
+        dtype: of the model while it is merged, and of what is written; by default the base's.
+        device: where.
+        source: format of `adapter`, needed only if its config leaves that open.
+
+    Returns:
+        `layers` and `replaced`, as `merge_adapter`; `verified` counts the tensors that were read back.
+
+    Raises:
+        ValueError: if adapter and base do not fit together, or a merged weight would have NaN or infinite values.
+    """
+    check_finite(tensors)
+    with TemporaryDirectory() as converted:
+        if any(".gralora_A" in name for name in tensors):
+            convert_adapter(adapter, Path(converted) / "adapter", source=source)
+            adapter = Path(converted) / "adapter"
+        cls = model_class(folder, adapted_modules(tensors))
+        base = cls.from_pretrained(folder, dtype=dtype or "auto", trust_remote_code=False).to(device)
+        resize_vocabulary(base, tensors)
+        try:
+            loaded = PeftModel.from_pretrained(base, str(adapter))
+        except RuntimeError as error:  # of torch, if shapes differ
+            raise ValueError(f"the adapter does not fit the base model: {error}") from error
+    check_loaded(loaded, tensors)
+    untied = untie(loaded)
+    layers = [module for module in loaded.modules() if isinstance(module, BaseTunerLayer)]
+    merged = loaded.merge_and_unload(safe_merge=True)
+    said = None
+    if untied or not still_tied(merged):
+        said = outputs(merged)
+        for config in (merged.config, merged.config.get_text_config()):
+            config.tie_word_embeddings = False
+    with new_folder(out) as written:
+        merged.save_pretrained(written)
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and not path.name.endswith(WEIGHT_ENDINGS) and not (written / path.name).exists():
+                shutil.copyfile(path, written / path.name)
+        verified = check_written(merged, cls, written, said)
+    replaced = sorted(name for name in tensors if ".lora_" not in name)
+    return {"layers": len(layers), "replaced": replaced, "verified": verified}
+
+
+def resize_vocabulary(model: Any, tensors: LazyTensors) -> None:
+    """Give the model as many embeddings as the adapter has saved, which then overwrites them."""
+    embedding = input_embedding(model)
+    name = next((name for name, module in model.named_modules() if module is embedding), None)
+    saved = [
+        spec.shape[0]
+        for key, spec in tensors.specs.items()
+        if key.removeprefix(PREFIX) in (f"{name}.weight", f"{name}.base_layer.weight")
+    ]
+    if saved and saved[0] != embedding.weight.shape[0]:
+        model.resize_token_embeddings(saved[0], mean_resizing=False)
+
+
+def check_loaded(model: PeftModel, tensors: LazyTensors) -> None:
+    """Raise ValueError, with names, if PEFT did not load every tensor of the file, or lacks some."""
+    found = {f"{PREFIX}{name}": t for name, t in model.get_base_model().state_dict().items()}
+    expected = expected_tensors(model, "default")
+    missing = sorted(expected.keys() - set(tensors))
+    different = [name for name in tensors if not _equal(tensors[name], expected.get(name, found.get(name)))]
+    if missing or different:
+        parts = [f"the file lacks {len(missing)} tensors: {listed(missing)}"] if missing else []
+        if different:
+            parts.append(f"{len(different)} tensors of the file have no place in the model: {listed(different)}")
+        raise ValueError(f"the adapter does not fit the base model: {'; '.join(parts)}.")
+
+
+def _equal(saved: Tensor, loaded: Tensor | None) -> bool:
+    return loaded is not None and saved.shape == loaded.shape and torch.equal(saved.to(loaded), loaded)
+
+
+def untie(model: PeftModel) -> list[str]:
+    """Give every adapted layer that shares its weight with another module a copy of its own; returns their names.
+
+    A merge adds to the weight in place, and so would change the other module, too.
+    """
+    shared = shared_parameters(model)
+    untied = []
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            base = module.get_base_layer()
+            prefix = next(n for n, m in model.named_modules() if m is base)
+            for own, parameter in list(base.named_parameters(recurse=False)):
+                if f"{prefix}.{own}" in shared:
+                    base._parameters[own] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                    untied.append(name)
+    return untied
+
+
+def still_tied(model: Any) -> bool:
+    """Whether the output layer has the embedding's weight, or need not have it."""
+    if not any(getattr(c, "tie_word_embeddings", False) for c in (model.config, model.config.get_text_config())):
+        return True
+    embedding, output = input_embedding(model), model.get_output_embeddings()
+    return embedding is None or output is None or output.weight is embedding.weight
+
+
+def input_embedding(model: Any) -> Any:
+    """The embedding of tokens, or None where a model has not one."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
+def outputs(model: Any) -> Tensor:
+    """Logits for a few tokens, for a model of text."""
+    ids = torch.arange(1, 9, device=model.device)[None]
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    return model.eval()(**inputs).logits
+
+
+def check_written(model: Any, cls: Any, folder: Path, said: Tensor | None) -> int:
+    """Read the model back and compare it with what was merged.
+
+    Args:
+        model: the merged one.
+        cls: its class.
+        folder: that it was written to.
+        said: its `outputs` before its config was changed, or None if it was not.
+
+    Returns:
+        The number of tensors compared.
+
+    Raises:
+        ValueError: with names, if a tensor is not what was to be written; or if the outputs differ, as those of a
+            model that computes something else where weights are not tied.
+    """
+    expected = {name: _digest(t) for name, t in model.state_dict().items()}
+    read = cls.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+    found = {name: _digest(t) for name, t in read.state_dict().items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if said is not None and (wrong or not torch.allclose(outputs(read.to(said.device)), said, rtol=1e-3, atol=1e-4)):
+        raise ValueError(
+            f"{cls.__name__} is another model where its output layer does not share the embedding's weight, and the "
+            "adapter changes one of the two, so it cannot be merged; use it unmerged."
+        )
+    if wrong:
+        raise ValueError(f"{len(wrong)} tensors are read back other than they were written: {listed(wrong)}.")
+    return len(expected)
+
+
+def _digest(t: Tensor) -> str:
+    data = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(data.data).hexdigest() + str((tuple(t.shape), t.dtype))

@@ -1,0 +1,249 @@
+"""`merge` of adapters of many architectures, against PEFT's merge_and_unload on the same model.
+
+The models are tiny and made from configs. They are saved by transformers, which for many of them writes other names,
+and other tensors, than the model has in memory.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from helpers import VOCAB, gralora_config, randomize
+from peft import PeftModel
+from torch import nn
+
+import gralora
+
+TEXT = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "pad_token_id": 0}
+TEXT |= {"bos_token_id": 1, "eos_token_id": 2, "head_dim": 8}
+MOE = {"moe_intermediate_size": 16, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION |= {"image_size": 16, "patch_size": 8}
+SEQ2SEQ = {"vocab_size": VOCAB, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24}
+SEQ2SEQ |= {"decoder_ffn_dim": 24, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "pad_token_id": 0}
+T5 = {"vocab_size": VOCAB, "d_model": 16, "d_ff": 24, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+MLA |= {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1}
+WHISPER = SEQ2SEQ | {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16}
+
+FAMILIES: dict[str, dict[str, Any]] = {  # class -> fields of its config
+    "LlamaForCausalLM": TEXT,
+    "MistralForCausalLM": TEXT,
+    "Qwen2ForCausalLM": TEXT,
+    "Qwen3ForCausalLM": TEXT | {"tie_word_embeddings": True},
+    "GemmaForCausalLM": TEXT,
+    "Gemma2ForCausalLM": TEXT,
+    "Gemma3ForCausalLM": TEXT,
+    "Phi3ForCausalLM": TEXT,
+    "PhiForCausalLM": TEXT,
+    "GPTNeoXForCausalLM": TEXT,
+    "FalconForCausalLM": {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "StableLmForCausalLM": TEXT,
+    "Starcoder2ForCausalLM": TEXT,
+    "OlmoForCausalLM": TEXT,
+    "CohereForCausalLM": TEXT,
+    "GraniteForCausalLM": TEXT,
+    "MixtralForCausalLM": TEXT | MOE,
+    "Qwen3MoeForCausalLM": TEXT | MOE,
+    "OlmoeForCausalLM": TEXT | MOE,
+    "DeepseekV3ForCausalLM": TEXT | MOE | MLA | {"num_key_value_heads": 2},
+    "GPT2LMHeadModel": {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "OPTForCausalLM": TEXT | {"ffn_dim": 24, "word_embed_proj_dim": 16},
+    "BloomForCausalLM": {"vocab_size": VOCAB, "hidden_size": 16, "n_layer": 2, "n_head": 2},
+    "BertForMaskedLM": TEXT,
+    "RobertaForSequenceClassification": TEXT,
+    "T5ForConditionalGeneration": T5,
+    "BartForConditionalGeneration": SEQ2SEQ,
+    "WhisperForConditionalGeneration": WHISPER,
+    "ViTForImageClassification": VISION,
+    "CLIPModel": {"text_config": TEXT, "vision_config": VISION},
+    "LlavaForConditionalGeneration": {
+        "text_config": TEXT | {"model_type": "llama"},
+        "vision_config": VISION | {"model_type": "clip_vision_model"},
+    },
+    "Gemma3ForConditionalGeneration": {
+        "text_config": TEXT | {"model_type": "gemma3_text"},
+        "vision_config": VISION | {"model_type": "siglip_vision_model"},
+        "mm_tokens_per_image": 4,
+    },
+    "Mistral3ForConditionalGeneration": {
+        "text_config": TEXT | {"model_type": "mistral"},
+        "vision_config": VISION | {"model_type": "pixtral", "head_dim": 8},
+    },
+    "Qwen2VLForConditionalGeneration": {
+        "text_config": TEXT | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+        "vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2},
+    },
+}
+
+
+def make_model(name: str, **fields: Any) -> nn.Module:
+    cls = getattr(transformers, name)
+    torch.manual_seed(0)
+    return cls(cls.config_class(**FAMILIES[name] | fields)).eval()
+
+
+def saved_adapter(model: nn.Module, folder: Path, **fields: Any) -> PeftModel:
+    """The base model in `folder / "base"`, a random adapter in `folder / "adapter"`; returns the adapted model."""
+    model.save_pretrained(folder / "base")
+    model.name_or_path = str(folder / "base")
+    adapted = randomize(peft.get_peft_model(model, gralora_config(**{"k": 2, "r": 4} | fields)))
+    adapted.save_pretrained(folder / "adapter")
+    return adapted
+
+
+def assert_merged_as_by_peft(model: nn.Module, folder: Path, **fields: Any) -> dict[str, Any]:
+    adapted = saved_adapter(model, folder, **fields)
+    before = {name: t.clone() for name, t in adapted.get_base_model().state_dict().items()}
+    report = gralora.merge_adapter(folder / "adapter", folder / "merged")
+    read, info = type(model).from_pretrained(folder / "merged", output_loading_info=True)
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    expected = adapted.merge_and_unload().state_dict()
+    found = read.state_dict()
+    assert found.keys() == expected.keys()
+    for name, t in expected.items():
+        torch.testing.assert_close(found[name], t, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert any(name not in before or (t - before[name]).abs().max() > 1e-2 for name, t in expected.items())
+    return report
+
+
+# files whose tensors transformers renames, joins or splits when it reads them
+RENAMED = {"MixtralForCausalLM", "LlavaForConditionalGeneration", "Gemma3ForConditionalGeneration"}
+RENAMED |= {"Mistral3ForConditionalGeneration", "Qwen2VLForConditionalGeneration"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_linear_layers(name, tmp_path):
+    # of SigLIP's head, an nn.MultiheadAttention, only the whole can be adapted
+    report = assert_merged_as_by_peft(
+        make_model(name), tmp_path, target_modules="all-linear", exclude_modules=r".*vision_tower\.head.*"
+    )
+    assert report["layers"] >= 2 and report["verified"]
+    in_memory = any("merged in memory" in notice for notice in report["notices"])
+    assert in_memory or name not in RENAMED
+
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM"])
+@pytest.mark.parametrize("targets", [["q_proj"], []])
+def test_experts(name, targets, tmp_path):
+    model = make_model(name)
+    report = assert_merged_as_by_peft(model, tmp_path, target_modules=targets, target_parameters=EXPERTS)
+    assert "target_parameters" in report["notices"][0]
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "CLIPModel"])
+def test_convolutions(name, tmp_path):
+    target = "projection" if name.startswith("ViT") else "patch_embedding"
+    convolution = next(n for n, m in make_model(name).named_modules() if isinstance(m, nn.Conv2d))
+    assert convolution.endswith(target)
+    fields = {"gralora_k_pattern": {target: 1}}  # of three channels
+    report = assert_merged_as_by_peft(make_model(name), tmp_path, target_modules=[target, "q_proj"], **fields)
+    assert "a convolution's factors" in report["notices"][0]
+
+
+# Weights that several layers share
+
+TOKENS = torch.randint(1, VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=TOKENS).logits
+
+
+TIED = {
+    "embedding saved": {"modules_to_save": ["embed_tokens"]},
+    "output layer saved": {"modules_to_save": ["lm_head"]},
+    "both saved": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "both saved, tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "embedding adapted": {"target_modules": ["q_proj", "embed_tokens"]},
+    "output layer adapted": {"target_modules": ["q_proj", "lm_head"]},
+    "both adapted": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "both adapted, tied": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    "tokens": {"trainable_token_indices": [3, 5]},
+    "tokens of the embedding": {"trainable_token_indices": {"embed_tokens": [3, 5]}},
+}
+
+
+def randomize_others(adapted: PeftModel) -> None:
+    """What is trained beside the factors: trained copies of modules, and of tokens."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "modules_to_save" in name or "trainable_tokens" in name:
+                p.copy_(torch.randn(p.shape, generator=generator))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("fields", TIED.values(), ids=TIED)
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma2ForCausalLM"])
+def test_embedding_and_output_layer(name, fields, tied, tmp_path):
+    """The merged model, read as anybody reads it, says what the adapted one says."""
+    model = make_model(name, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
+    base = logits(model).clone()
+    config = gralora_config(**{"k": 2, "r": 4, "target_modules": ["q_proj"]} | fields)
+    adapted = randomize(peft.get_peft_model(model, config))
+    randomize_others(adapted)
+    expected = logits(adapted)
+    assert (expected - base).abs().max() > 0.01
+    adapted.save_pretrained(tmp_path / "adapter")
+    gralora.merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    read, info = type(model).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    torch.testing.assert_close(logits(read), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_resized_vocabulary(tied, tmp_path):
+    """Tokens that were added before training are in the adapter's file, as PEFT saves them, and not in the base's."""
+    model = make_model("LlamaForCausalLM", tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
+    model.resize_token_embeddings(VOCAB + 4)
+    adapted = randomize(peft.get_peft_model(model, gralora_config(target_modules=["q_proj"])))
+    expected = logits(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    gralora.merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    read = type(model).from_pretrained(tmp_path / "merged")
+    assert read.config.vocab_size == VOCAB + 4
+    torch.testing.assert_close(logits(read), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "SwitchTransformersForConditionalGeneration"])
+def test_encoder_decoders_that_scale_the_output_of_tied_weights(name, tmp_path, monkeypatch):
+    """Untied, such a model may be another one: it says the same, or is refused."""
+    monkeypatch.setitem(FAMILIES, "SwitchTransformersForConditionalGeneration", T5 | {"num_experts": 2})
+    adapted = saved_adapter(make_model(name), tmp_path, target_modules=["q", "lm_head"])
+    with torch.no_grad():
+        expected = adapted.eval()(input_ids=TOKENS, decoder_input_ids=TOKENS).logits
+    try:
+        gralora.merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    except ValueError as error:
+        assert name.startswith("Switch") and "is another model where" in str(error)
+        assert not (tmp_path / "merged").exists()
+        return
+    read = getattr(transformers, name).from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        found = read.eval()(input_ids=TOKENS, decoder_input_ids=TOKENS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_another_model_is_refused(tmp_path):
+    saved_adapter(make_model("LlamaForCausalLM"), tmp_path, target_modules=["gate_proj"])
+    for name, reason in (("GPT2LMHeadModel", "lacks layers that the adapter has"), ("OPTForCausalLM", "lacks layers")):
+        make_model(name).save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match=reason):
+            gralora.merge_adapter(tmp_path / "adapter", tmp_path / "merged", tmp_path / name)
+    make_model("LlamaForCausalLM", intermediate_size=32).save_pretrained(tmp_path / "wider")
+    with pytest.raises(ValueError, match="size mismatch"):
+        gralora.merge_adapter(tmp_path / "adapter", tmp_path / "merged", tmp_path / "wider")
+    assert not (tmp_path / "merged").exists()
