@@ -8,7 +8,8 @@ which kind of layer PEFT chose, on the order in which plain LoRA and GraLoRA ada
 
 1. `PEFT_TYPE_TO_CONFIG_MAPPING[LORA]` is `gralora.LoraConfig`, so whatever loads a LoRA adapter can load GraLoRA;
 2. `LoraModel._create_and_replace` hands configs with `use_gralora=True` to `create_and_replace` below;
-3. hotswap's list of config fields that must agree gets GraLoRA's: it would put a grid's tensors into another layer.
+3. hotswap's list of config fields that must agree gets GraLoRA's: it would put a grid's tensors into another layer;
+4. what diffusers asks of PEFT beside that, in diffusion.py.
 """
 
 import functools
@@ -27,6 +28,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from . import diffusion
 from .config import SUPPORTED_VARIANTS, LoraConfig, auto_k, names
 from .dora import GranularDora
 from .experts import TargetParameter, param_wrapper, targeted_parameters
@@ -45,6 +47,7 @@ def install() -> None:
     lora.LoraModel._create_and_replace = _with_gralora(lora.LoraModel._create_and_replace)
     compared = names(lambda facts: facts.hotswap)  # the first that differs is named
     CONFIG_KEYS_TO_CHECK[PeftType.LORA] += sorted(compared, key=lambda name: (name != "use_gralora", name))
+    diffusion.install()
 
 
 def _with_gralora(stock: Callable[..., None]) -> Callable[..., None]:

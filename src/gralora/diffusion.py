@@ -1,0 +1,78 @@
+"""What diffusers needs to read the GraLoRA adapters that it saves, beside what PEFT needs.
+
+It saves an adapter's config as metadata of the file, and builds `peft.LoraConfig` from that; its Flux pipelines look at
+the shapes of factors before PEFT does. `install` is called by `import gralora` and imports nothing of diffusers.
+"""
+
+import functools
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import peft
+from peft.utils import hotswap
+from torch import Tensor
+
+from .after_import import after_import
+from .config import LoraConfig
+
+FLUX = "diffusers.loaders.lora_pipeline"
+
+
+def install() -> None:
+    peft.LoraConfig.__new__ = _new_config  # type: ignore[method-assign, assignment]
+    hotswap.hotswap_adapter_from_state_dict = _with_hybrid_names(hotswap.hotswap_adapter_from_state_dict)
+    after_import(FLUX, install_in_flux)
+
+
+def _new_config(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """`peft.LoraConfig(use_gralora=True, ...)` is a gralora.LoraConfig: diffusers calls it with what that has saved."""
+    return object.__new__(LoraConfig if cls is peft.LoraConfig and kwargs.get("use_gralora") else cls)
+
+
+def _with_hybrid_names(stock: Any) -> Any:
+    """PEFT's hotswap, for state dicts in which diffusers has named the adapter in all factors but the hybrid ones."""
+
+    @functools.wraps(stock)
+    def hotswap_adapter_from_state_dict(
+        model: Any, state_dict: dict[str, Tensor], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        for factor in ("lora_A", "lora_B"):
+            unnamed, named = f".{factor}.hybrid_weight", f".{factor}.{adapter_name}.hybrid_weight"
+            state_dict = {name.replace(unnamed, named): t for name, t in state_dict.items()}
+        return stock(model, state_dict, adapter_name, *args, **kwargs)
+
+    return hotswap_adapter_from_state_dict
+
+
+def install_in_flux(module: ModuleType) -> None:
+    """Keep grids from the two functions that make room for, or fill up, LoRAs of other input features.
+
+    They take the second dimension of A for the input features, which of a grid is those of one block.
+    """
+    mixin = module.FluxLoraLoaderMixin
+    expand_model, expand_lora = (
+        getattr(mixin, name).__func__
+        for name in ("_maybe_expand_transformer_param_shape_or_error_", "_maybe_expand_lora_state_dict")
+    )
+
+    @functools.wraps(expand_model)
+    def without_grids(cls: Any, transformer: Any, lora_state_dict: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return expand_model(cls, transformer, _split(lora_state_dict or {})[0], *args, **kwargs)
+
+    @functools.wraps(expand_lora)
+    def beside_grids(cls: Any, transformer: Any, lora_state_dict: Mapping[str, Tensor]) -> Any:
+        others, grids = _split(lora_state_dict)
+        return {**expand_lora(cls, transformer=transformer, lora_state_dict=others), **grids}
+
+    mixin._maybe_expand_transformer_param_shape_or_error_ = classmethod(without_grids)
+    mixin._maybe_expand_lora_state_dict = classmethod(beside_grids)
+
+
+def _split(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of layers without a grid, and of those with one: factors of three dimensions of a linear layer."""
+    layers = {name.split(".lora_")[0] for name, t in state_dict.items() if ".lora_" in name and t.ndim == 3}
+    parts: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    for name, t in state_dict.items():
+        parts[name.split(".lora_")[0] in layers][name] = t
+    return parts
