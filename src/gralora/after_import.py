@@ -1,4 +1,4 @@
-"""Do something to a module when it is imported, or at once if it has been. Imports nothing but Python's own modules."""
+"""Do something to a module when it is imported, or at once if it has been. Uses nothing but Python's own modules."""
 
 import importlib.util
 import sys

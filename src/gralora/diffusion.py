@@ -1,7 +1,7 @@
 """What diffusers needs to read the GraLoRA adapters that it saves, beside what PEFT needs.
 
-It saves an adapter's config as metadata of the file, and builds `peft.LoraConfig` from that; its Flux pipelines look at
-the shapes of factors before PEFT does. `install` is called by `import gralora` and imports nothing of diffusers.
+It saves an adapter's config as metadata of the file, and builds `peft.LoraConfig` from that; its Flux pipelines look
+at the shapes of factors before PEFT does. `install` is called by `import gralora` and imports nothing of diffusers.
 """
 
 import functools
@@ -26,7 +26,7 @@ def install() -> None:
 
 
 def _new_config(cls: type, *args: Any, **kwargs: Any) -> Any:
-    """`peft.LoraConfig(use_gralora=True, ...)` is a gralora.LoraConfig: diffusers calls it with what that has saved."""
+    """`peft.LoraConfig(use_gralora=True, ...)` is a gralora.LoraConfig: so diffusers calls it, from a file."""
     return object.__new__(LoraConfig if cls is peft.LoraConfig and kwargs.get("use_gralora") else cls)
 
 

@@ -8,22 +8,27 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from ..config import names
 from ..ops import reference
 from ..strings import check_printable, printable
 from . import formats
-from .adapter import Adapter, set_fields
-from .files import new_folder, read_adapter_folder, read_json, write_json
+from .adapter import PREFIX, Adapter, set_fields
+from .files import WEIGHTS, new_folder, read_adapter_folder, read_json, write_json
 from .load import load_adapter
+from .pipelines import export_pipeline
 from .plain import PlainLora, plain_lora
 from .targets import TARGETS
 
 REPORT = "export_report.json"
+DIFFUSERS = "diffusers"  # the target that takes several adapters of a pipeline, and convolutions
 PROBES = 8
 PIECE = 1 << 18  # elements of a weight that are converted to float64 at a time
 
@@ -113,7 +118,7 @@ def logits_parity(adapter: Path, exported: Path, base: Path) -> dict[str, float]
 
 
 def to_lora(
-    adapter: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | nn.Module | Any,
     out: str | os.PathLike[str],
     target: str = "peft",
     *,
@@ -123,18 +128,22 @@ def to_lora(
     max_rank: int | None = None,
     lossy: bool = False,
     dtype: torch.dtype | None = None,
+    adapter_name: str = "default",
 ) -> dict[str, Any]:
     """Write a GraLoRA adapter as the plain LoRA that it equals, in the form one serving program takes.
 
     Args:
-        adapter: folder of the adapter, in any format of `gralora.checkpoints.formats.FORMATS`.
+        adapter: folder of the adapter, in any format of `gralora.checkpoints.formats.FORMATS`; for diffusers also a
+            file that it saved. Or a model in memory that has the adapter, or a pipeline of diffusers.
         out: folder to make.
-        target: a name in `gralora.checkpoints.targets.TARGETS`: peft, vllm, sglang, llamacpp, ollama or mlx.
+        target: a name in `gralora.checkpoints.targets.TARGETS`: peft, vllm, sglang, llamacpp, ollama or mlx; or
+            diffusers.
         base: folder of the base model. llamacpp and ollama read its config.json; for the others its weights, if there,
             are loaded to compare logits.
         base_config: instead of `base`'s config.json: `model_type`, `num_attention_heads`, `num_key_value_heads`.
         source: format of `adapter`, needed only if its config leaves that open.
-        max_rank, lossy, dtype: see `plain_lora`.
+        max_rank, lossy, dtype: see `plain_lora`; diffusers takes any rank.
+        adapter_name: of the adapter, in a model that is in memory.
 
     Returns:
         The report, which is also written to `out`: rank, method, parity (see `parity`), truncation errors by layer,
@@ -144,8 +153,15 @@ def to_lora(
         OSError, ValueError: if the input is not there, is not valid, or the target cannot take it. `out` is then not
             made.
     """
+    if target == DIFFUSERS:
+        return export_pipeline(adapter, out, dtype, adapter_name)
     if target not in TARGETS:
-        raise ValueError(f"target {target!r} is not known; use one of {', '.join(TARGETS)}.")
+        raise ValueError(f"target {target!r} is not known; use one of {', '.join([*TARGETS, DIFFUSERS])}.")
+    if not isinstance(adapter, str | os.PathLike):
+        options: dict[str, Any] = {"base": base, "base_config": base_config, "max_rank": max_rank, "lossy": lossy}
+        with TemporaryDirectory() as folder:
+            save_adapter(adapter, Path(folder), adapter_name)
+            return to_lora(folder, out, target, dtype=dtype, **options)
     to, out = TARGETS[target], Path(out)
     source_adapter = formats.read(*read_adapter_folder(adapter), source=source)
     base_name = str(base or source_adapter.config.base_model_name_or_path or "BASE_MODEL")
@@ -176,6 +192,16 @@ def to_lora(
         to.finish(folder, base_name)
         write_json(folder / REPORT, report)
     return report
+
+
+def save_adapter(model: Any, folder: Path, adapter_name: str) -> None:
+    """Write the adapter of a model in memory as PEFT does, also of a model that is no PeftModel."""
+    if adapter_name not in (getattr(model, "peft_config", None) or {}):
+        raise ValueError(f"{type(model).__name__} has no adapter {adapter_name!r}.")
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    tensors = {f"{PREFIX}{name.removeprefix(PREFIX)}": t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    model.peft_config[adapter_name].save_pretrained(str(folder))
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -78,7 +78,13 @@ def export_command(argv: list[str]) -> None:
         adapter="folder of the adapter",
         out="folder to make",
     )
-    parser.add_argument("--for", dest="target", choices=TARGETS, required=True, help="the program that will serve it")
+    parser.add_argument(
+        "--for",
+        dest="target",
+        choices=[*TARGETS, export.DIFFUSERS],
+        required=True,
+        help="the program that will serve it",
+    )
     parser.add_argument("--base", type=Path, help="folder of the base model, to read its config and compare logits")
     parser.add_argument("--arch", help="llamacpp, ollama without --base: the base's model_type, e.g. llama")
     parser.add_argument("--heads", type=int, help="llamacpp, ollama without --base: the base's num_attention_heads")

@@ -1,0 +1,291 @@
+"""GraLoRA adapters of diffusers' models: saved, read again, hotswapped, exported; and read there without gralora.
+
+The models and pipelines are tiny and made from configs.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import pytest
+import torch
+from helpers import gralora_config, randomize
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import gralora
+from gralora.tool import cli
+
+diffusers = pytest.importorskip("diffusers")
+from diffusers.training_utils import _collate_lora_metadata  # noqa: E402
+from diffusers.utils import convert_state_dict_to_diffusers  # noqa: E402
+from pictures import FILE, MODELS, TEXT_IDS, make, output, pipeline_of, text_encoder  # noqa: E402
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+hybrids = pytest.mark.parametrize("hybrid_r", [0, 4])
+
+
+class Places(NamedTuple):
+    """A model, and what a UNet has beside attention: convolutions."""
+
+    model: str
+    targets: list[str]
+
+
+PLACES = [Places(name, TARGETS) for name in MODELS] + [Places("unet", [*TARGETS, "conv1", "conv_shortcut"])]
+places = pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place.model}-{len(place.targets)}")
+
+
+def trained(name: str, targets: list[str], hybrid_r: int, seed: int = 0, **fields: Any) -> nn.Module:
+    model = make(name)
+    model.add_adapter(gralora_config(2, 8, hybrid_r, target_modules=targets, **fields))
+    return randomize(model, seed=seed).eval()
+
+
+@places
+@hybrids
+@torch.no_grad()
+def test_what_is_saved_is_read(place, hybrid_r, tmp_path):
+    model = trained(place.model, place.targets, hybrid_r)
+    expected = output(place.model, model)
+    assert (expected - output(place.model, make(place.model))).abs().max() > 0.1
+    model.save_lora_adapter(tmp_path)
+    read = make(place.model)
+    read.load_lora_adapter(tmp_path, prefix=None, weight_name=FILE)
+    assert torch.equal(output(place.model, read), expected)
+    (config,) = read.peft_config.values()
+    assert (config.use_gralora, config.gralora_k, config.hybrid_r) == (True, 2, hybrid_r)
+
+
+@places
+@hybrids
+@torch.no_grad()
+def test_hotswap(place, hybrid_r, tmp_path):
+    for seed in (0, 1):
+        trained(place.model, place.targets, hybrid_r, seed).save_lora_adapter(tmp_path / str(seed))
+    expected = output(place.model, trained(place.model, place.targets, hybrid_r, 1))
+    model = make(place.model)
+    model.load_lora_adapter(tmp_path / "0", prefix=None, weight_name=FILE, adapter_name="one")
+    before = output(place.model, model)
+    model.load_lora_adapter(tmp_path / "1", prefix=None, weight_name=FILE, adapter_name="one", hotswap=True)
+    assert torch.equal(output(place.model, model), expected) and not torch.allclose(before, expected, atol=0.1)
+
+
+def save_pipeline(folder: Path, name: str, model: nn.Module, encoder: nn.Module | None = None) -> None:
+    """As diffusers' training scripts save."""
+    parts = {("unet" if name == "unet" else "transformer"): model} | ({"text_encoder": encoder} if encoder else {})
+    layers = {f"{part}_lora_layers": get_peft_model_state_dict(model) for part, model in parts.items()}
+    if name == "unet":
+        layers = {part: convert_state_dict_to_diffusers(tensors) for part, tensors in layers.items()}
+    type(pipeline_of(name)).save_lora_weights(folder, **layers, **_collate_lora_metadata(parts))
+
+
+def trained_encoder(hybrid_r: int) -> nn.Module:
+    encoder = text_encoder()
+    encoder.add_adapter(gralora_config(2, 8, hybrid_r, target_modules=["q_proj", "v_proj", "fc1"]))
+    return randomize(encoder, seed=3).eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@hybrids
+@torch.no_grad()
+def test_pipelines(name, hybrid_r, tmp_path):
+    """Load, set_adapters with weights, fuse, unfuse, unload; of Stable Diffusion also the text encoder."""
+    model, encoder = trained(name, TARGETS, hybrid_r), trained_encoder(hybrid_r) if name == "unet" else None
+    save_pipeline(tmp_path, name, model, encoder)
+    pipeline = pipeline_of(name)
+    part = "unet" if name == "unet" else "transformer"
+    base = output(name, getattr(pipeline, part))
+    pipeline.load_lora_weights(tmp_path, weight_name=FILE, adapter_name="style")
+    expected = output(name, model)
+    assert torch.equal(output(name, getattr(pipeline, part)), expected)
+    if encoder is not None:
+        assert torch.equal(
+            pipeline.text_encoder.eval()(TEXT_IDS).last_hidden_state, encoder(TEXT_IDS).last_hidden_state
+        )
+    pipeline.set_adapters(["style"], [0.5])
+    model.set_adapters(["default"], [0.5])
+    half = output(name, model)
+    assert torch.equal(output(name, getattr(pipeline, part)), half) and not torch.allclose(half, expected, atol=1e-3)
+    pipeline.fuse_lora()
+    torch.testing.assert_close(output(name, getattr(pipeline, part)), half, rtol=1e-4, atol=1e-4)
+    pipeline.unfuse_lora()
+    torch.testing.assert_close(output(name, getattr(pipeline, part)), half, rtol=1e-4, atol=1e-4)
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(output(name, getattr(pipeline, part)), base, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_training_goes_on_from_what_was_saved(tmp_path):
+    """The adapter that is read has the same trainable tensors, not those of a plain LoRA that equals it."""
+    model = trained("unet", TARGETS, 4)
+    model.save_lora_adapter(tmp_path)
+    read = make("unet")
+    read.load_lora_adapter(tmp_path, prefix=None, weight_name=FILE, adapter_name="default")
+    tensors, again = (get_peft_model_state_dict(m) for m in (model, read))
+    assert tensors.keys() == again.keys() and all(torch.equal(tensors[name], again[name]) for name in tensors)
+
+
+def test_plain_loras_are_read_as_before(tmp_path):
+    """With and without gralora's class in between."""
+    model = make("flux")
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
+    save_pipeline(tmp_path, "flux", model)
+    pipeline = pipeline_of("flux")
+    pipeline.load_lora_weights(tmp_path, weight_name=FILE)
+    with torch.no_grad():
+        assert torch.equal(output("flux", pipeline.transformer), output("flux", model.eval()))
+    (config,) = pipeline.transformer.peft_config.values()
+    assert type(config) is peft.LoraConfig
+
+
+# Export, read by a process that has never heard of gralora
+
+STOCK = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from pictures import TEXT_IDS, output, pipeline_of
+name, folder, file, out = sys.argv[1:]
+pipeline = pipeline_of(name)
+pipeline.load_lora_weights(folder, weight_name=file)
+with torch.no_grad():
+    part = pipeline.unet if name == "unet" else pipeline.transformer
+    found = [output(name, part)]
+    if name == "unet":
+        found.append(pipeline.text_encoder.eval()(TEXT_IDS).last_hidden_state)
+assert "gralora" not in sys.modules
+torch.save(found, out)
+"""
+
+
+def stock(name: str, folder: Path, file: str) -> list[Tensor]:
+    command = [
+        sys.executable,
+        "-c",
+        STOCK.format(tests=str(Path(__file__).parent)),
+        name,
+        folder,
+        file,
+        folder / "y.pt",
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return torch.load(folder / "y.pt")
+
+
+@places
+@pytest.mark.parametrize("fields", [{}, {"use_rslora": True, "gralora_scaling": "matched"}], ids=["plain", "scaled"])
+@torch.no_grad()
+def test_export(place, fields, tmp_path, capsys):
+    """In diffusers' layout with the text encoder of a UNet's pipeline, and of a UNet in kohya's."""
+    model = trained(place.model, place.targets, 4, **fields)
+    encoder = trained_encoder(4) if place.model == "unet" else None
+    save_pipeline(tmp_path / "trained", place.model, model, encoder)
+    assert cli.main(["export", str(tmp_path / "trained"), str(tmp_path / "out"), "--for", "diffusers"]) == 0
+    assert "pipeline.load_lora_weights" in capsys.readouterr().out
+    expected = [output(place.model, model)] + ([encoder(TEXT_IDS).last_hidden_state] if encoder is not None else [])
+    for one, other in zip(stock(place.model, tmp_path / "out", FILE), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    if place.model == "unet":
+        save_pipeline(tmp_path / "unet", place.model, model)
+        gralora.to_lora(tmp_path / "unet", tmp_path / "kohya", "diffusers")
+        found = stock(place.model, tmp_path / "kohya", "kohya.safetensors")[0]
+        torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_text_encoders_in_kohyas_layout(tmp_path):
+    """diffusers 0.42 cannot read those of attention itself; the names are those of kohya's scripts."""
+    save_pipeline(tmp_path / "trained", "unet", trained("unet", TARGETS, 0), trained_encoder(4))
+    gralora.to_lora(tmp_path / "trained", tmp_path / "out", "diffusers")
+    theirs, kohya = (load_file(tmp_path / "out" / name) for name in (FILE, "kohya.safetensors"))
+    names = {f"lora_te_text_model_encoder_layers_{i}_{layer}" for i in (0, 1) for layer in ENCODER_LAYERS}
+    assert {name.partition(".")[0] for name in kohya if name.startswith("lora_te")} == names
+    for i in (0, 1):
+        for layer, ours in ENCODER_LAYERS.items():
+            for down, A in (("down", "A"), ("up", "B")):
+                name = f"lora_te_text_model_encoder_layers_{i}_{layer}.lora_{down}.weight"
+                assert torch.equal(kohya[name], theirs[f"text_encoder.encoder.layers.{i}.{ours}.lora_{A}.weight"])
+            assert kohya[f"lora_te_text_model_encoder_layers_{i}_{layer}.alpha"] == 2 * 4 + 4
+
+
+ENCODER_LAYERS = {"mlp_fc1": "mlp.fc1", "self_attn_q_proj": "self_attn.q_proj", "self_attn_v_proj": "self_attn.v_proj"}
+
+
+@torch.no_grad()
+def test_export_of_what_is_in_memory(tmp_path):
+    """A pipeline, a model of diffusers, a PeftModel of one, and what save_lora_adapter wrote: the same tensors."""
+    pipeline = pipeline_of("unet")
+    pipeline.unet = trained("unet", TARGETS, 4)
+    pipeline.unet.save_lora_adapter(tmp_path / "saved")
+    wrapped = randomize(peft.get_peft_model(make("unet"), gralora_config(2, 8, 4, target_modules=TARGETS)))
+    sources: dict[str, Any] = {"pipeline": pipeline, "model": pipeline.unet, "wrapped": wrapped}
+    wrapped.save_pretrained(tmp_path / "peft")
+    sources |= {"saved": tmp_path / "saved", "file": tmp_path / "saved" / FILE, "peft": tmp_path / "peft"}
+    found = {}
+    for name, source in sources.items():
+        report = gralora.to_lora(source, tmp_path / f"out-{name}", "diffusers")
+        assert report["parity"]["relative_difference"] < 1e-7 and report["rank"] == 2 * 4 + 4
+        found[name] = load_file(tmp_path / f"out-{name}" / FILE)
+    for name, tensors in found.items():
+        assert tensors.keys() == found["pipeline"].keys(), name
+        assert all(torch.equal(t, found["pipeline"][key]) for key, t in tensors.items()), name
+
+
+def test_export_refuses_what_the_layouts_cannot_hold(tmp_path):
+    model = trained("unet", TARGETS, 0, lora_bias=True)
+    with pytest.raises(ValueError, match="lora_bias=True .unet. cannot be kept"):
+        gralora.to_lora(model, tmp_path / "out", "diffusers")
+    with pytest.raises(ValueError, match="no adapter 'other'"):
+        gralora.to_lora(model, tmp_path / "out", "diffusers", adapter_name="other")
+    with pytest.raises(FileNotFoundError, match="neither adapter_config.json"):
+        gralora.to_lora(tmp_path / "nothing", tmp_path / "out", "diffusers")
+    save_file_without_config(tmp_path / FILE)
+    with pytest.raises(ValueError, match="no config in its metadata"):
+        gralora.to_lora(tmp_path, tmp_path / "out", "diffusers")
+    assert not (tmp_path / "out").exists()
+
+
+def save_file_without_config(path: Path) -> None:
+    save_file({"unet.x.lora_A.weight": torch.ones(2, 2, 2)}, path)
+
+
+def test_memory_to_the_other_targets(tiny_model, tmp_path):
+    """A language model in memory, a PeftModel or one with an injected adapter, for PEFT."""
+    from transformers import AutoModelForCausalLM
+
+    ids, found = torch.arange(1, 9)[None], []
+    for inject in (peft.get_peft_model, lambda model, config: (model.add_adapter(config), model)[1]):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        model = randomize(inject(model, gralora_config(2, 8, 4, target_modules=["q_proj", "down_proj"]))).eval()
+        out = tmp_path / f"out{len(found)}"
+        gralora.to_lora(model, out, "peft")
+        read = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(out))
+        assert not read.peft_config["default"].use_gralora
+        with torch.no_grad():
+            found.append(read(ids).logits)
+            torch.testing.assert_close(found[-1], model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(*found)
+
+
+def test_private_names_of_diffusers():
+    """What diffusion.py takes of it: two functions of the Flux pipelines, by name and arguments."""
+    import inspect
+
+    from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
+
+    functions: dict[str, Callable[..., Any]] = {
+        name: inspect.unwrap(getattr(FluxLoraLoaderMixin, name).__func__)
+        for name in ("_maybe_expand_transformer_param_shape_or_error_", "_maybe_expand_lora_state_dict")
+    }
+    arguments = [list(inspect.signature(function).parameters) for function in functions.values()]
+    assert arguments == [
+        ["cls", "transformer", "lora_state_dict", "norm_state_dict", "prefix"],
+        ["cls", "transformer", "lora_state_dict"],
+    ]
