@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.dev
 
-.PHONY: test coverage finetune docs bench test-llamacpp test-vllm test-oldest-peft test-versions test-oldest test-newest test-triton \
+.PHONY: test coverage finetune docs bench test-llamacpp test-vllm test-trainers test-oldest-peft test-versions test-oldest test-newest test-triton \
 	lint typecheck format clean
 
 test: $(STAMP)
@@ -41,6 +41,22 @@ test-vllm: $(STAMP)
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	GRALORA_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python \
 		$(VENV)/bin/python -m pytest -m slow -k vllm tests/test_serving.py
+
+# Other trainers, each in an environment of its own: gralora's, with the versions that the trainer asks for in front.
+# torchaudio's library, which LLaMA-Factory does not call here, is of CUDA and would not load on the CPU.
+TRAINERS := axolotl swift llamafactory
+test-trainers: $(STAMP)
+	for name in $(TRAINERS); do \
+		test -d .venv-$$name || $(PYTHON) -m venv .venv-$$name; \
+		$(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+			> $$(.venv-$$name/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/zz_gralora.pth; \
+		.venv-$$name/bin/python -m pip install --quiet --no-deps -r tests/trainers/$$name.txt; \
+	done
+	rm -f .venv-llamafactory/lib/python*/site-packages/torchaudio/lib/*.so
+	PYTHONPATH=$(CURDIR)/src GRALORA_AXOLOTL_PYTHON=$(CURDIR)/.venv-axolotl/bin/python \
+		GRALORA_SWIFT_PYTHON=$(CURDIR)/.venv-swift/bin/python \
+		GRALORA_LLAMAFACTORY_PYTHON=$(CURDIR)/.venv-llamafactory/bin/python \
+		$(VENV)/bin/python -m pytest -m slow tests/test_trainers.py
 
 test-oldest-peft: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target .peft-oldest peft==0.19.0
@@ -84,7 +100,7 @@ format: $(STAMP)
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-llamacpp .venv-vllm .venv-oldest .venv-newest .peft-oldest .triton outputs build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .mypy_cache .coverage
+	rm -rf $(VENV) .venv-llamacpp .venv-vllm $(TRAINERS:%=.venv-%) .venv-oldest .venv-newest .peft-oldest .triton outputs build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .mypy_cache .coverage
 
 # $(VENV)/.EXTRA: installed with the dependencies of pyproject's EXTRA
 $(VENV)/.%: pyproject.toml constraints.txt

@@ -1,0 +1,161 @@
+"""Other trainers, each the real program: from its command line to `gralora merge` and `gralora export`.
+
+Each has an environment of its own, which `make test-trainers` makes; it is named by GRALORA_AXOLOTL_PYTHON and so on.
+TRL is in the environment of the tests.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import gralora
+from gralora.plugins import __path__ as plugins
+
+pytestmark = pytest.mark.slow
+
+ROWS = [{"instruction": f"What is {i}+{i}?", "input": "", "output": f"{2 * i}"} for i in range(40)]
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<end>{% endfor %}"
+
+AXOLOTL = """
+base_model: {folder}/model
+plugins: [gralora.plugins.axolotl.GraloraPlugin]
+adapter: gralora
+lora_r: 8
+lora_alpha: 16
+lora_target_linear: true
+gralora_k: 2
+hybrid_r: 4
+datasets: [{{path: {folder}/data.json, ds_type: json, type: alpaca}}]
+sequence_len: 512
+micro_batch_size: 2
+gradient_accumulation_steps: 1
+max_steps: 3
+learning_rate: 0.01
+optimizer: adamw_torch
+lr_scheduler: constant
+output_dir: {folder}/out
+dataset_prepared_path: {folder}/prepared
+bf16: false
+tf32: false
+val_set_size: 0
+"""
+LLAMA_FACTORY = """
+model_name_or_path: {folder}/model
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+dataset_dir: {folder}
+dataset: tiny
+template: default
+cutoff_len: 512
+output_dir: {folder}/out
+per_device_train_batch_size: 2
+max_steps: 3
+learning_rate: 1.0e-2
+report_to: none
+"""
+SWIFT = (
+    "-m swift.cli.main sft --model {folder}/model --model_type llama --template default --dataset {folder}/data.jsonl "
+    "--external_plugins {plugins}/ms_swift.py --tuner_type gralora --lora_rank 8 --lora_alpha 16 --target_modules "
+    "--torch_dtype float32 --max_steps 3 --per_device_train_batch_size 2 --learning_rate 1e-2 "
+    "--output_dir {folder}/out --add_version false --report_to none --save_steps 3 --max_length 512 "
+    "--dataset_num_proc 1"
+)
+TRL = (
+    "-m gralora.tool.cli run -- trl sft --model_name_or_path {folder}/model --dataset_name {folder}/rows --use_peft "
+    "--lora_r 8 --lora_target_modules q_proj v_proj --max_steps 2 --learning_rate 1e-2 --output_dir {folder}/out "
+    "--report_to none --use_cpu --bf16 false --gradient_checkpointing false --gralora_k 2 --hybrid_r 4"
+)
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    """The tiny model with room for prompts and a chat template, and data in the layouts that the programs read."""
+    AutoModelForCausalLM.from_pretrained(tiny_model, max_position_embeddings=1024).save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.pad_token, tokenizer.chat_template = tokenizer.eos_token, TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data.json").write_text(json.dumps(ROWS))
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"tiny": {"file_name": "data.json"}}))
+    turns = [(("user", row["instruction"]), ("assistant", row["output"])) for row in ROWS]
+    lines = [json.dumps({"messages": [{"role": r, "content": c} for r, c in turn]}) for turn in turns]
+    (tmp_path / "rows").mkdir()
+    for path in (tmp_path / "data.jsonl", tmp_path / "rows" / "train.jsonl"):
+        path.write_text("\n".join(lines))
+    (tmp_path / "axolotl.yml").write_text(AXOLOTL.format(folder=tmp_path))
+    (tmp_path / "llamafactory.yaml").write_text(LLAMA_FACTORY.format(folder=tmp_path))
+    return tmp_path
+
+
+def python_of(program: str) -> str:
+    python = os.environ.get(f"GRALORA_{program.upper()}_PYTHON")
+    if not python:
+        pytest.skip(f"GRALORA_{program.upper()}_PYTHON names no environment; run `make test-trainers`")
+    return python
+
+
+def run(command: list[str], folder: Path) -> None:
+    settings = {"CUDA_VISIBLE_DEVICES": "", "AXOLOTL_DO_NOT_TRACK": "1", "DISABLE_VERSION_CHECK": "1"}
+    settings |= {"HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ | settings)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+
+
+def check(folder: Path, adapter: Path) -> None:
+    """It is the GraLoRA that was asked for, trained, and what merge and export make of it says what it says."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["use_gralora"], config["gralora_k"], config["hybrid_r"], config["r"]) == (True, 2, 4, 8)
+
+    def base() -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        plain = base()(ids).logits
+        expected = gralora.load_adapter(base(), adapter)(ids).logits
+        assert (expected - plain).abs().max() > 1e-4
+        gralora.merge_adapter(adapter, folder / "merged", folder / "model")
+        gralora.to_lora(adapter, folder / "lora", "peft")
+        merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+        exported = PeftModel.from_pretrained(base(), str(folder / "lora"))
+        for model in (merged, exported):
+            torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_axolotl(folder: Path) -> None:
+    run([python_of("axolotl"), "-m", "axolotl.cli.train", "axolotl.yml"], folder)
+    check(folder, folder / "out")
+
+
+def test_ms_swift(folder: Path) -> None:
+    command = SWIFT.format(folder=folder, plugins=plugins[0]).replace(
+        "--target_modules", "--target_modules all-linear"
+    )
+    settings = ["--model_kwargs", '{"gralora_k": 2, "gralora_hybrid_r": 4}']
+    run([python_of("swift"), *command.split(), *settings], folder)
+    check(folder, folder / "out" / "checkpoint-3")
+
+
+def test_llamafactory(folder: Path) -> None:
+    python = python_of("llamafactory")
+    program = str(Path(python).parent / "llamafactory-cli")
+    command = ["-m", "gralora.tool.cli", "run", "--gralora_k", "2", "--", program, "train", "llamafactory.yaml"]
+    run([python, *command, "--hybrid_r", "4"], folder)
+    check(folder, folder / "out")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_trl(folder: Path, processes: int) -> None:
+    """With two processes, each is a worker that accelerate starts."""
+    workers = ["--num_processes", "2", "--num_machines", "1"] if processes > 1 else []
+    run([sys.executable, *TRL.format(folder=folder).split(), *workers], folder)
+    check(folder, folder / "out")
