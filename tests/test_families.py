@@ -247,3 +247,87 @@ def test_another_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="size mismatch"):
         gralora.merge_adapter(tmp_path / "adapter", tmp_path / "merged", tmp_path / "wider")
     assert not (tmp_path / "merged").exists()
+
+
+# The base's own embedding and output layer, which PEFT saves with the adapter
+
+SAVED = {
+    "output layer adapted": {"target_modules": ["q_proj", "lm_head"]},
+    "more tokens": {"target_modules": ["q_proj"]},
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("case", SAVED)
+def test_weights_of_the_base_in_an_adapter_are_read_and_not_exported(case, tied, tmp_path):
+    """load_adapter sets them, as PEFT does; for vLLM they are left out, if they are those of the base."""
+    model = make_model("LlamaForCausalLM", tie_word_embeddings=tied)
+    if case == "more tokens":
+        model.save_pretrained(tmp_path / "small")
+        model.name_or_path = str(tmp_path / "small")
+        model.resize_token_embeddings(VOCAB + 4)
+    model.save_pretrained(tmp_path / "base")
+    if case != "more tokens":
+        model.name_or_path = str(tmp_path / "base")
+    adapted = randomize(peft.get_peft_model(model, gralora_config(k=2, r=4, **SAVED[case])))
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = logits(adapted)
+    read = type(model).from_pretrained(tmp_path / "base")
+    torch.testing.assert_close(logits(gralora.load_adapter(read, tmp_path / "adapter")), expected, rtol=0, atol=1e-5)
+    report = gralora.to_lora(tmp_path / "adapter", tmp_path / "out", "vllm", base=tmp_path / "base")
+    assert "left out" in report["notices"][0] and "base model's own" in report["notices"][0]
+    read = PeftModel.from_pretrained(type(model).from_pretrained(tmp_path / "base"), str(tmp_path / "out"))
+    torch.testing.assert_close(logits(read), expected, rtol=1e-4, atol=1e-4)
+    make_model("LlamaForCausalLM", tie_word_embeddings=tied, initializer_range=0.5).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="gralora merge.* writes them into the model"):
+        gralora.to_lora(tmp_path / "adapter", tmp_path / "out2", "vllm", base=tmp_path / "other")
+
+
+# What a refusal recommends is not refused
+
+REFUSED_FOR_VLLM = {
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "bias": {"bias": "lora_only"},
+    "lora_bias": {"lora_bias": True},
+    "trainable_token_indices": {"trainable_token_indices": [3, 5]},
+    "use_dora": {"use_dora": True},
+    "alora_invocation_tokens": {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
+    "target_parameters": {"target_parameters": ["q_proj.weight"], "target_modules": ["v_proj"]},
+    "ensure_weight_tying": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_FOR_VLLM)
+def test_the_advice_of_refusals_works(name, tmp_path):
+    """Every field that the export for vLLM refuses, with what its message says to do instead, done."""
+    fields = {"target_modules": ["o_proj", "q_proj"]} | REFUSED_FOR_VLLM[name]
+    model = make_model("Starcoder2ForCausalLM" if "bias" in name else "LlamaForCausalLM", tie_word_embeddings=False)
+    saved_adapter(model, tmp_path, **fields)
+    with pytest.raises(ValueError) as refused:
+        gralora.to_lora(tmp_path / "adapter", tmp_path / "out", "vllm")
+    advice = str(refused.value)
+    assert ("gralora merge" in advice) != ("use --for peft" in advice), advice
+    if "use --for peft" in advice:
+        gralora.to_lora(tmp_path / "adapter", tmp_path / "out", "peft")
+    else:
+        gralora.merge_adapter(tmp_path / "adapter", tmp_path / "out")
+    assert any((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_the_line_for_peft_is_of_the_task(tmp_path):
+    for task, name in (("SEQ_2_SEQ_LM", "Seq2SeqLM"), ("CAUSAL_LM", "CausalLM"), (None, "CausalLM")):
+        folder = tmp_path / str(task)
+        saved_adapter(make_model("T5ForConditionalGeneration"), folder, target_modules=["q"], task_type=task)
+        assert f"AutoPeftModelFor{name}" in gralora.to_lora(folder / "adapter", folder / "out", "peft")["command"]
+
+
+def test_the_modelfile_of_ollama_has_an_absolute_path(tmp_path, monkeypatch):
+    """Ollama reads a relative one from the Modelfile's folder, and a Hub id as a name of its own registry."""
+    saved_adapter(make_model("LlamaForCausalLM"), tmp_path, target_modules=["q_proj"])
+    monkeypatch.chdir(tmp_path)
+    gralora.to_lora("adapter", "out", "ollama", base="base")
+    assert (tmp_path / "out" / "Modelfile").read_text().startswith(f"FROM {tmp_path / 'base'}\n")
+    config = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1}
+    gralora.to_lora("adapter", "out2", "ollama", base="someone/something", base_config=config)
+    comment, source, _ = (tmp_path / "out2" / "Modelfile").read_text().splitlines()
+    assert comment.startswith("#") and "someone/something" in comment and source == "FROM BASE_MODEL"

@@ -4,6 +4,7 @@ dW of a GraLoRA adapter is that of a plain LoRA of rank k * r_g + hybrid_r: bloc
 computed, and no base model is needed. Layers are read, rewritten, written and then read back one by one.
 """
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable
@@ -21,16 +22,45 @@ from ..ops import reference
 from ..strings import check_printable, printable
 from . import formats
 from .adapter import PREFIX, Adapter, set_fields
+from .base import BaseModel, base_folder
 from .files import WEIGHTS, new_folder, read_adapter_folder, read_json, write_json
 from .load import load_adapter
 from .pipelines import export_pipeline
 from .plain import PlainLora, plain_lora
 from .targets import TARGETS
+from .untrusted import listed
 
 REPORT = "export_report.json"
 DIFFUSERS = "diffusers"  # the target that takes several adapters of a pipeline, and convolutions
 PROBES = 8
 PIECE = 1 << 18  # elements of a weight that are converted to float64 at a time
+
+
+def without_base_weights(adapter: Adapter, base: str | os.PathLike[str] | None) -> Adapter:
+    """The adapter without weights that are the base model's own, which PEFT saves with adapters of embeddings.
+
+    Args:
+        adapter: the adapter.
+        base: folder of the base model, by default what the adapter names; without it, nothing is left out.
+    """
+    try:
+        model = BaseModel(base_folder(base or adapter.config.base_model_name_or_path))
+    except (OSError, ValueError):
+        return adapter
+    own = {name for name in adapter.others if is_of_base(adapter.tensors[name], name, model)}
+    if not own:
+        return adapter
+    kept = adapter.tensors.renamed({name: name for name in adapter.tensors if name not in own})
+    notice = f"left out {len(own)} tensors that are the base model's own: {listed(sorted(own))}."
+    return dataclasses.replace(adapter, tensors=kept, notices=(*adapter.notices, notice))
+
+
+def is_of_base(tensor: Tensor, name: str, model: BaseModel) -> bool:
+    """Whether a tensor is in the base's files; an output layer without one of its own has the embedding's."""
+    name = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+    names = [name] if name in model else [other for other in model.file_of if model.spec(other).ndim == 2]
+    names = [other for other in names if model.spec(other).shape == tensor.shape]
+    return any(torch.equal(model[other].to(tensor), tensor) for other in names)
 
 
 def check_exportable(adapter: Adapter, target: str, kept: frozenset[str]) -> dict[str, Any]:
@@ -47,7 +77,8 @@ def check_exportable(adapter: Adapter, target: str, kept: frozenset[str]) -> dic
         raise ValueError(
             f"{target} takes nothing but A and B of linear layers, and the adapter also has "
             f"{', '.join(map(repr, adapter.others[:3]))}; `gralora merge` writes them into the model. (If they are "
-            "unchanged embeddings of the base: save_pretrained(..., save_embedding_layers=False) leaves them out.)"
+            "unchanged embeddings of the base: --base MODEL shows that and leaves them out, and so does "
+            "save_pretrained(..., save_embedding_layers=False).)"
         )
     return extra
 
@@ -167,6 +198,8 @@ def to_lora(
     base_name = str(base or source_adapter.config.base_model_name_or_path or "BASE_MODEL")
     check_printable("base_model_name_or_path" if base is None else "base", base_name)
     check_printable("out", str(out))
+    if source_adapter.others and not to.keeps:
+        source_adapter = without_base_weights(source_adapter, base)
     extra = check_exportable(source_adapter, target, to.keeps)
     if base is not None and base_config is None and (Path(base) / "config.json").is_file():
         base_config = read_json(Path(base) / "config.json")
@@ -188,7 +221,7 @@ def to_lora(
             raise ValueError(f"adapter {str(adapter)!r} has NaN or infinite tensors; see `gralora inspect`.")
         if to.is_peft and base is not None and any(Path(base).glob("*.safetensors")):
             report["logits"] = logits_parity(Path(adapter), folder, Path(base))
-        report["command"] = to.command(base_name, out, plain.rank)
+        report["command"] = to.command(base_name, out, plain)
         to.finish(folder, base_name)
         write_json(folder / REPORT, report)
     return report

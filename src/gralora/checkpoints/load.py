@@ -5,7 +5,7 @@ Nothing is NaN or all zero either, and after an error the model is as it was.
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -64,7 +64,8 @@ def load_adapter(
     adapter.config.inference_mode = not is_trainable
     with unchanged_after_error(model):
         loaded = _with_adapter(model, adapter, adapter_name)
-        check_tensors(tensors, expected_tensors(loaded, adapter_name))
+        expected = expected_tensors(loaded, adapter_name)
+        check_tensors(tensors, expected | base_weights(loaded, tensors.keys() - expected.keys()))
         set_peft_model_state_dict(loaded, tensors, adapter_name)
         loaded.set_adapter(adapter_name, inference_mode=not is_trainable)
         if not is_trainable:
@@ -120,6 +121,19 @@ def check_not_zero(adapter: Adapter) -> None:
 
 def expected_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
     return get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+
+
+def base_weights(model: PeftModel, names: Set[str]) -> dict[str, Tensor]:
+    """Those of `names` that are the base's own embedding and output layer.
+
+    PEFT saves both with an adapter that adapts one of them, or whose model has got another number of tokens; loading
+    the adapter sets them.
+    """
+    base = model.get_base_model()
+    modules = [getattr(base, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings")]
+    weights = {id(module.weight) for module in map(base_layer, filter(None, modules))}
+    state = dict(model.named_parameters(remove_duplicate=False))
+    return {name: state[name] for name in names if name in state and id(state[name]) in weights}
 
 
 def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..config import names
 from .adapter import BIAS, MAGNITUDE, PREFIX, A, B
+from .base import base_folder
 from .files import CONFIG, WEIGHTS, LazyTensors, read_safetensors, spec, write_json, write_safetensors
 from .plain import PlainLora, plain_config
 
@@ -32,6 +33,13 @@ GGUF_ARCHITECTURES = {
     "gemma3_text": ("gemma3", False),
 }
 GGUF = "adapter.gguf"
+AUTO_CLASSES = {  # PEFT's task types -> its AutoPeftModelFor...
+    "SEQ_2_SEQ_LM": "Seq2SeqLM",
+    "SEQ_CLS": "SequenceClassification",
+    "TOKEN_CLS": "TokenClassification",
+    "QUESTION_ANS": "QuestionAnswering",
+    "FEATURE_EXTRACTION": "FeatureExtraction",
+}
 
 
 def write_peft(plain: PlainLora, folder: Path, base_config: dict[str, Any] | None, extra: dict[str, Any]) -> ReadBack:
@@ -191,42 +199,63 @@ def gguf_base(config: dict[str, Any] | None) -> tuple[str, bool, dict[str, int]]
 
 
 def write_modelfile(folder: Path, base: str) -> None:
-    (folder / "Modelfile").write_text(f"FROM {base}\nADAPTER ./{GGUF}\n", encoding="utf-8")
+    """Ollama's recipe. It reads a relative path from the Modelfile's folder, and another name as one of its registry.
+
+    A Hub id is neither, and becomes the path of its copy on this machine, or a place to fill in.
+    """
+    note = ""
+    try:
+        base = str(base_folder(base).resolve())
+    except OSError:
+        if base != "BASE_MODEL":
+            note, base = f"# the folder or GGUF file of {base}, or its name in Ollama's registry:\n", "BASE_MODEL"
+    (folder / "Modelfile").write_text(f"{note}FROM {base}\nADAPTER ./{GGUF}\n", encoding="utf-8")
 
 
 # The lines that serve what was written
 
 
-def peft_command(base: str, out: Path, rank: int) -> str:
-    program = f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({str(out)!r})"
+def peft_command(base: str, out: Path, plain: PlainLora) -> str:
+    task = plain.adapter.config.task_type
+    name = f"AutoPeftModelFor{AUTO_CLASSES.get(str(getattr(task, 'value', task)), 'CausalLM')}"
+    program = f"from peft import {name} as M; M.from_pretrained({str(out)!r})"
     return shlex.join(["python", "-c", program])
 
 
-def vllm_command(base: str, out: Path, rank: int) -> str:
-    allowed = min(n for n in VLLM_RANKS if n >= rank)
+def vllm_command(base: str, out: Path, plain: PlainLora) -> str:
+    allowed = min(n for n in VLLM_RANKS if n >= plain.rank)
     return shlex.join(
         ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(allowed)]
         + ["--lora-modules", f"{out.name}={out}"]
     )
 
 
-def sglang_command(base: str, out: Path, rank: int) -> str:
+def sglang_command(base: str, out: Path, plain: PlainLora) -> str:
     return shlex.join(
-        ["python", "-m", "sglang.launch_server", "--model-path", base, "--enable-lora", "--max-lora-rank", str(rank)]
+        [
+            "python",
+            "-m",
+            "sglang.launch_server",
+            "--model-path",
+            base,
+            "--enable-lora",
+            "--max-lora-rank",
+            str(plain.rank),
+        ]
         + ["--lora-paths", f"{out.name}={out}"]
     )
 
 
-def llamacpp_command(base: str, out: Path, rank: int) -> str:
+def llamacpp_command(base: str, out: Path, plain: PlainLora) -> str:
     return shlex.join(["llama-server", "--model", "BASE_MODEL.gguf", "--lora", str(out / GGUF)])
 
 
-def ollama_command(base: str, out: Path, rank: int) -> str:
+def ollama_command(base: str, out: Path, plain: PlainLora) -> str:
     create = ["ollama", "create", out.name, "-f", str(out / "Modelfile")]
     return f"{shlex.join(create)} && {shlex.join(['ollama', 'run', out.name])}"
 
 
-def mlx_command(base: str, out: Path, rank: int) -> str:
+def mlx_command(base: str, out: Path, plain: PlainLora) -> str:
     return shlex.join(["mlx_lm.server", "--model", base, "--adapter-path", str(out)])
 
 
@@ -240,7 +269,7 @@ class Target:
 
     Attributes:
         write: (adapter, folder, base's config, config fields kept) -> how to read a layer back.
-        command: (base, output folder, rank) -> the line that serves it.
+        command: (base, output folder, the LoRA) -> the line that serves it.
         max_rank: the highest rank it takes, or None.
         keeps: config fields beside the factors that it takes, with their tensors.
         dtype: the only one it is given, or None for the adapter's.
@@ -249,7 +278,7 @@ class Target:
     """
 
     write: Callable[[PlainLora, Path, dict[str, Any] | None, dict[str, Any]], ReadBack]
-    command: Callable[[str, Path, int], str]
+    command: Callable[[str, Path, PlainLora], str]
     max_rank: int | None = None
     keeps: frozenset[str] = frozenset()
     dtype: torch.dtype | None = None
