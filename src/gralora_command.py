@@ -20,11 +20,11 @@ COMMANDS = {
     "export": ("gralora.tool.adapters", "export_command", "write the plain LoRA that an adapter equals, for serving"),
     "merge": ("gralora.tool.adapters", "merge_command", "write the base model with an adapter merged in"),
     "verify": (
-    "run": ("gralora.tool.run", "main", "start another trainer (TRL, LLaMA-Factory, torchrun), its LoRA made GraLoRA"),
         "gralora.tool.verify",
         "verify_main",
         "compare an adapter that was saved, or is served, with training",
     ),
+    "run": ("gralora.tool.run", "main", "start another trainer (TRL, LLaMA-Factory, torchrun), its LoRA made GraLoRA"),
 }
 
 USER_ERROR = 2  # as argparse
