@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.dev
 
-.PHONY: test coverage finetune docs bench test-llamacpp test-vllm test-trainers test-oldest-peft test-versions test-oldest test-newest test-triton \
+.PHONY: test probe coverage finetune docs bench test-llamacpp test-vllm test-trainers test-oldest-peft test-versions test-oldest test-newest test-triton \
 	lint typecheck format clean
 
 test: $(STAMP)
@@ -27,6 +27,12 @@ bench: $(STAMP)
 finetune: $(VENV)/.finetune
 	$(VENV)/bin/gralora finetune --use_gralora --lora_target_modules all-linear --max_steps 40 --batch_size 4 \
 		--max_seq_length 96 --val_set_size 32 --learning_rate 5e-4 --logging_steps 2 --output_dir outputs/finetune --overwrite --verify
+
+# Kills, races, full disks, lying headers, absurd configs, patterns, pickles and templates, drawn from a seed; 15 minutes
+SEED := 1
+probe: $(STAMP)
+	GRALORA_PROBE_SEED=$(SEED) GRALORA_PROBE_TIMES=12 $(VENV)/bin/python -m pytest -s -m "not gpu" \
+		tests/test_faults.py tests/test_fuzz.py tests/test_security.py tests/test_unchanged.py
 
 # Adapters served by other programs, each in an environment of its own; llama.cpp compiles for minutes
 test-llamacpp: $(STAMP)

@@ -1,6 +1,7 @@
 """What the tests share: tables of cases, tiny models, the block loop written from the formulas, the accuracy rules."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,6 +20,14 @@ torch.set_num_threads(1)  # the tensors here are so small that more threads only
 
 TOLERANCE_FLOAT64 = 1e-10
 VOCAB = 32
+
+# `make probe` draws from another seed, and less often than a night's run
+SEED = int(os.environ.get("GRALORA_PROBE_SEED", "0"))
+
+
+def times(at_night: int) -> int:
+    """How often a slow test of faults repeats what it does."""
+    return int(os.environ.get("GRALORA_PROBE_TIMES", at_night))
 
 
 class Case(NamedTuple):

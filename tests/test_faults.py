@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_llama
+from helpers import SEED, times, tiny_llama
 from saved import CONFIG, WEIGHTS, read, save_gralora, write
 from tqdm import tqdm
 
@@ -115,7 +115,7 @@ def check_killed(operation: str, inputs: Path, expected: dict[str, bytes], **whe
     return killed
 
 
-def try_kills(operation: str, inputs: Path, times: int, every_event: bool) -> None:
+def try_kills(operation: str, inputs: Path, count: int, every_event: bool) -> None:
     out = inputs / "out"
     started = time.monotonic()
     OPERATIONS[operation](inputs, out)
@@ -124,12 +124,12 @@ def try_kills(operation: str, inputs: Path, times: int, every_event: bool) -> No
     events = in_child(lambda: OPERATIONS[operation](inputs, out))
     assert contents(out) == expected and events > 5
     shutil.rmtree(out)
-    r = random.Random(0)
-    numbers = range(1, events + 1) if every_event else sorted(r.sample(range(1, events), times))
+    r = random.Random(SEED)
+    numbers = range(1, events + 1) if every_event else sorted(r.sample(range(1, events), count))
     killed = sum(check_killed(operation, inputs, expected, kill_at=n) for n in numbers)
     assert killed >= len(numbers) - 1
     at_random = 0
-    while at_random < times:
+    while at_random < count:
         at_random += check_killed(operation, inputs, expected, kill_after=r.uniform(0, duration))
     print(f"{operation}: killed at {killed} of its {events} file events, and {at_random} times at random")
 
@@ -142,7 +142,7 @@ def test_killed_and_run_again(inputs: Path, operation: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_killed_at_every_file_event(inputs: Path, operation: str) -> None:
-    try_kills(operation, inputs, SLOW, every_event=True)
+    try_kills(operation, inputs, times(SLOW), every_event=True)
 
 
 def test_merge_killed_again_and_again(inputs: Path) -> None:
@@ -183,7 +183,7 @@ def check_killed_save(tmp_path: Path, model: Any, old: dict[str, bytes], new: di
     return "refused"
 
 
-def try_killed_saves(tmp_path: Path, times: int) -> None:
+def try_killed_saves(tmp_path: Path, count: int) -> None:
     save_gralora(tmp_path / "in")
     model = gralora.load_adapter(tiny_llama(), tmp_path / "in")
     model.save_pretrained(tmp_path / "old")
@@ -191,10 +191,10 @@ def try_killed_saves(tmp_path: Path, times: int) -> None:
         p.data *= 2
     started = time.monotonic()
     model.save_pretrained(tmp_path / "new")
-    duration, r = time.monotonic() - started, random.Random(0)
+    duration, r = time.monotonic() - started, random.Random(SEED)
     old, new = contents(tmp_path / "old"), contents(tmp_path / "new")
-    found = [check_killed_save(tmp_path, model, old, new, r.uniform(0, duration)) for _ in range(times)]
-    print(f"save_pretrained killed {times} times: {', '.join(f'{found.count(x)} {x}' for x in sorted(set(found)))}")
+    found = [check_killed_save(tmp_path, model, old, new, r.uniform(0, duration)) for _ in range(count)]
+    print(f"save_pretrained killed {count} times: {', '.join(f'{found.count(x)} {x}' for x in sorted(set(found)))}")
 
 
 def test_killed_save(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_killed_save(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_many_killed_saves(tmp_path: Path) -> None:
-    try_killed_saves(tmp_path, SLOW)
+    try_killed_saves(tmp_path, times(SLOW))
 
 
 def test_replacing_an_adapter_killed_anywhere(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def race(*actions: Callable[[], Any], delays: tuple[float, ...]) -> list[str]:
     return results
 
 
-def try_races(operation: str, inputs: Path, times: int, seed: int = 0) -> dict[str, int]:
+def try_races(operation: str, inputs: Path, count: int) -> dict[str, int]:
     """Two operations with different results into one folder: one is done and its files are there, the other is told.
 
     Returns:
@@ -281,9 +281,9 @@ def try_races(operation: str, inputs: Path, times: int, seed: int = 0) -> dict[s
         run(inputs, inputs / name)
         results[name] = contents(inputs / name), time.monotonic() - started
     assert results["first"][0] != results["second"][0]
-    r, told = random.Random(seed), {"being written": 0, "exists": 0, "meanwhile": 0}
+    r, told = random.Random(SEED), {"being written": 0, "exists": 0, "meanwhile": 0}
     duration = max(seconds for _, seconds in results.values())
-    for _ in range(times):
+    for _ in range(count):
         delays = (0.0, r.uniform(0, 1.2 * duration)) if r.random() < 0.5 else (r.uniform(0, 0.2 * duration), 0.0)
         out = inputs / "out"
         ended = race(lambda: first(inputs, out), lambda: second(inputs, out), delays=delays)  # noqa: B023
@@ -295,7 +295,7 @@ def try_races(operation: str, inputs: Path, times: int, seed: int = 0) -> dict[s
         told[next(word for word in told if word in loser)] += 1
         assert not list(inputs.glob(".out*"))
         shutil.rmtree(out)
-    print(f"{operation}: {times} races of two; the slower one was told: {told}")
+    print(f"{operation}: {count} races of two; the slower one was told: {told}")
     return told
 
 
@@ -314,7 +314,7 @@ def test_two_at_once_into_one_folder(inputs: Path, operation: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_many_races(inputs: Path, operation: str) -> None:
-    try_races(operation, inputs, 2 * SLOW)
+    try_races(operation, inputs, 2 * times(SLOW))
 
 
 def test_same_merge_started_twice(inputs: Path) -> None:
@@ -458,9 +458,9 @@ def finetune_in_child(args: FinetuneArguments, kill_after: float | None = None) 
     return process.exitcode != 0
 
 
-def try_finetune_kills(tmp_path: Path, base: Path, times: int) -> None:
+def try_finetune_kills(tmp_path: Path, base: Path, count: int) -> None:
     """Over a finished adapter: it stays, or the new one is there; a checkpoint goes on or is refused."""
-    out, r, found = tmp_path / "out", random.Random(0), []
+    out, r, found = tmp_path / "out", random.Random(SEED), []
     assert not finetune_in_child(finetune_arguments(tmp_path, base, seed=1))
     first = tmp_path / "first"
     shutil.copytree(out, first, ignore=shutil.ignore_patterns("checkpoint-*"))
@@ -468,7 +468,7 @@ def try_finetune_kills(tmp_path: Path, base: Path, times: int) -> None:
     assert not finetune_in_child(finetune_arguments(tmp_path, base))
     duration, old, new = time.monotonic() - started, adapter_files(first), adapter_files(out)
     assert old[WEIGHTS] != new[WEIGHTS] and None not in (*old.values(), *new.values())
-    while len(found) < times:
+    while len(found) < count:
         shutil.rmtree(out)
         shutil.copytree(first, out)
         if not finetune_in_child(finetune_arguments(tmp_path, base), duration * (0.3 + 0.7 * r.random())):
@@ -490,12 +490,47 @@ def try_finetune_kills(tmp_path: Path, base: Path, times: int) -> None:
             else:
                 assert adapter_files(out)[WEIGHTS] == new[WEIGHTS]
                 found[-1] += ", resumed to the end of the whole run"
-    print(f"finetune killed {times} times: {', '.join(f'{found.count(x)} {x}' for x in sorted(set(found)))}")
+    print(f"finetune killed {count} times: {', '.join(f'{found.count(x)} {x}' for x in sorted(set(found)))}")
+
+
+def test_finetune_into_a_folder_that_is_being_written(tmp_path: Path, tiny_model: Path) -> None:
+    """Told before anything is loaded; the folder that the other run writes is as it was."""
+    args = finetune_arguments(tmp_path, tiny_model)
+    out = tmp_path / "out"
+    with (
+        files.locked(out / ".lock", out),
+        pytest.raises(BlockingIOError, match=f"out' is being written by process {os.getpid()} "),
+    ):
+        finetune(args)
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_two_finetunes_into_one_folder(tmp_path: Path, tiny_model: Path) -> None:
+    """One of them ends, with its adapter whole; the other has changed nothing of it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gralora.tool.finetune", __name__])
+    expected = []
+    for seed in (1, 2):
+        assert not finetune_in_child(finetune_arguments(tmp_path, tiny_model, seed=seed))
+        expected.append(adapter_files(tmp_path / "out"))
+        shutil.rmtree(tmp_path / "out")
+    for _ in range(times(4)):
+        runs = [finetune_arguments(tmp_path, tiny_model, seed=seed, overwrite=False) for seed in (1, 2)]
+        processes = [context.Process(target=quiet_finetune, args=(args,)) for args in runs]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        codes = [process.exitcode for process in processes]
+        assert sorted(codes) == [0, 1]
+        assert adapter_files(tmp_path / "out") == expected[codes.index(0)]
+        shutil.rmtree(tmp_path / "out")
 
 
 @pytest.mark.slow
 def test_finetune_killed_often(tmp_path: Path, tiny_model: Path) -> None:
-    try_finetune_kills(tmp_path, tiny_model, SLOW)
+    try_finetune_kills(tmp_path, tiny_model, times(SLOW))
 
 
 # Full disks and read-only folders

@@ -398,3 +398,80 @@ def test_printable_keeps_text_and_escapes_the_rest() -> None:
     assert printable("größe 層 a-b") == "größe 層 a-b"
     assert printable("a\x1b[1m\n\t\u202e\ud800\x7f") == r"a\x1b[1m\n\t\u202e\ud800\x7f"
     assert printable("a\nb\r", lines=True) == "a\nb\\r"
+
+
+# Lying headers
+
+
+def entry(shape: Any = (2, 4, 3), offsets: Any = (0, 96), dtype: Any = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+HEADERS: dict[str, Any] = {  # of files with 96 bytes of data
+    "beyond the file": {NAME: entry(offsets=[0, 10**12])},
+    "shape of terabytes": {NAME: entry(shape=[1 << 20, 1 << 20, 1 << 20])},
+    "shape that overflows": {NAME: entry(shape=[1 << 63, 2, 1 << 63])},
+    "negative shape": {NAME: entry(shape=[-2, -4, 3])},
+    "negative offset": {NAME: entry(offsets=[-96, 0])},
+    "end before start": {NAME: entry(offsets=[96, 0])},
+    "overlapping": {NAME: entry(), NAME.replace("_A", "_B"): entry()},
+    "a gap": {NAME: entry(shape=[1, 4, 3], offsets=[48, 96])},
+    "smaller than its data": {NAME: entry(shape=[1, 1, 1])},
+    "unknown dtype": {NAME: entry(dtype="F33")},
+    "dtype of torch's that is no number": {NAME: entry(dtype="C64", shape=[1, 4, 3])},
+    "shape that is no list": {NAME: entry(shape="2,4,3")},
+    "no shape": {NAME: {"dtype": "F32", "data_offsets": [0, 96]}},
+    "not an object": [NAME],
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_headers_that_lie(tmp_path: Path, base: Path, reader: str, header: Any) -> None:
+    """Refused by name of the file or the layer, without the memory that they ask for."""
+    save_gralora(tmp_path / "in")
+    head = json.dumps(header).encode()
+    (tmp_path / "in" / WEIGHTS).write_bytes(len(head).to_bytes(8, "little") + head + bytes(96))
+    with pytest.raises(ValueError, match=f"{WEIGHTS}|no GraLoRA tensors|empty|layer|dtype"):
+        READERS[reader](tmp_path / "in", base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 2**40, 2**63 - 1, 2**64 - 1], ids=str)
+def test_length_of_a_header_that_lies(tmp_path: Path, length: int) -> None:
+    save_gralora(tmp_path)
+    content = (tmp_path / WEIGHTS).read_bytes()
+    (tmp_path / WEIGHTS).write_bytes(length.to_bytes(8, "little") + content[8:])
+    with pytest.raises(ValueError, match=WEIGHTS):
+        gralora.inspect_adapter(tmp_path)
+
+
+# Chat templates: Jinja, which transformers runs in a sandbox
+
+TEMPLATES = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ cycler.__init__.__globals__.os.system('touch SPRUNG') }}",
+    "{{ self.__init__.__globals__.__builtins__.open('SPRUNG', 'w') }}",
+    "{{ lipsum.__globals__['os'].popen('touch SPRUNG').read() }}",
+    "{{ messages.__class__.__base__.__subclasses__() }}",
+    "{{ raise_exception.__globals__['__builtins__']['open']('SPRUNG', 'w') }}",
+    "{{ strftime_now.__globals__['__builtins__']['open']('SPRUNG', 'w') }}",
+    "{% set _ = messages.append('x') %}",
+    "{% include '/etc/passwd' %}",
+    "{% import 'os' as os %}",
+    "{% for i in range(10**9) %}x{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_chat_templates_run_no_code(tmp_path: Path, template: str) -> None:
+    """They reach neither Python's objects nor files; transformers ends them with an error."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages = [{"role": "user", "content": "hello"}]
+    template = template.replace("SPRUNG", str(tmp_path / "sprung"))
+    with pytest.raises(Exception, match="(?i)unsafe|undefined|range too big|no loader|not safely callable"):
+        render_jinja_template(conversations=[messages], chat_template=template)
+    assert not (tmp_path / "sprung").exists() and messages == [{"role": "user", "content": "hello"}]

@@ -5,24 +5,30 @@ Nothing is NaN or all zero either, and after an error the model is as it was.
 
 import copy
 import os
+import reprlib
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import peft
+import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from .. import inject
+from ..config import LoraConfig, is_set
 from ..kinds import base_layer, check_kind
 from . import formats
 from .adapter import PREFIX, Adapter
 from .files import read_adapter_folder
 from .untrusted import check_finite, check_matching_time, listed
+
+MOST_REPLICATED = 16  # copies of a layer, on average
 
 
 def load_adapter(
@@ -76,6 +82,10 @@ def load_adapter(
 def check_layers(adapter: Adapter, base: nn.Module) -> None:
     """Raise ValueError, with names, if the base model lacks layers of the adapter or they have other features."""
     modules = dict(base.named_modules())
+    if is_set("layer_replication", adapter.config.layer_replication):
+        check_replication(adapter.config, base)
+        check_matching_time(adapter.config.to_dict(), modules)
+        return  # the adapter is of layers that PEFT makes: `check_tensors` compares them
     places = {layer: layer.replace(".base_layer", "") for layer in adapter.layers}  # what PEFT wraps has this in front
     missing = [layer for layer, place in places.items() if place not in modules]
     if missing:
@@ -108,6 +118,25 @@ def check_layers(adapter: Adapter, base: nn.Module) -> None:
         raise ValueError(
             f"the config selects {len(without)} layers of the base model that the file has no tensors of: "
             f"{listed(without)}."
+        )
+
+
+def check_replication(config: LoraConfig, base: nn.Module) -> None:
+    """Raise ValueError if layer_replication names layers that the base model lacks, or makes very many of them."""
+    count = getattr(getattr(base, "config", None), "num_hidden_layers", None)
+    ranges = config.layer_replication or []
+    if not isinstance(count, int):
+        raise ValueError(f"layer_replication needs a model with layers, and {type(base).__name__}'s config has none.")
+    if not all(len(pair) == 2 and 0 <= pair[0] < pair[1] <= count for pair in ranges):
+        raise ValueError(
+            f"layer_replication={reprlib.repr(ranges)} must be pairs of a first layer and the one after the last, and "
+            f"the base model has {count} layers."
+        )
+    total = sum(last - first for first, last in ranges)
+    if total > MOST_REPLICATED * count:
+        raise ValueError(
+            f"layer_replication={reprlib.repr(ranges)} makes {total} layers of {count}, more than {MOST_REPLICATED} "
+            "of each."
         )
 
 
@@ -154,7 +183,7 @@ def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 
 @contextmanager
 def unchanged_after_error(model: nn.Module) -> Iterator[None]:
-    """After an error in the block, `model` has the modules, classes, attributes and trainable parameters of before.
+    """After an error in the block, `model` has what it had: modules, classes, attributes, configs, what is trainable.
 
     PEFT changes a model layer by layer, and an error in the middle leaves it half changed. Values of tensors are not
     restored; adding an adapter changes none.
@@ -162,7 +191,9 @@ def unchanged_after_error(model: nn.Module) -> Iterator[None]:
     modules, trainable = list(model.modules()), [(p, p.requires_grad) for p in model.parameters()]
     classes = [type(module) for module in modules]
     attributes = [vars(module) for module in modules]
-    containers = [*attributes, *(v for a in attributes for v in a.values() if isinstance(v, dict | list | set))]
+    values = [value for a in attributes for value in a.values()]
+    configs = [vars(value) for value in values if isinstance(value, PreTrainedConfig | GenerationConfig)]
+    containers = [*attributes, *configs, *(value for value in values if isinstance(value, dict | list | set))]
     copies = [copy.copy(container) for container in containers]
     try:
         yield
@@ -178,7 +209,15 @@ def unchanged_after_error(model: nn.Module) -> Iterator[None]:
 
 
 def _with_adapter(model: nn.Module, adapter: Adapter, adapter_name: str) -> PeftModel:
-    if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, adapter.config)
-        return model
-    return peft.get_peft_model(model, adapter.config, adapter_name)
+    """The model with room for the adapter; what PEFT raises at values that it does not check becomes a ValueError."""
+    try:
+        if isinstance(model, PeftModel):
+            model.add_adapter(adapter_name, adapter.config)
+            return model
+        return peft.get_peft_model(model, adapter.config, adapter_name)
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"PEFT cannot add an adapter with this config to the model: {type(error).__name__}: {error}"
+        ) from error

@@ -9,6 +9,7 @@ import platform
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,6 +141,26 @@ class Run(NamedTuple):
     checkpoint: str | None
 
 
+def alone(run: Callable[[FinetuneArguments], dict[str, Any]]) -> Callable[[FinetuneArguments], dict[str, Any]]:
+    """Hold the lock of `output_dir` while a run lasts; of several processes of one run, the first does."""
+
+    @functools.wraps(run)
+    def run_alone(args: FinetuneArguments) -> dict[str, Any]:
+        if os.environ.get("RANK", "0") != "0":
+            return run(args)
+        folder = Path(args.output_dir)
+        is_new = not folder.exists()
+        try:
+            with locked(folder / ".lock", folder):
+                return run(args)
+        finally:
+            if is_new and folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()  # of a run that was refused
+
+    return run_alone
+
+
+@alone
 def finetune(args: FinetuneArguments) -> dict[str, Any]:
     """Fine-tune a causal language model; see `FinetuneArguments`. Progress and results are printed.
 
