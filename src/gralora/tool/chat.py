@@ -15,6 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer, s
 from .adapters import DTYPES
 from .data.layouts import INSTRUCTION, instruction_example
 from .data.tokens import prompt_ids
+from .models import positions
 from .side_by_side import SideBySide, load_side_by_side
 from .tasks.inference import chat_or_plain_ids, cut, generation_config
 
@@ -111,11 +112,11 @@ class Conversation:
             raise ValueError("the prompt has no tokens.")
         streamer, stop = Answer(self.loaded.tokenizer), STOP.get(self.template, ())
         with self.loaded.using(label) as model:
-            positions = getattr(model.config, "max_position_embeddings", None)
-            if positions and len(ids) + self.args.max_new_tokens > positions:
+            most = positions(model.config)
+            if most and len(ids) + self.args.max_new_tokens > most:
                 raise ValueError(
                     f"the conversation has {len(ids)} tokens, and with max_new_tokens={self.args.max_new_tokens} more "
-                    f"than the {positions} that the model can take; /reset forgets it."
+                    f"than the {most} that the model can take; /reset forgets it."
                 )
             if self.args.seed is not None:
                 set_seed(self.args.seed)

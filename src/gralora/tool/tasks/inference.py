@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.tokens import IGNORED, prompt_ids
+from ..models import positions
 
 
 def batches(lengths: list[int], batch_size: int, what: str) -> Iterator[list[int]]:
@@ -23,11 +24,11 @@ def batches(lengths: list[int], batch_size: int, what: str) -> Iterator[list[int
 
 def check_lengths(model: PreTrainedModel, lengths: list[int], more: int = 0) -> None:
     """Raise ValueError if a text, with so many more tokens, is longer than the model has positions for."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    most = positions(model.config)
     longest = max(lengths, default=0)
-    if positions and longest + more > positions:
+    if most and longest + more > most:
         parts = f"{longest} tokens and max_new_tokens={more}" if more else f"{longest} tokens"
-        raise ValueError(f"row {lengths.index(longest) + 1} has {parts}; the model can take {positions} in all.")
+        raise ValueError(f"row {lengths.index(longest) + 1} has {parts}; the model can take {most} in all.")
 
 
 def padded(rows: list[list[int]], value: int, side: str) -> tuple[Tensor, Tensor]:

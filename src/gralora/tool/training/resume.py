@@ -15,13 +15,12 @@ from safetensors import SafetensorError, safe_open
 from torch import distributed
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ...checkpoints.files import write_json
+from ...checkpoints.files import CONFIG, WEIGHTS, write_json
 from ...config import names, same
 from .distributed import any_process
 
 LATEST = ("latest", "true")
 STATE = "trainer_state.json"  # what the Trainer writes last
-WEIGHTS = "adapter_model.safetensors"
 CONTENTS = "gralora_checkpoint.json"  # written once a checkpoint is whole: its files, and a digest of the data
 KEPT = (".pt", ".pth", ".bin", ".safetensors", ".distcp", ".json")  # files that resuming reads
 PLAIN, FSDP = "one process or DDP", "FSDP2"
@@ -43,8 +42,8 @@ def fault(checkpoint: Path) -> str | None:
     named = checkpoint.name.removeprefix("checkpoint-")
     if not isinstance(step, int) or not 0 <= step <= steps or (named.isdigit() and int(named) != step):
         return f"{STATE} says global_step={step!r} of max_steps={steps!r}, which cannot be for {checkpoint.name!r}"
-    if not (checkpoint / "adapter_config.json").is_file():
-        return "adapter_config.json is missing"
+    if not (checkpoint / CONFIG).is_file():
+        return f"{CONFIG} is missing"
     if saved_by(checkpoint) is None:
         return "the optimizer's state is missing"  # the Trainer would begin a new one and not say so
     if saved_by(checkpoint) == PLAIN and not (checkpoint / "scheduler.pt").is_file():
