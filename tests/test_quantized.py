@@ -424,7 +424,7 @@ def test_layer_that_the_model_does_not_announce_is_refused():
     with assert_unchanged(model, x), pytest.raises(ValueError, match="OneLayer.is_loaded_in_4bit is not True"):
         get_peft_model(model, case_config(CASE))
     stock = get_peft_model(model, peft.LoraConfig(r=4, target_modules=["layer"]))
-    with pytest.raises(ValueError, match="PEFT has wrapped as Linear, not as Linear4bit"):
+    with pytest.raises(ValueError, match="PEFT has wrapped as Linear, not as a quantised layer"):
         stock.add_adapter("grid", case_config(CASE))
 
 
@@ -432,7 +432,7 @@ def test_another_class_than_expected_is_refused(monkeypatch):
     """If PEFT wraps a layer as something else than we know it to, this is an error, not a wrong merge later."""
     model = quantized_layer("nf4")
     monkeypatch.setattr("peft.tuners.lora.bnb.dispatch_bnb_4bit", lambda *args, **kwargs: None)
-    with pytest.raises(ValueError, match="PEFT has wrapped as Linear, not as Linear4bit"):
+    with pytest.raises(ValueError, match="PEFT has wrapped as Linear, not as a quantised layer"):
         get_peft_model(model, case_config(CASE))
 
 

@@ -6,11 +6,10 @@ and calls no module.
 
 from typing import Any
 
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
 from .layers import GraloraLayer
-from .seam import MultiheadAttention
+from .seam import MultiheadAttention, check_adapters_to_merge
 
 
 class GranularAttention(GraloraLayer):

@@ -12,15 +12,16 @@ from math import gcd
 from typing import Any, Literal, get_args, get_type_hints
 
 import peft
-from peft.utils.other import get_pattern_key
 
 from . import fields
 from .fields import Facts
+from .inits import INITS
+from .seam import get_pattern_key, is_from_file
 
 FORMAT = 1  # of the saved tensors; rises when an older gralora could misread them
 FORMAT_MATCHED = 2  # the same tensors with gralora_scaling="matched", which an older gralora would not know
 SUPPORTED_VARIANTS = ("use_dora", "alora_invocation_tokens")
-SUPPORTED_INITS = (True, False, "gaussian")
+SUPPORTED_INITS = tuple(INITS)
 OWN = Facts(beside_factors=False, hotswap=True, resume=True)  # a GraLoRA field that says how factors are read
 
 
@@ -133,8 +134,7 @@ class LoraConfig(peft.LoraConfig):
     )
 
     def __post_init__(self) -> None:
-        # PEFT passes peft_type when it builds a config from a file (or copies one), a user never does
-        from_file = self.peft_type is not None
+        from_file = is_from_file(self)  # before it is set for all
         super().__post_init__()
         if self.use_gralora and from_file:
             self._check_format()

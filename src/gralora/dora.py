@@ -5,10 +5,10 @@ reads factors, as two matrices. Here it reads a grid's, and the norms come from 
 """
 
 import torch
-from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
 from .blocks import GranularDown, GranularUp, blocks_of_A, blocks_of_B
+from .seam import DoraLinearLayer
 
 
 class GranularDora(DoraLinearLayer):

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from peft.tuners import lora
-from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from .layers import GraloraLayer
 from .ops import Factors, reference
+from .seam import LoraVariant
 
 
 class GranularEmbeddingVariant(LoraVariant):

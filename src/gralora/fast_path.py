@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import Dropout, Identity, Linear, Parameter
-from transformers.pytorch_utils import Conv1D
 
 from .blocks import GranularDown, GranularUp, scaling_gain
 from .ops import Factors, PackedWeight, add_update, gralora_linear, plans
 from .ops.torch_seam import children_of, has_global_hooks, has_hooks, is_transformed, is_view, parameters_of
 from .quantized import packed_weight
+from .seam import Conv1D
 
 
 class FusedCall(NamedTuple):

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import peft
 from peft import PeftConfig, load_peft_weights
-from peft.utils import hotswap
 from torch import Tensor, nn
 
+from . import seam
 from .blocks import GranularDown, GranularUp, scaling_gain
 from .factors import pad_grid, pad_lora
 from .layers import GraloraLayer
@@ -38,12 +38,12 @@ def prepare_model_for_compiled_hotswap(
     """
     adapters = list(_adapters(model))
     if target_rank is None or not any(layer.is_gralora(name) for layer, _, name in adapters):
-        hotswap.prepare_model_for_compiled_hotswap(
+        seam.prepare_model_for_compiled_hotswap(
             model, target_rank=target_rank, config=config, check_compiled=check_compiled
         )
         return
     padded = [(layer, name, _padded(layer, where, name, target_rank)) for layer, where, name in adapters]
-    hotswap.prepare_model_for_compiled_hotswap(model, check_compiled=check_compiled)
+    seam.prepare_model_for_compiled_hotswap(model, check_compiled=check_compiled)
     for layer, name, (A, B) in padded:
         layer.lora_A[name].weight.data, layer.lora_B[name].weight.data = A, B
     for lora_config in config.values() if isinstance(config, dict) else [config] if config else []:
@@ -116,7 +116,7 @@ def hotswap_adapter(
     """
     config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
     loaded = model.peft_config[adapter_name]
-    hotswap.check_hotswap_configs_compatible(loaded, config)
+    seam.check_hotswap_configs_compatible(loaded, config)
     if config.use_dora:
         raise ValueError("use_dora=True: PEFT does not hotswap DoRA's magnitudes; load the adapter beside the other.")
     if loaded.alora_invocation_tokens != config.alora_invocation_tokens:
@@ -140,7 +140,7 @@ def hotswap_adapter(
         name.replace(".lora_A.", f".lora_A.{adapter_name}.").replace(".lora_B.", f".lora_B.{adapter_name}."): t
         for name, t in tensors.items()
     }
-    hotswap.hotswap_adapter_from_state_dict(model, named, adapter_name, config)
+    seam.hotswap_adapter_from_state_dict(model, named, adapter_name, config)
 
 
 def _check_features(where: str, new_A: Tensor, new_B: Tensor, down: GranularDown, up: GranularUp) -> None:

@@ -20,13 +20,9 @@ from typing import Any
 
 import peft
 from peft import PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners import lora
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _get_in_out_features
-from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
-from peft.utils.other import get_pattern_key
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from . import diffusion
 from .config import SUPPORTED_VARIANTS, LoraConfig, auto_k, names
@@ -37,6 +33,16 @@ from .kinds import base_layer, check_fields, check_kind, keep_weights_unpacked, 
 from .layers import ARROW
 from .model import GraloraModel
 from .promote import promote
+from .seam import (
+    CONFIG_KEYS_TO_CHECK,
+    MERGES_DORA,
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    Conv1D,
+    get_pattern_key,
+    in_out_features,
+    is_targeted,
+    wrap_create_and_replace,
+)
 
 
 def install() -> None:
@@ -44,7 +50,7 @@ def install() -> None:
     if PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is LoraConfig:
         return
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = LoraConfig
-    lora.LoraModel._create_and_replace = _with_gralora(lora.LoraModel._create_and_replace)
+    wrap_create_and_replace(_with_gralora)
     compared = names(lambda facts: facts.hotswap)  # the first that differs is named
     CONFIG_KEYS_TO_CHECK[PeftType.LORA] += sorted(compared, key=lambda name: (name != "use_gralora", name))
     diffusion.install()
@@ -145,7 +151,7 @@ def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> LoraConfig:
         raise ValueError("GraLoRA does not support tensor-parallel base models (tp_plan); load the model without.")
     if any(getattr(other, "arrow_config", None) is not None for other in tuner.peft_config.values()):
         raise ValueError(ARROW)
-    layers = dict(targeted_layers(tuner, config))
+    layers = dict(targeted_layers(tuner.model, config))
     for name, layer in layers.items():
         check_kind(name, layer, tuner.model)
     settled = settle_ks(config, {name: features(layer) for name, layer in layers.items()})
@@ -167,7 +173,7 @@ def check_layer(config: LoraConfig, name: str, layer: nn.Module | TargetParamete
 
 def check_variant(config: LoraConfig, name: str, layer: nn.Module | TargetParameter) -> None:
     """Raise ValueError, naming the layer, if it is not of a kind on which DoRA and aLoRA are tested with GraLoRA."""
-    if config.use_dora and not hasattr(lora.LoraLayer, "_unmerged_base_weight"):  # which came with the right merging
+    if config.use_dora and not MERGES_DORA:
         raise ValueError(
             "use_dora=True with use_gralora=True needs PEFT 0.21 or later: older ones merge DoRA wrongly into Conv1D "
             "layers, and beside other adapters."
@@ -218,22 +224,21 @@ def settle_ks(config: LoraConfig, layers: dict[str, tuple[int, int]]) -> LoraCon
     return config.settled(ks)
 
 
-def targeted_layers(tuner: BaseTuner, config: LoraConfig) -> Iterator[tuple[str, nn.Module | TargetParameter]]:
+def targeted_layers(model: nn.Module, config: LoraConfig) -> Iterator[tuple[str, nn.Module | TargetParameter]]:
     """Name and place of what PEFT will adapt, in its order; the inside of layers that have an adapter is skipped."""
     adapted: tuple[str, ...] = ()
     modules = []
-    for name, module in tuner.model.named_modules():
+    for name, module in model.named_modules():
         if not name or name.startswith(adapted):
             continue
         if isinstance(module, BaseTunerLayer):
             adapted += (f"{name}.",)
             if not isinstance(module, lora.ParamWrapper):
                 modules.append(base_layer(module))
-        match = tuner._check_target_module_exists(config, name)
-        if match and not isinstance(match, _ExcludedModule):
+        if is_targeted(config, name):
             modules.append(base_layer(module))
             yield name, module
-    for name, parameter in targeted_parameters(tuner.model, config.target_parameters):
+    for name, parameter in targeted_parameters(model, config.target_parameters):
         if any(parameter.module is module for module in modules):
             raise ValueError(
                 f"target parameter {name!r} is of a {type(parameter.module).__name__} that is adapted as a module; "
@@ -245,4 +250,4 @@ def targeted_layers(tuner: BaseTuner, config: LoraConfig) -> Iterator[tuple[str,
 def features(layer: nn.Module | TargetParameter) -> tuple[int, int]:
     """Input and output features of a supported layer, which may carry adapters already."""
     base = base_layer(layer)
-    return base.features() if isinstance(base, TargetParameter) else _get_in_out_features(base)
+    return base.features() if isinstance(base, TargetParameter) else in_out_features(base)

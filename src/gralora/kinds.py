@@ -1,4 +1,4 @@
-"""Which layers GraLoRA adapts: one table. To support another kind, add a line.
+"""Which layers GraLoRA adapts: one table. To support another kind, add a row.
 
 Classes are written "package.Class": so no quantisation library is imported here, or has to be installed, and it does
 not matter in which module of the package a class is defined.
@@ -19,6 +19,8 @@ from .embedding import GranularEmbedding, embedding_obstacle
 from .experts import GranularExperts, TargetParameter
 from .layers import GraloraLayer
 from .ops.torch_seam import NonDynamicallyQuantizableLinear
+from .promote import Promoted
+from .seam import stock_class, writes_quantised_weights
 
 
 def _none(base: nn.Module) -> str:
@@ -49,25 +51,26 @@ LINEAR_ONLY = {name: "with GraLoRA it is for linear layers" for name in ("use_do
 
 
 class Kind(NamedTuple):
-    """A kind of base layer, and the LoRA layer that PEFT makes of it.
+    """A kind of base layer, and what GraLoRA is on it.
 
     Attributes:
         name: in words.
         base: class of the base layer, or one that it inherits from.
         weight: class of its `weight`, and no subclass of it; empty if that does not matter.
-        lora: PEFT's class. A line belongs here if this class adds `lora_B(lora_A(dropout(x))) * scaling` to the base
-            layer's output, and merges through `get_delta_weight` or raises; or with the mixin that does.
-        flag: attribute of the model without which PEFT chooses another class; empty if it needs none.
+        quantised: whether its weight is. A row belongs here if PEFT's LoRA layer for it adds
+            `lora_B(lora_A(dropout(x))) * scaling` to the base layer's output, and merges through `get_delta_weight`
+            or raises.
+        flag: attribute of the model without which PEFT takes the layer for an ordinary one; empty if it needs none.
         obstacle: what is wrong with one layer of this kind, in words; empty if nothing is.
-        mixin: how PEFT's class reads and applies the factors of a grid, where that is not as for a linear layer.
-        inner: LoRA layers that PEFT makes inside of the layer: attribute of the base layer -> their mixin.
+        mixin: the class of ours in front of PEFT's LoRA layer: how factors of a grid are read and applied.
+        inner: the same for LoRA layers that PEFT makes inside of the base layer, by their attribute there.
         refuses: fields of the config that PEFT's class refuses or ignores, and why.
     """
 
     name: str
     base: str
-    weight: str
-    lora: str
+    weight: str = ""
+    quantised: bool = False
     flag: str = ""
     obstacle: Callable[[Any], str] = _none
     mixin: type[GraloraLayer] = GraloraLayer
@@ -76,13 +79,13 @@ class Kind(NamedTuple):
 
 
 KINDS = (
-    Kind("nn.Linear", "torch.Linear", "torch.Parameter", "peft.Linear", obstacle=_in_attention),
-    Kind("transformers' Conv1D", "transformers.Conv1D", "torch.Parameter", "peft.Linear"),
+    Kind("nn.Linear", "torch.Linear", "torch.Parameter", obstacle=_in_attention),
+    Kind("transformers' Conv1D", "transformers.Conv1D", "torch.Parameter"),
     Kind(
         "bitsandbytes 4-bit",
         "bitsandbytes.Linear4bit",
         "bitsandbytes.Params4bit",
-        "peft.Linear4bit",
+        quantised=True,
         flag="is_loaded_in_4bit",
         obstacle=_packed_for_cpu,
     ),
@@ -90,22 +93,21 @@ KINDS = (
         "bitsandbytes 8-bit",
         "bitsandbytes.Linear8bitLt",
         "bitsandbytes.Int8Params",
-        "peft.Linear8bitLt",
+        quantised=True,
         flag="is_loaded_in_8bit",
     ),
     Kind(
         "torchao int8 weight-only",
         "torch.Linear",
         "torchao.Int8Tensor",
-        "peft.TorchaoLoraLinear",
+        quantised=True,
         obstacle=_quantizes_activations,
     ),
-    Kind("HQQ", "hqq.HQQLinear", "", "peft.HqqLoraLinear"),
+    Kind("HQQ", "hqq.HQQLinear", quantised=True),
     Kind(
         "nn.Embedding",
         "torch.Embedding",
         "torch.Parameter",
-        "peft.Embedding",
         obstacle=embedding_obstacle,
         mixin=GranularEmbedding,
         refuses={
@@ -119,7 +121,6 @@ KINDS = (
             f"nn.Conv{n}d",
             f"torch.Conv{n}d",
             "torch.Parameter",
-            f"peft.Conv{n}d",
             obstacle=conv_obstacle,
             mixin=GranularConv,
             refuses=LINEAR_ONLY,
@@ -129,8 +130,6 @@ KINDS = (
     Kind(
         "nn.MultiheadAttention",
         "torch.MultiheadAttention",
-        "",
-        "peft.MultiheadAttention",
         obstacle=attention_obstacle,
         mixin=GranularAttention,
         inner={"out_proj": GranularOutProjection},
@@ -143,8 +142,6 @@ KINDS = (
     Kind(
         "a parameter of target_parameters",
         "gralora.TargetParameter",
-        "",
-        "peft.ParamWrapper",
         obstacle=TargetParameter.obstacle,
         mixin=GranularExperts,
         refuses={
@@ -156,12 +153,11 @@ KINDS = (
         | LINEAR_ONLY,
     ),
     # tested without the library: PEFT's classes over a stand-in for the base layer
-    Kind("GPTQ", "gptqmodel.BaseQuantLinear", "", "peft.GPTQLoraLinear"),
-    Kind("AWQ", "gptqmodel.BaseQuantLinear", "", "peft.AwqLoraLinear"),
-    Kind("AQLM", "aqlm.QuantizedLinear", "", "peft.AqlmLoraLinear"),
-    Kind("EETQ", "eetq.EetqLinear", "", "peft.EetqLoraLinear"),
-    Kind("EETQ", "transformers.EetqLinear", "", "peft.EetqLoraLinear"),
-    Kind("Intel Neural Compressor", "neural_compressor.PatchedLinear", "", "peft.IncLoraLinear"),
+    Kind("GPTQ, AWQ", "gptqmodel.BaseQuantLinear", quantised=True),
+    Kind("AQLM", "aqlm.QuantizedLinear", quantised=True),
+    Kind("EETQ", "eetq.EetqLinear", quantised=True),
+    Kind("EETQ", "transformers.EetqLinear", quantised=True),
+    Kind("Intel Neural Compressor", "neural_compressor.PatchedLinear", quantised=True),
 )
 
 
@@ -207,7 +203,7 @@ def check_fields(name: str, layer: nn.Module | TargetParameter, config: Any) -> 
 
 
 def kind_of(base: nn.Module | TargetParameter) -> Kind:
-    """The table's line about a base layer that `check_kind` accepts."""
+    """The table's row about a base layer that `check_kind` accepts."""
     return _kinds(base)[0]
 
 
@@ -227,15 +223,31 @@ def _problem(base: nn.Module | TargetParameter, layer: nn.Module | TargetParamet
     if not kinds:
         return "which is not supported"
     if isinstance(layer, lora.LoraLayer):
-        if not any(_inherits(layer, kind.lora) for kind in kinds):
-            classes = " or ".join(kind.lora.removeprefix("peft.") for kind in kinds)
-            return f"which PEFT has wrapped as {type(layer).__name__}, not as {classes}"
-    elif kinds[0].flag and not getattr(model, kinds[0].flag, False):
+        return _unfit(layer, kinds[0]) or kinds[0].obstacle(base)
+    if kinds[0].flag and not getattr(model, kinds[0].flag, False):
         return (
             f"but {type(model).__name__}.{kinds[0].flag} is not True, and PEFT would take it for an ordinary layer. "
             "Load the model with a quantization_config, or set this attribute"
         )
     return kinds[0].obstacle(base)
+
+
+def _unfit(layer: lora.LoraLayer, kind: Kind) -> str:
+    """What is wrong with the LoRA layer that PEFT, or a user of its custom modules, has made of a base layer.
+
+    Which class that is does not matter for a quantised one, as PEFT has made it and it does not merge wrongly.
+    """
+    stock = stock_class(layer, Promoted)
+    wrapped = f"which PEFT has wrapped as {stock.__name__}"
+    if not kind.quantised:
+        expected = kind.mixin.peft_class if isinstance(kind.mixin.peft_class, tuple) else (kind.mixin.peft_class,)
+        if not issubclass(stock, expected):
+            return f"{wrapped}, not as {' or '.join(cls.__name__ for cls in expected)}"
+    elif not stock.__module__.startswith("peft."):
+        return f"{wrapped}, which is no class of PEFT's"
+    elif not writes_quantised_weights(layer, stock):
+        return f"{wrapped}, not as a quantised layer: merging would add to the packed weight"
+    return ""
 
 
 def _name(cls: type) -> str:

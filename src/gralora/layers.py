@@ -7,7 +7,6 @@ from typing import Any
 
 import peft
 from peft.tuners import lora
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from . import blocks, fast_path
@@ -15,6 +14,7 @@ from .blocks import GranularDown, GranularUp
 from .factors import hybrid_to_lora
 from .ops import Factors
 from .promote import Promoted
+from .seam import check_adapters_to_merge
 
 ARROW = (
     "Arrow (arrow_config) routes between plain LoRA adapters by their factors, and cannot be combined with GraLoRA "

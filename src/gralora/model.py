@@ -9,6 +9,7 @@ from .config import SUPPORTED_VARIANTS
 from .factors import pad_lora
 from .kinds import mixin_of
 from .layers import GraloraLayer
+from .ops.torch_seam import parameters_of
 from .promote import Promoted
 
 
@@ -95,7 +96,7 @@ class GraloraModel(Promoted):
         first: dict[tuple[int, type], tuple[str, nn.Module]] = {}
         for where, layer in self.model.named_modules():
             base = layer.get_base_layer() if isinstance(layer, lora.LoraLayer) else None
-            weight = None if base is None else base._parameters.get("weight")  # no property: HQQ's makes one anew
+            weight = None if base is None else parameters_of(base).get("weight")  # no property: HQQ's makes one anew
             if weight is not None:
                 other, other_base = first.setdefault((id(weight), type(base)), (where, base))
                 if other_base is not base:

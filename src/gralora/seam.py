@@ -1,5 +1,193 @@
-"""Every name of PEFT's that is private, or may change, and that gralora relies on: imported here, nowhere else."""
+"""Every name of PEFT and transformers that is private, or may change, and that gralora relies on.
 
-from peft.tuners.lora.layer import Conv1d, MultiheadAttention
+They are imported here and nowhere else. A comment or docstring says what each must do; where it names no version, it
+does so in PEFT 0.20 to 0.21.2 and transformers 5.6 to 5.23. tests/test_seam.py checks each of them, its signature and
+its effect, and fails by name when one has moved. torch's are in `ops/torch_seam.py`: `ops` is used without PEFT.
+"""
 
-__all__ = ["Conv1d", "MultiheadAttention"]
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import peft
+from packaging.version import Version
+from peft.mapping import (
+    # the class of a config by peft_type: PeftConfig.from_pretrained and all that loads adapters build what is in it
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+)
+from peft.tuners import lora
+from peft.tuners.lora.dora import (
+    # DoRA's magnitude module: DoraLinearVariant calls it with lora_A, lora_B, scaling and base_layer, without dropout
+    # also base_result, and reads `weight`, the magnitudes `[O]`
+    DoraLinearLayer,
+)
+from peft.tuners.lora.layer import (
+    # two of PEFT's LoRA layers, which `peft.tuners.lora` does not export
+    Conv1d,
+    # what `lora.Embedding` asks, through its dictionary `lora_variant`, in place of its own arithmetic
+    LoraVariant,
+    MultiheadAttention,
+)
+from peft.tuners.tuners_utils import (
+    # what check_target_module_exists returns for a layer that exclude_modules names; it is true like a match
+    _ExcludedModule,
+    # input and output features of a base layer of any class that PEFT knows, quantised ones among them
+    _get_in_out_features,
+    # the names of the adapters to merge: those given, or the active ones, without those that are merged already
+    check_adapters_to_merge,
+    # what a config's target_modules, exclude_modules and layers_to_transform make of a layer's name
+    check_target_module_exists,
+)
+from peft.utils.hotswap import (
+    # the fields, by peft_type, in which two configs must agree so that one adapter can be swapped for the other
+    CONFIG_KEYS_TO_CHECK,
+    # raises ValueError if two configs differ in one of those fields
+    check_hotswap_configs_compatible,
+    # copies tensors, named as in a model's state dict, into the adapter that is loaded
+    hotswap_adapter_from_state_dict,
+    # makes all scalings tensors, and pads the ranks of plain LoRAs to `target_rank` unless that is None
+    prepare_model_for_compiled_hotswap,
+)
+from peft.utils.other import (
+    # the first of some patterns that a layer's name matches, whole or after a dot; else the name itself
+    get_pattern_key,
+)
+from torch import nn
+from transformers.pytorch_utils import (
+    # the linear layer of GPT-2 and its like: weight `[in, out]`, forward is addmm(bias, x, weight)
+    Conv1D,
+)
+
+if TYPE_CHECKING:
+    from huggingface_hub.dataclasses import type_validator
+    from transformers.hf_argparser import HfArg, string_to_bool
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+__all__ = [
+    "ATTRIBUTES",
+    "CONFIG_KEYS_TO_CHECK",
+    "INTEGRATION_TO_CALLBACK",
+    "LAZY",
+    "MERGES_DORA",
+    "OVERRIDES",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "Conv1D",
+    "Conv1d",
+    "DoraLinearLayer",
+    "HfArg",
+    "LoraVariant",
+    "MultiheadAttention",
+    "OptimizerNames",
+    "SchedulerType",
+    "check_adapters_to_merge",
+    "check_hotswap_configs_compatible",
+    "get_pattern_key",
+    "hotswap_adapter_from_state_dict",
+    "in_out_features",
+    "is_from_file",
+    "is_targeted",
+    "prepare_model_for_compiled_hotswap",
+    "stock_class",
+    "string_to_bool",
+    "type_validator",
+    "wrap_create_and_replace",
+    "writes_quantised_weights",
+]
+
+
+def is_from_file(config: peft.PeftConfig) -> bool:
+    """Whether PEFT builds this config from a file's fields, or from another config's, before its `__post_init__`.
+
+    PEFT passes peft_type then, which a user never does; afterwards it is set in all configs.
+    """
+    return config.peft_type is not None
+
+
+def is_targeted(config: peft.LoraConfig, name: str) -> bool:
+    """Whether the config's target_modules, exclude_modules and layers_to_transform choose the layer of this name."""
+    match = check_target_module_exists(config, name)
+    return bool(match) and not isinstance(match, _ExcludedModule)
+
+
+in_out_features: Callable[[nn.Module], Any] = _get_in_out_features
+
+
+def wrap_create_and_replace(wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
+    """Put a function around `LoraModel._create_and_replace`, through which every adapter gets into every layer.
+
+    PEFT calls it for each targeted layer, or parameter of target_parameters, in the order of the model's modules, with
+    `(config, adapter_name, target, target_name, parent, current_key=...)` and for a parameter `parameter_name`.
+    Afterwards the parent has the LoRA layer under `target_name`.
+    """
+    lora.LoraModel._create_and_replace = wrap(lora.LoraModel._create_and_replace)  # type: ignore[method-assign]
+
+
+def stock_class(layer: Any, ours: type) -> type:
+    """PEFT's class of a LoRA layer, also if it is promoted: the first of its classes that is no subclass of `ours`."""
+    return next(cls for cls in type(layer).__mro__ if not issubclass(cls, ours))
+
+
+def writes_quantised_weights(layer: Any, stock: type) -> bool:
+    """Whether merging a LoRA layer of PEFT's class `stock` minds that its base layer's weight is quantised, or raises.
+
+    It does if PEFT made a class for such base layers, with a `merge` of its own, or if the layer has what PEFT calls
+    a quantisation backend (0.21 and later, for other methods than LoRA so far), through which any class's `merge`
+    reads and writes. `lora.Linear.merge` without one would add to the packed numbers.
+    """
+    ordinary = getattr(stock, "merge", None) is lora.Linear.merge
+    return not ordinary or getattr(layer, "quantization_backend", None) is not None
+
+
+# Whether PEFT merges DoRA rightly into Conv1D layers, and beside other adapters: since 0.21.
+MERGES_DORA = Version(peft.__version__) >= Version("0.21.0.dev0")
+
+# PEFT's methods that ours take the place of, or the property. Each must be what PEFT calls for this purpose.
+OVERRIDES: dict[str, str] = {
+    "_activate_lora": "ParamWrapper: the parameter is W + dW while the context lasts, for the adapters named",
+    "_check_merge_allowed": "LoraModel: called before any merging, to raise if it is not possible",
+    "_mixed_batch_forward": "Embedding: a batch whose rows name their adapters; it ignores variants",
+    "_qkv_same_embed_dim": "MultiheadAttention: read by nn.TransformerEncoderLayer, which calls the layer if False",
+    "add_weighted_adapter": "LoraModel: combine adapters",
+    "delete_adapter": "LoraModel: delete an adapter",
+    "forward": "the layer's output; adapter_names and aLoRA's offsets are keywords",
+    "get_delta_weight": "dW of one adapter in the layout of the base weight; all merging asks it",
+    "merge": "add the named adapters' dW to the base weight",
+    "resolve_lora_variant": "choose an adapter's variant by its config; called by update_layer",
+    "set_adapter": "LoraModel: choose the active adapters",
+    "subtract_mutated_init": "LoraModel: called by save_pretrained with path_initial_model_for_weight_conversion",
+    "supports_lora_conversion": "whether convert_to_lora may take dW for all that an adapter does",
+    "unmerge": "subtract the merged adapters' dW from the base weight",
+}
+
+# What ours read of PEFT's layers beside their documented attributes.
+ATTRIBUTES: dict[str, str] = {
+    "_did_swap_in_out_features": "ParamWrapper: whether the parameter is `[E, O, I]`, not `[E, I, O]`",
+    "_disable_adapters": "LoraLayer: in the instance's dictionary, as merged_adapters, scaling and lora_variant are",
+    "_embed": "Embedding: token ids and a weight `[V, r]` -> `[..., r]`, as the base layer looks its own up",
+    "_get_embed_scale": "Embedding: what Gemma's embeddings multiply by, a tensor of one element, or None",
+    "_remove_parametrizations": "ParamWrapper: undo what a parametrization of its parameter did",
+    "quantization_backend": "BaseTunerLayer: how weights are read and written, or None; since PEFT 0.21",
+}
+
+# The command's, imported when they are asked for: transformers' Trainer is not needed to use an adapter.
+LAZY = {
+    # HfArg(help=..., aliases=...): a dataclass field with the metadata that HfArgumentParser reads.
+    "HfArg": "transformers.hf_argparser",
+    # "yes", "true", "t", "1" and their opposites, in any case, to bool; argparse's error for others.
+    "string_to_bool": "transformers.hf_argparser",
+    # The names that `report_to` takes.
+    "INTEGRATION_TO_CALLBACK": "transformers.integrations.integration_utils",
+    # Enumerations of the values of `lr_scheduler_type` and `optim`.
+    "SchedulerType": "transformers.trainer_utils",
+    "OptimizerNames": "transformers.training_args",
+    # type_validator(name, value, type): huggingface_hub's error if a value is not of an annotated type.
+    "type_validator": "huggingface_hub.dataclasses",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in LAZY:
+        return getattr(importlib.import_module(LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,12 +12,12 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
 from ..blocks import scaling_gain
 from ..config import LoraConfig, is_set
 from ..fields import plain
+from ..seam import is_targeted
 from .files import LazyTensors
 from .untrusted import listed
 
@@ -233,7 +233,7 @@ def _check_shapes(layer: str, f: Factors, adapter: Adapter) -> None:
 
 def check_selected(adapter: Adapter) -> None:
     """Raise ValueError, with names, if the file has layers that its config does not select: PEFT would ignore them."""
-    unselected = [layer for layer in adapter.layers if not check_target_module_exists(adapter.config, layer)]
+    unselected = [layer for layer in adapter.layers if not is_targeted(adapter.config, layer)]
     if unselected:
         raise ValueError(
             f"the config does not select {len(unselected)} layers of the file: {listed(unselected)}. It has "

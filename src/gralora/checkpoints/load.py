@@ -8,21 +8,18 @@ import os
 import reprlib
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
-from types import SimpleNamespace
-from typing import Any
 
 import peft
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
-from transformers.pytorch_utils import Conv1D
 
 from .. import inject
 from ..config import LoraConfig, is_set
 from ..kinds import base_layer, check_kind
+from ..seam import Conv1D
 from . import formats
 from .adapter import PREFIX, Adapter
 from .files import read_adapter_folder
@@ -110,8 +107,7 @@ def check_layers(adapter: Adapter, base: nn.Module) -> None:
     if not is_gralora and (adapter.config.target_parameters or places != {n: n for n in places}):
         return  # other names than those of modules: `check_tensors` compares them
     # before PEFT makes room for them: the config sets how much
-    tuner: Any = SimpleNamespace(model=base, _check_target_module_exists=check_target_module_exists)
-    selected = [name for name, _ in inject.targeted_layers(tuner, adapter.config)]
+    selected = [name for name, _ in inject.targeted_layers(base, adapter.config)]
     here = {*adapter.layers, *(name.split(".lora_embedding_")[0].removeprefix(PREFIX) for name in adapter.others)}
     without = [name for name in selected if name not in here]
     if without:

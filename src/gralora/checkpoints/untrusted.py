@@ -17,11 +17,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.dataclasses import type_validator
 from torch import Tensor
 
 from ..config import PATTERNS, LoraConfig
 from ..fields import facts
+from ..seam import type_validator
 from ..strings import printable
 
 MATCHING_S = (

@@ -9,14 +9,11 @@ from dataclasses import InitVar, dataclass, make_dataclass
 from typing import Any, get_type_hints
 
 import torch
-from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from ..config import FLAGS, SETTINGS, LoraConfig, parse
+from ..seam import INTEGRATION_TO_CALLBACK, HfArg, OptimizerNames, SchedulerType
 from .data.layouts import RECORD_NAMES
 from .data.readers import READERS
 from .data.tokens import TRUNCATION_MODES

@@ -26,11 +26,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.hf_argparser import string_to_bool
 from trl import SFTConfig
 
 from ..checkpoints.files import finish_replacing, locked, read_json, replace_files, write_json
 from ..checkpoints.load import load_adapter
+from ..seam import string_to_bool
 from . import configfile, output
 from .arguments import LENGTH, FinetuneArguments
 from .data.corpus import Corpus, load_corpus

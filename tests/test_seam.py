@@ -1,0 +1,748 @@
+"""The names of PEFT, transformers and torch that may change: each has the signature and the effect that we rely on.
+
+A test that fails here names what has moved; `gralora/seam.py` and `gralora/ops/torch_seam.py` say what it must do.
+"""
+
+import argparse
+import ast
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import torch
+from helpers import (
+    Case,
+    OneLayer,
+    adapted,
+    adapter_layers,
+    case_config,
+    factors_of,
+    gralora_config,
+    naive_delta,
+    naive_update,
+    only_layer,
+    random_input,
+    randomize,
+    token_ids,
+)
+from peft import PeftConfig, PeftType, get_peft_model
+from peft.tuners import lora
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+
+import gralora
+from gralora import kinds, seam
+from gralora.attention import GranularOutProjection
+from gralora.kinds import KINDS
+from gralora.model import GraloraModel
+from gralora.ops import torch_seam
+from gralora.promote import Promoted
+
+SOURCE = Path(gralora.__file__).parent
+CASE = Case(4, 10, 2, 16, 24)
+
+
+def plain_lora(model: nn.Module, **fields: Any) -> peft.PeftModel:
+    """A stock LoRA with random factors."""
+    return randomize(get_peft_model(model, peft.LoraConfig(r=4, **{"target_modules": ["layer"]} | fields)))
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(3, 8, 4))  # [E, O, I]
+
+    def forward(self, x):
+        return torch.einsum("eoi,ti->eto", self.weight, x)
+
+
+# Signatures: the calls that we make, or that are made of ours, can be made
+
+
+def call(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, kwargs
+
+
+SIGNATURES: dict[str, tuple[Callable[..., Any], tuple[tuple[Any, ...], dict[str, Any]]]] = {
+    "LoraModel._create_and_replace": (
+        lora.LoraModel._create_and_replace,
+        call(0, "config", "adapter", "target", "target_name", "parent", current_key="key", parameter_name="weight"),
+    ),
+    "check_adapters_to_merge": (seam.check_adapters_to_merge, call("layer", ["adapter"])),
+    "check_hotswap_configs_compatible": (seam.check_hotswap_configs_compatible, call("old", "new")),
+    "get_pattern_key": (seam.get_pattern_key, call(["pattern"], "layer")),
+    "hotswap_adapter_from_state_dict": (
+        seam.hotswap_adapter_from_state_dict,
+        call("model", {}, "adapter", "config"),
+    ),
+    "in_out_features": (seam.in_out_features, call("layer")),
+    "prepare_model_for_compiled_hotswap": (
+        seam.prepare_model_for_compiled_hotswap,
+        call("model", target_rank=8, config=None, check_compiled="error"),
+    ),
+    "DoraLinearLayer.forward": (
+        seam.DoraLinearLayer.forward,
+        call(0, "x", lora_A=1, lora_B=2, scaling=1.0, base_layer=3, base_result=None, adapter_name="default"),
+    ),
+    "LoraVariant.forward": (seam.LoraVariant.forward, call("module", "adapter", "x", "result")),
+    "LoraVariant.merge_safe": (seam.LoraVariant.merge_safe, call("module", "adapter", "weight")),
+    "LoraVariant.merge_unsafe": (seam.LoraVariant.merge_unsafe, call("module", "adapter", "weight")),
+    "LoraVariant.unmerge": (seam.LoraVariant.unmerge, call("module", "adapter", "weight")),
+    "Embedding._embed": (lora.Embedding._embed, call(0, "ids", "weight")),
+    "Embedding._get_embed_scale": (lora.Embedding._get_embed_scale, call(0)),
+    "ParamWrapper._remove_parametrizations": (lora.ParamWrapper._remove_parametrizations, call(0)),
+    "type_validator": (seam.type_validator, call("name", 1, int)),
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name):
+    """The function takes the arguments that we give it, or that ours in its place are given."""
+    function, (args, kwargs) = SIGNATURES[name]
+    inspect.signature(function).bind(*args, **kwargs)
+
+
+def overrides() -> dict[str, tuple[type, type, str]]:
+    """Every attribute of PEFT's classes that ours, in front of them, take the place of."""
+    pairs = {(GraloraModel, lora.LoraModel), (GranularOutProjection, lora.Linear)}
+    for kind in KINDS:
+        stock = kind.mixin.peft_class
+        pairs |= {(kind.mixin, one) for one in (stock if isinstance(stock, tuple) else (stock,))}
+    return {
+        f"{ours.__name__}.{name} over {stock.__name__}": (ours, stock, name)
+        for ours, stock in pairs
+        for cls in ours.__mro__
+        if issubclass(cls, Promoted)
+        for name in vars(cls)
+        if not name.startswith("__") and hasattr(stock, name)
+    }
+
+
+@pytest.mark.parametrize("which", sorted(overrides()))
+def test_override_is_meant(which):
+    """Ours has the place of a method of PEFT's that is in the list, and takes what PEFT's takes."""
+    ours, stock, name = overrides()[which]
+    assert name in seam.OVERRIDES, f"{which}: PEFT has got this name; rename ours, or list it"
+    theirs, own = inspect.getattr_static(stock, name), inspect.getattr_static(ours, name)
+    if isinstance(theirs, property):
+        assert isinstance(own, property)
+        return
+    own_parameters = inspect.signature(own).parameters.values()
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in own_parameters)
+    takes_any_keyword = any(p.kind is p.VAR_KEYWORD for p in own_parameters)
+    own_names = [p.name for p in own_parameters]
+    for position, p in enumerate(inspect.signature(theirs).parameters.values()):
+        if p.kind is p.VAR_KEYWORD:
+            assert takes_any_keyword
+        elif p.kind is p.KEYWORD_ONLY or position >= len(own_names) or own_names[position] != p.name:
+            assert p.name in own_names or takes_any or takes_any_keyword, f"{which}: {p.name} is new"
+
+
+def test_every_override_exists():
+    """No name in the list has gone from PEFT: ours would be called by nobody, silently."""
+    assert set(seam.OVERRIDES) == {name for _, _, name in overrides().values()}
+
+
+# What PEFT calls of ours. Each is watched where PEFT's own class is at work.
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, cls: type, name: str) -> list[tuple[Any, ...]]:
+    calls: list[tuple[Any, ...]] = []
+    original = getattr(cls, name)
+
+    def watched(self, *args, **kwargs):
+        calls.append((args, kwargs))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(cls, name, watched)
+    return calls
+
+
+def test_activate_lora(monkeypatch):
+    """A forward pass of ParamWrapper enters `_activate_lora`, within which the parameter is W + dW."""
+    model = plain_lora(OneLayer(Experts()), target_modules=[], target_parameters=["layer.weight"])
+    calls, wrapper, seen = watch(monkeypatch, lora.ParamWrapper, "_activate_lora"), only_layer(model), []
+    experts = wrapper.get_base_layer()
+    experts.register_forward_pre_hook(lambda module, args: seen.append(module.weight.detach().clone()))
+    model(torch.randn(5, 4))
+    assert [list(args[0]) for args, _ in calls] == [["default"]]
+    torch.testing.assert_close(seen[0], experts.weight + wrapper.get_delta_weight("default"))
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_did_swap_in_out_features(is_transposed):
+    """The flag of ParamWrapper says that a parameter of three dimensions is `[E, O, I]`."""
+    experts = Experts()
+    experts.is_transposed = is_transposed
+    experts.weight = nn.Parameter(
+        experts.weight.detach().mT.contiguous() if is_transposed else experts.weight.detach()
+    )
+    model = get_peft_model(
+        OneLayer(experts), peft.LoraConfig(r=2, target_modules=[], target_parameters=["layer.weight"])
+    )
+    wrapper = only_layer(model)
+    assert wrapper._did_swap_in_out_features is not is_transposed
+    assert wrapper.lora_A["default"].weight.shape == (3 * 2, 4) and wrapper.lora_B["default"].weight.shape[0] == 8
+    assert wrapper.num_experts == 3 and wrapper.parameter_name == "weight"
+
+
+def test_remove_parametrizations():
+    """`_remove_parametrizations` takes back what register_parametrization did to the parameter."""
+    model = plain_lora(OneLayer(Experts()), target_modules=[], target_parameters=["layer.weight"])
+    wrapper = only_layer(model)
+    before = wrapper.get_param()
+    nn.utils.parametrize.register_parametrization(wrapper.get_base_layer(), "weight", nn.Identity())
+    wrapper._remove_parametrizations()
+    assert wrapper.get_param() is before and not hasattr(wrapper.get_base_layer(), "parametrizations")
+
+
+def test_check_merge_allowed(monkeypatch):
+    """`_check_merge_allowed` is asked before anything is merged."""
+    model = plain_lora(OneLayer(nn.Linear(4, 6)))
+    calls = watch(monkeypatch, lora.LoraModel, "_check_merge_allowed")
+    merges = watch(monkeypatch, lora.Linear, "merge")
+    model.merge_adapter()
+    model.unmerge_adapter()
+    model.merge_and_unload()
+    assert len(calls) == 2 and len(merges) == 2
+
+
+def test_embedding_calls(monkeypatch):
+    """`_mixed_batch_forward` computes batches with adapter_names; `_embed` and `_get_embed_scale` do what they say."""
+    model = plain_lora(OneLayer(nn.Embedding(10, 4))).eval()
+    calls, layer, ids = (
+        watch(monkeypatch, lora.Embedding, "_mixed_batch_forward"),
+        only_layer(model),
+        token_ids(2, 3) % 10,
+    )
+    layer(ids, adapter_names=["default", "__base__"])
+    assert [kwargs["adapter_names"] for _, kwargs in calls] == [["default", "__base__"]]
+    weight = torch.randn(10, 3)
+    assert torch.equal(layer._embed(ids, weight), weight[ids])
+    assert layer._get_embed_scale() is None
+    layer.get_base_layer().embed_scale = 3.0
+    assert layer._get_embed_scale().item() == 3.0
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_lora_variant(safe):
+    """`lora.Embedding` asks what is in `lora_variant` for output, merged and unmerged weight."""
+    asked = []
+
+    class Variant(seam.LoraVariant):
+        def forward(self, module, active_adapter, x, result, **kwargs):
+            asked.append("forward")
+            return result + 1
+
+        def merge_safe(self, module, active_adapter, orig_weight):
+            asked.append("merge_safe")
+            return orig_weight + 1
+
+        def merge_unsafe(self, module, active_adapter, orig_weight):
+            asked.append("merge_unsafe")
+            orig_weight.data += 1
+
+        def unmerge(self, module, active_adapter, orig_weight):
+            asked.append("unmerge")
+            return orig_weight - 1
+
+    model = plain_lora(OneLayer(nn.Embedding(10, 4)))
+    layer = only_layer(model)
+    weight = layer.get_base_layer().weight.detach().clone()
+    layer.lora_variant["default"] = Variant()
+    torch.testing.assert_close(model(token_ids(3) % 10), weight[token_ids(3) % 10] + 1)
+    model.merge_adapter(safe_merge=safe)
+    torch.testing.assert_close(layer.get_base_layer().weight, weight + 1, check_dtype=False)
+    model.unmerge_adapter()
+    torch.testing.assert_close(layer.get_base_layer().weight.detach(), weight)
+    assert asked == ["forward", "merge_safe" if safe else "merge_unsafe", "unmerge"]
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+def test_qkv_same_embed_dim():
+    """nn.TransformerEncoderLayer in evaluation calls an attention module for which `_qkv_same_embed_dim` is False."""
+    for same in (True, False):
+        layer, called, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), [], torch.randn(1, 3, 8)
+        layer.self_attn._qkv_same_embed_dim = same
+        layer.self_attn.forward = lambda query, *args, called=called, **kwargs: called.append(1) or (query, None)
+        with torch.no_grad():
+            layer(x)
+        assert bool(called) is not same
+    assert isinstance(inspect.getattr_static(seam.MultiheadAttention, "_qkv_same_embed_dim"), property)
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_get_delta_weight_is_what_merging_asks(monkeypatch, safe):
+    """`merge` adds what `get_delta_weight` gives, and asks it once; `unmerge` subtracts it."""
+    for base in (nn.Linear(4, 6), seam.Conv1D(6, 4), nn.Embedding(6, 4), nn.Conv1d(4, 6, 2), nn.Conv2d(4, 6, 1)):
+        model = plain_lora(OneLayer(base))
+        layer = only_layer(model)
+        before = layer.get_base_layer().weight.detach().clone()
+        monkeypatch.setattr(type(layer), "get_delta_weight", lambda self, adapter: torch.full_like(self.weight, 2.0))
+        calls = watch(monkeypatch, type(layer), "get_delta_weight")
+        model.merge_adapter(safe_merge=safe)
+        torch.testing.assert_close(layer.get_base_layer().weight.detach(), before + 2)
+        assert len(calls) == 1
+        model.unmerge_adapter()
+        torch.testing.assert_close(layer.get_base_layer().weight.detach(), before)
+        monkeypatch.undo()
+
+
+def test_other_overrides_are_called(monkeypatch, tmp_path):
+    """Whole-adapter operations of PeftModel come to the methods of LoraModel and its layers that we override."""
+    names = ("set_adapter", "delete_adapter", "add_weighted_adapter", "subtract_mutated_init")
+    resolved = watch(monkeypatch, lora.LoraLayer, "resolve_lora_variant")
+    model = plain_lora(OneLayer(nn.Linear(4, 6)))
+    assert len(resolved) == 1
+    calls = {name: watch(monkeypatch, lora.LoraModel, name) for name in names}
+    layer_calls = {name: watch(monkeypatch, lora.Linear, name) for name in ("forward", "merge", "unmerge")}
+    converted = watch(monkeypatch, lora.Linear, "supports_lora_conversion")
+    model.add_weighted_adapter(["default"], [1.0], "second", combination_type="cat")
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    initial = plain_lora(OneLayer(nn.Linear(4, 6)), init_lora_weights="pissa")
+    initial.peft_config["default"].init_lora_weights = True
+    initial.save_pretrained(tmp_path / "initial")
+    initial.peft_config["default"].init_lora_weights = "pissa"
+    initial.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=tmp_path / "initial")
+    model(torch.randn(2, 4))
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert all(calls.values()) and all(layer_calls.values()), {n: len(c) for n, c in (calls | layer_calls).items()}
+    peft.convert_to_lora(model, rank=2)
+    assert converted
+
+
+# Configs, targets, layers
+
+
+def test_is_from_file(monkeypatch, tmp_path):
+    """A config built by a user is told from one that PEFT builds from a file; PEFT builds the class in the mapping."""
+    seen = []
+
+    class Recording(peft.LoraConfig):
+        def __post_init__(self):
+            seen.append(seam.is_from_file(self))
+            super().__post_init__()
+
+    Recording(r=4).save_pretrained(tmp_path)
+    monkeypatch.setitem(seam.PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.LORA, Recording)
+    assert type(PeftConfig.from_pretrained(tmp_path)) is Recording
+    assert seen == [False, True]
+
+
+def test_config_mapping_and_hotswap_keys():
+    """`import gralora` has put its class into the mapping, and its fields into the list that hotswapping compares."""
+    assert seam.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is gralora.LoraConfig
+    for name, other in [("use_lora", 8), ("gralora_k", 4), ("hybrid_r", 2), ("gralora_scaling", "matched")][1:]:
+        assert name in seam.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
+        old, new = gralora_config(2, 8), gralora_config(2, 8)
+        seam.check_hotswap_configs_compatible(old, new)
+        setattr(new, name, other)
+        with pytest.raises(ValueError, match=name):
+            seam.check_hotswap_configs_compatible(old, new)
+
+
+def test_get_pattern_key():
+    """A pattern matches a whole name, or what follows a dot in it; the first that does is taken."""
+    assert seam.get_pattern_key(["q_proj", "proj"], "model.q_proj") == "q_proj"
+    assert seam.get_pattern_key(["proj"], "model.q_proj") == "model.q_proj"
+    assert seam.get_pattern_key([r"layers\.1\.q_proj"], "model.layers.1.q_proj") == r"layers\.1\.q_proj"
+
+
+def test_is_targeted():
+    """target_modules, exclude_modules and layers_to_transform are all looked at, by names' ends."""
+    config = peft.LoraConfig(target_modules=["q_proj"], exclude_modules=["1.q_proj"])
+    found = [seam.is_targeted(config, f"layers.{name}") for name in ("0.q_proj", "1.q_proj", "0.k_proj")]
+    assert found == [True, False, False]
+    config = peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=[1])
+    assert [seam.is_targeted(config, f"model.layers.{n}.q_proj") for n in range(3)] == [False, True, False]
+
+
+def test_in_out_features():
+    """Features of every kind of base layer are (in, out)."""
+    layers = nn.Linear(3, 5), seam.Conv1D(5, 3), nn.Embedding(3, 5), nn.Conv1d(3, 5, 2), nn.Conv2d(3, 5, 1)
+    assert [seam.in_out_features(layer) for layer in layers] == [(3, 5)] * 5
+
+
+def test_Conv1D():
+    """transformers' Conv1D multiplies by its weight `[in, out]` as it is."""
+    layer, x = seam.Conv1D(5, 3), torch.randn(2, 3)
+    assert layer.weight.shape == (3, 5)
+    torch.testing.assert_close(layer(x), x @ layer.weight + layer.bias)
+
+
+def test_create_and_replace_is_the_way_into_a_model(monkeypatch):
+    """Every adapter of a layer or parameter passes `_create_and_replace`; then the parent has the LoRA layer."""
+    seen, experts = [], Experts()
+    monkeypatch.setattr(lora.LoraModel, "_create_and_replace", lora.LoraModel._create_and_replace)  # put back later
+
+    def wrap(stock):
+        def wrapped(self, config, adapter, target, target_name, parent, current_key, **kwargs):
+            stock(self, config, adapter, target, target_name, parent, current_key=current_key, **kwargs)
+            made = getattr(parent, target_name)
+            seen.append((adapter, current_key, kwargs.get("parameter_name"), isinstance(made, lora.LoraLayer)))
+
+        return wrapped
+
+    seam.wrap_create_and_replace(wrap)
+    model = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 4), "experts": experts})
+    config = peft.LoraConfig(r=2, target_modules=["second", "first"], target_parameters=["experts.weight"])
+    get_peft_model(model, config).add_adapter("more", peft.LoraConfig(r=2, target_modules=["first"]))
+    assert seen == [
+        ("default", "first", None, True),
+        ("default", "second", None, True),
+        ("default", "experts.weight", "weight", True),
+        ("more", "first", None, True),
+    ]
+
+
+def test_check_adapters_to_merge():
+    """The active adapters, or those named, without what is merged already."""
+    model = plain_lora(OneLayer(nn.Linear(4, 6)))
+    layer = only_layer(model)
+    assert seam.check_adapters_to_merge(layer, None) == ["default"]
+    assert seam.check_adapters_to_merge(layer, ["other"]) == ["other"]
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Already following adapters were merged"):
+        assert seam.check_adapters_to_merge(layer, ["default", "other"]) == ["other"]
+    # `GraloraLayer.merge` asks PEFT for one adapter at a time, and ignores this warning there by its text
+
+
+def test_lora_layers_are_where_we_read_them():
+    """What the fast path reads of a layer is in its own dictionary, and means what the properties say."""
+    layer = only_layer(plain_lora(OneLayer(nn.Linear(4, 6)), lora_alpha=12))
+    own = vars(layer)
+    assert own["merged_adapters"] == [] and own["lora_variant"] == {} and own["scaling"] == {"default": 3.0}
+    for enabled in (False, True):
+        layer.enable_adapters(enabled)
+        assert own["_disable_adapters"] is layer.disable_adapters is not enabled
+    assert set(torch_seam.children_of(layer)) >= {"base_layer", "lora_A", "lora_B", "lora_dropout"}
+    assert layer.active_adapters == ["default"]
+
+
+def test_names_of_layers_that_peft_does_not_export():
+    """PEFT makes these classes of these base layers."""
+    cases = {
+        seam.Conv1d: nn.Conv1d(4, 6, 2),
+        seam.MultiheadAttention: nn.MultiheadAttention(4, 2),
+        lora.Linear: seam.Conv1D(6, 4),
+    }
+    for cls, base in cases.items():
+        assert (
+            type(adapter_layers(get_peft_model(OneLayer(base), peft.LoraConfig(r=2, target_modules=["layer"])))[0])
+            is cls
+        )
+
+
+def test_DoraLinearLayer(monkeypatch):
+    """PEFT calls its magnitude module by these keywords, and adds what it returns."""
+    if not seam.MERGES_DORA:
+        pytest.skip("GraLoRA refuses DoRA with this PEFT")
+    model = plain_lora(OneLayer(nn.Linear(4, 6)), use_dora=True).eval()
+    layer, calls, x = only_layer(model), [], torch.randn(2, 4)
+    dora = layer.lora_magnitude_vector["default"]
+    assert type(dora) is seam.DoraLinearLayer and dora.weight.shape == (6,) and dora.fan_in_fan_out is False
+
+    def forward(self, x, **kwargs):
+        calls.append(kwargs)
+        return torch.ones(2, 6)
+
+    monkeypatch.setattr(seam.DoraLinearLayer, "forward", forward)
+    torch.testing.assert_close(model(x), layer.base_layer(x) + 1)
+    assert set(calls[0]) >= {"lora_A", "lora_B", "scaling", "base_layer", "base_result"}
+    assert calls[0]["lora_A"] is layer.lora_A["default"] and calls[0]["scaling"] == layer.scaling["default"]
+
+
+def test_MERGES_DORA():
+    """The version that is compared is that of the release with the right merging."""
+    assert hasattr(lora.LoraLayer, "_unmerged_base_weight") == seam.MERGES_DORA
+
+
+def test_prepare_model_for_compiled_hotswap():
+    """Scalings become tensors, and plain LoRAs get the target rank."""
+    model = plain_lora(OneLayer(nn.Linear(4, 6)))
+    seam.prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
+    layer = only_layer(model)
+    assert isinstance(layer.scaling["default"], torch.Tensor) and layer.lora_A["default"].weight.shape == (8, 4)
+
+
+def test_hotswap_adapter_from_state_dict():
+    """Tensors named as in the model's state dict, of any number of dimensions, are copied into the adapter."""
+    model = adapted(OneLayer(nn.Linear(16, 24)), case_config(CASE))
+    wanted = {name: torch.randn_like(t) for name, t in model.state_dict().items() if ".lora_" in name}
+    seam.hotswap_adapter_from_state_dict(model, dict(wanted), "default", case_config(CASE))
+    for name, t in wanted.items():
+        assert torch.equal(model.state_dict()[name], t), name
+
+
+# Quantised base layers: what matters is what PEFT's layer does
+
+
+class QuantisedLinear(nn.Module):
+    """A stand-in for a quantised layer: its weight is stored as 8 bits and a scale."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        weight = torch.randn(out_features, in_features)
+        self.scale = weight.abs().max() / 127
+        self.weight = nn.Parameter((weight / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def dequantize(self):
+        return self.weight * self.scale
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.dequantize())
+
+
+class Backend:
+    """A quantisation backend as PEFT's `QuantizationBackend` is."""
+
+    def get_base_weight(self, base):
+        return base.dequantize()
+
+    def set_base_weight(self, layer, weight):
+        base = layer.get_base_layer()
+        base.scale = weight.abs().max() / 127
+        base.weight.data = (weight / base.scale).round().to(torch.int8)
+
+
+def merge_by_backend(self, safe_merge=False, adapter_names=None):
+    """`merge` as PEFT's methods write it that have moved to quantisation backends."""
+    for name in seam.check_adapters_to_merge(self, adapter_names):
+        backend, base = self.quantization_backend, self.get_base_layer()
+        weight = base.weight.data if backend is None else backend.get_base_weight(base)
+        weight = weight + self.get_delta_weight(name)
+        if backend is None:
+            base.weight.data = weight
+        else:
+            backend.set_base_weight(self, weight)
+        self.merged_adapters.append(name)
+
+
+def peft_with_backends(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
+    """Make PEFT choose its ordinary layer for bitsandbytes' class, with a backend, as its other methods do."""
+
+    def new_module(lora_config, adapter_name, target, *, r, lora_alpha, **kwargs):
+        layer = lora.Linear(target, adapter_name, config=lora_config, r=r, lora_alpha=lora_alpha)
+        layer.quantization_backend = backend
+        return layer
+
+    monkeypatch.setattr(lora.LoraModel, "_create_new_module", staticmethod(new_module))
+    monkeypatch.setattr(lora.Linear, "merge", merge_by_backend)
+    name_of = kinds._name
+    monkeypatch.setattr(kinds, "_name", lambda cls: "hqq.HQQLinear" if cls is QuantisedLinear else name_of(cls))
+
+
+def test_peft_that_wraps_quantised_layers_as_ordinary_ones(monkeypatch):
+    """With the quantisation backend, PEFT's ordinary layer is as good as a class of its own: output, and merging."""
+    peft_with_backends(monkeypatch, Backend())
+    torch.manual_seed(0)
+    model = adapted(OneLayer(QuantisedLinear(16, 24)), case_config(CASE))
+    layer, x = only_layer(model), random_input(5, 16, dtype=torch.float32)
+    before = layer.get_base_layer().dequantize()
+    assert seam.stock_class(layer, Promoted) is lora.Linear and layer.is_gralora("default")
+    torch.testing.assert_close(model(x), x @ before.T + 3.0 * naive_update(x, factors_of(layer)), rtol=1e-4, atol=1e-4)
+    dW = 3.0 * naive_delta(factors_of(layer)).detach()
+    model.merge_adapter()
+    base = layer.get_base_layer()
+    assert base.weight.dtype == torch.int8
+    assert ((base.dequantize() - (before + dW)).abs() <= 0.51 * base.scale).all()
+
+
+def test_peft_that_takes_quantised_layers_for_ordinary_ones(monkeypatch):
+    """Without a backend its merge would add to packed numbers: the layer is refused, by name."""
+    peft_with_backends(monkeypatch, None)
+    with pytest.raises(
+        ValueError, match="'layer' is a QuantisedLinear.*has wrapped as Linear, not as a quantised layer"
+    ):
+        get_peft_model(OneLayer(QuantisedLinear(16, 24)), case_config(CASE))
+
+
+def test_layer_of_a_user_over_a_quantised_one(monkeypatch):
+    """A class that is not PEFT's may do anything: refused as well."""
+    peft_with_backends(monkeypatch, Backend())
+
+    class Own(lora.Linear):
+        def merge(self, *args, **kwargs):
+            raise NotImplementedError
+
+    monkeypatch.setattr(lora, "Linear", Own)
+    with pytest.raises(ValueError, match="has wrapped as Own, which is no class of PEFT's"):
+        get_peft_model(OneLayer(QuantisedLinear(16, 24)), case_config(CASE))
+
+
+def test_writes_quantised_weights():
+    """Classes that PEFT makes for quantised layers merge by themselves; its ordinary one needs a backend."""
+    from peft.tuners.lora.awq import AwqLoraLinear
+    from peft.tuners.lora.gptq import GPTQLoraLinear
+    from peft.tuners.lora.torchao import TorchaoLoraLinear
+
+    for cls in (AwqLoraLinear, GPTQLoraLinear, TorchaoLoraLinear):
+        assert seam.writes_quantised_weights(SimpleNamespace(), cls), cls
+    assert not seam.writes_quantised_weights(SimpleNamespace(), lora.Linear)
+    assert seam.writes_quantised_weights(SimpleNamespace(quantization_backend=Backend()), lora.Linear)
+
+
+@pytest.mark.skipif(not seam.MERGES_DORA, reason="PEFT 0.20 has no quantisation backends")
+def test_quantization_backend():
+    """PEFT's layers have the attribute, which is None over ordinary layers."""
+    from peft.utils.quantization_utils import QuantizationBackend
+
+    assert only_layer(plain_lora(OneLayer(nn.Linear(4, 6)))).quantization_backend is None
+    assert {"get_base_weight", "set_base_weight"} <= set(vars(QuantizationBackend))
+
+
+# The command's
+
+
+def test_lazy_names():
+    """What the command takes from transformers and huggingface_hub does what it says."""
+    field = seam.HfArg(default=3, help="words", aliases=["--f"])
+    assert field.default == 3 and field.metadata["help"] == "words" and field.metadata["aliases"] == ["--f"]
+    assert [seam.string_to_bool(s) for s in ("yes", "True", "1", "no", "f", "0")] == [True] * 3 + [False] * 3
+    with pytest.raises(argparse.ArgumentTypeError):
+        seam.string_to_bool("maybe")
+    assert "tensorboard" in seam.INTEGRATION_TO_CALLBACK
+    assert "cosine" in [kind.value for kind in seam.SchedulerType]
+    assert "adamw_torch" in [kind.value for kind in seam.OptimizerNames]
+    seam.type_validator("r", 4, int | None)
+    with pytest.raises(TypeError, match="r"):
+        seam.type_validator("r", "4", int)
+
+
+def test_unknown_name_is_an_attribute_error():
+    """The lazy names are all there is besides those imported."""
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        seam.nothing  # noqa: B018
+    assert set(seam.LAZY) <= set(seam.__all__)
+    for name in seam.__all__:
+        getattr(seam, name)
+
+
+# torch
+
+
+def test_has_global_hooks():
+    """It is true while a hook on all modules is registered."""
+    assert not torch_seam.has_global_hooks()
+    handle = register_module_forward_hook(lambda *args: None)
+    try:
+        assert torch_seam.has_global_hooks()
+    finally:
+        handle.remove()
+    assert not torch_seam.has_global_hooks()
+
+
+HOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    "forward": lambda m: m.register_forward_hook(lambda *args: None),
+    "forward_pre": lambda m: m.register_forward_pre_hook(lambda *args: None),
+    "full_backward": lambda m: m.register_full_backward_hook(lambda *args: None),
+    "full_backward_pre": lambda m: m.register_full_backward_pre_hook(lambda *args: None),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_has_hooks(kind):
+    """Each kind of hook on a module is seen while it is registered, and so is a `forward` of its own."""
+    module = nn.Linear(2, 2)
+    assert not torch_seam.has_hooks(module)
+    handle = HOOKS[kind](module)
+    assert torch_seam.has_hooks(module)
+    handle.remove()
+    assert not torch_seam.has_hooks(module)
+    module.forward = lambda x: x
+    assert torch_seam.has_hooks(module)
+
+
+def test_parameters_and_children_of():
+    """The dictionaries hold what attributes give, also after it was set anew."""
+    module = nn.Sequential(nn.Linear(2, 2))
+    assert torch_seam.children_of(module) == {"0": module[0]}
+    module[0].weight = nn.Parameter(torch.zeros(2, 2))
+    assert torch_seam.parameters_of(module[0])["weight"] is module[0].weight
+    module[0].bias = None
+    assert torch_seam.parameters_of(module[0])["bias"] is None
+
+
+def test_is_view():
+    """What autograd takes for a view."""
+    x = torch.randn(2, 3, requires_grad=True)
+    assert torch_seam.is_view((2 * x)[0]) and not torch_seam.is_view(2 * x)
+
+
+def test_reversed_padding():
+    """The padding as nn.functional.pad takes it gives what the convolution computes."""
+    for mode in ("reflect", "circular", "replicate"):
+        conv, x = nn.Conv2d(2, 3, 3, padding=(1, 2), padding_mode=mode), torch.randn(1, 2, 5, 6)
+        padded = nn.functional.pad(x, torch_seam.reversed_padding(conv), mode=mode)
+        torch.testing.assert_close(nn.functional.conv2d(padded, conv.weight, conv.bias), conv(x))
+
+
+def test_NonDynamicallyQuantizableLinear():
+    """It is the class of an attention module's out-projection, which is not called."""
+    attention, called = nn.MultiheadAttention(4, 2), []
+    assert type(attention.out_proj) is torch_seam.NonDynamicallyQuantizableLinear
+    attention.out_proj.register_forward_hook(lambda *args: called.append(1))
+    attention(*[torch.randn(3, 1, 4)] * 3)
+    assert not called
+
+
+# Nowhere else
+
+SEAMS = {"seam.py", "ops/torch_seam.py"}
+SEAM_MODULES = (  # of which nothing is public
+    "huggingface_hub.dataclasses",
+    "peft.mapping",
+    "peft.tuners.lora.",
+    "peft.utils.",
+    "transformers.hf_argparser",
+    "transformers.pytorch_utils",
+    "transformers.trainer_utils",
+    "transformers.training_args",
+    "transformers.integrations.",
+    "torch._",
+)
+PUBLIC = {"peft.utils.save_and_load"}  # get_ and set_peft_model_state_dict, which `peft` exports
+OURS_OR_PYTHONS = {"_fields", "_asdict", "_exit", "_gralora_plan", "_actions", "_get_value"}
+
+
+def outside_of_seams(file: Path) -> list[str]:
+    """What a file uses of other packages' private or unstable names."""
+    found, tree = [], ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            private = [alias.name for alias in node.names if alias.name.startswith("_")]
+            unstable = node.module.startswith(SEAM_MODULES) and node.module not in PUBLIC
+            if (private or unstable) and node.module != "__future__":
+                found.append(f"line {node.lineno}: from {node.module} import ...")
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            known = node.attr in OURS_OR_PYTHONS or node.attr in seam.OVERRIDES or node.attr in seam.ATTRIBUTES
+            if ast.unparse(node.value) not in ("self", "cls") and not known:
+                found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+@pytest.mark.parametrize("file", sorted(str(f.relative_to(SOURCE)) for f in SOURCE.rglob("*.py")))
+def test_private_names_are_used_in_the_seams_only(file):
+    """No other file imports, or reads, a name of PEFT's, transformers' or torch's that is private or may change."""
+    if file in SEAMS or file in NOT_YET:
+        return
+    assert outside_of_seams(SOURCE / file) == []
+
+
+NOT_YET = {
+    "ops/dispatch.py",
+    "ops/fused.py",
+    "ops/hopper.py",
+    "ops/launch.py",
+    "ops/saved.py",
+    "ops/transforms.py",
+    "ops/gluon.py",
+}
