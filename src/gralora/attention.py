@@ -37,6 +37,10 @@ class GranularOutProjection(GraloraLayer):
     adds it a second time (PEFT 0.20 to 0.21.2). So for a GraLoRA adapter this only notes that it is merged.
     """
 
+    @classmethod
+    def names_saved(cls, tensor: str, ndim: int) -> str:
+        return "a factor inside of an attention module" if ".base_layer.out_proj.lora_" in tensor else ""
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         for name in check_adapters_to_merge(self, adapter_names):
             if self.is_gralora(name):

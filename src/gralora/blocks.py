@@ -180,17 +180,17 @@ def blocks_of_A(A: Tensor) -> Tensor:
     Block (j, i) of dW, output block j and input block i, is `scaling * blocks_of_B(B)[j, i] @ blocks_of_A(A)[j, i]`.
 
     Args:
-        A: `[k, I/k, r_g]`.
+        A: `[..., k, I/k, r_g]`.
 
     Returns:
-        `[k, k, r_g/k, I/k]`, indexed by j and i.
+        `[..., k, k, r_g/k, I/k]`, indexed by j and i.
     """
-    return A.unflatten(2, (A.shape[0], -1)).permute(2, 0, 3, 1)
+    return A.unflatten(-1, (A.shape[-3], -1)).movedim(-2, -4).mT
 
 
 def blocks_of_B(B: Tensor) -> Tensor:
-    """View a grid's B `[k, r_g, O/k]`, or its gradient, as `[k, k, O/k, r_g/k]`; see `blocks_of_A`."""
-    return B.unflatten(1, (B.shape[0], -1)).mT
+    """View a grid's B `[..., k, r_g, O/k]`, or its gradient, as `[..., k, k, O/k, r_g/k]`; see `blocks_of_A`."""
+    return B.unflatten(-2, (B.shape[-3], -1)).mT
 
 
 def transposed(factors: Factors) -> Factors:

@@ -117,6 +117,11 @@ class GranularConv(GraloraLayer):
         kernel = self.get_base_layer().kernel_size
         return A.unflatten(1, (-1, *kernel)), B.unflatten(1, (-1, *[1] * len(kernel)))
 
+    @classmethod
+    def names_saved(cls, tensor: str, ndim: int) -> str:
+        """That of experts has as many dimensions: target_parameters in the config tell them apart."""
+        return "a convolution's factor" if tensor.endswith(".lora_A.weight") and ndim > 3 else ""
+
     def fused_call(self, x: Tensor) -> None:
         return None
 

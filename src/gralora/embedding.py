@@ -89,6 +89,10 @@ class GranularEmbedding(GraloraLayer):
     def plain_weights(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
 
+    @classmethod
+    def names_saved(cls, tensor: str, ndim: int) -> str:
+        return "an embedding's factor" if ".lora_embedding_" in tensor else ""
+
     def fused_call(self, x: Tensor) -> None:
         return None
 

@@ -185,7 +185,7 @@ def check_kind(name: str, layer: nn.Module | TargetParameter, model: nn.Module) 
         raise ValueError(
             f"target module {name!r} is a {type(base).__name__} with a weight of type "
             f"{type(getattr(base, 'weight', None)).__name__}, {problem}. GraLoRA adapts layers of these kinds: "
-            f"{', '.join(kind.name for kind in KINDS)}. Take the module out of target_modules, or set "
+            f"{', '.join(dict.fromkeys(kind.name for kind in KINDS))}. Take the module out of target_modules, or set "
             "use_gralora=False."
         )
 
@@ -211,6 +211,12 @@ def mixin_of(layer: nn.Module) -> type[GraloraLayer]:
     """The class of ours for a LoRA layer, which may be one of PEFT's own class; that for linear layers if unknown."""
     kinds = _kinds(base_layer(layer))
     return kinds[0].mixin if kinds else GraloraLayer
+
+
+def not_linear(tensor: str, ndim: int) -> str:
+    """What a saved adapter's tensor of this name is, in words, if it is of a kind other than linear; else empty."""
+    mixins = dict.fromkeys(mixin for kind in KINDS for mixin in (kind.mixin, *kind.inner.values()))
+    return next(filter(None, (mixin.names_saved(tensor, ndim) for mixin in mixins)), "")
 
 
 def _kinds(base: nn.Module | TargetParameter) -> list[Kind]:

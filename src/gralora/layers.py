@@ -37,6 +37,7 @@ class GraloraLayer(Promoted):
     `delta_weight`      dW, where it is not `as_weight` of the factors' product
     `plain_lora`        the plain LoRA that an adapter equals, in PEFT's layout
     `plain_weights`     where PEFT keeps A and B of a plain LoRA
+    `names_saved`       which tensors of a saved adapter are those of such a layer
     `fused_call`        None in all classes but this one, whose base layer is a matrix product
     `forward`, `merge`, `unmerge` and what else PEFT's class does differently, by PEFT's names
 
@@ -108,6 +109,18 @@ class GraloraLayer(Promoted):
     def plain_weights(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A and B of a plain LoRA adapter; the layer may be one of PEFT's own class."""
         return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+
+    @classmethod
+    def names_saved(cls, tensor: str, ndim: int) -> str:
+        """What a tensor of a saved adapter is, in words, if no linear layer has such a one; else empty.
+
+        The tools that read saved adapters know linear layers alone, and by this refuse others.
+
+        Args:
+            tensor: its name in the file.
+            ndim: its number of dimensions.
+        """
+        return ""
 
     # The weight
 

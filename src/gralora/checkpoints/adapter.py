@@ -17,6 +17,7 @@ from torch import Tensor
 from ..blocks import scaling_gain
 from ..config import LoraConfig, is_set
 from ..fields import plain
+from ..kinds import not_linear
 from ..seam import is_targeted
 from .files import LazyTensors
 from .untrusted import listed
@@ -173,15 +174,10 @@ def _check_linear(adapter: Adapter) -> None:
     problem = ""
     if adapter.config.target_parameters:
         problem = f"target_parameters={plain(adapter.config.target_parameters)!r} in its config"
-    for name in adapter.others:
-        if ".lora_embedding_" in name:
-            problem = problem or f"an embedding's factor {name!r}"
-    for layer in adapter.layers:
-        A = adapter.specs(layer).A
-        if A is not None and A.ndim > 3:
-            problem = problem or f"a convolution's factors {tuple(A.shape)} in layer {layer!r}"
-        if ".base_layer." in layer:
-            problem = problem or f"layer {layer!r} inside of an attention module"
+    for name, t in adapter.tensors.specs.items():
+        words = not_linear(name, t.ndim)
+        if words:
+            problem = problem or f"{words} in layer {layer_and_suffix(name)[0]!r}"
     if problem:
         raise NotByFiles(
             f"the adapter has {problem}, and gralora's tools for saved adapters read those of linear layers only. "
