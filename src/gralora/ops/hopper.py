@@ -24,6 +24,7 @@ from .hopper_kernel import linear_kernel
 from .interface import FactorGradients
 from .launch import MOST_TILINGS, Grid, Launcher, Tiling
 from .layout import Ints, Layout, layout, row_stride
+from .torch_seam import current_raw_stream, is_capturing
 
 BLOCK_T, BLOCK_N, BLOCK_K = 128, 256, 64
 SLOTS = 3
@@ -50,9 +51,9 @@ def _counter(device: int) -> Tensor:
 
     Each stream has its own, since its launches follow each other; so has each launch in a CUDA graph.
     """
-    if torch._C._cuda_isCurrentStreamCapturing():
+    if is_capturing():
         return torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))
-    key = device, torch._C._cuda_getCurrentRawStream(device)
+    key = device, current_raw_stream(device)
     counter = _counters.get(key)
     if counter is None:
         counter = _counters[key] = torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))

@@ -20,7 +20,7 @@ from triton import knobs
 from triton.runtime.errors import OutOfResources
 
 from .interface import KernelUnavailable
-from .torch_seam import is_traced
+from .torch_seam import current_device, is_traced
 
 Grid = tuple[int, int, int]
 Ints = tuple[int, ...]
@@ -84,7 +84,7 @@ class Launcher:
             wrap_triton(self.kernel)[grid](*tensors, *numbers, *constants, **self.options)
             return
         device = tensors[0].get_device()  # -1 on a CPU, in Triton's interpreter
-        if device >= 0 and device != torch._C._cuda_getDevice():
+        if device >= 0 and device != current_device():
             with torch.cuda.device(device):
                 return self(key, grid, tensors, numbers, constants, tiled)
         addresses = [t.data_ptr() for t in tensors]

@@ -18,9 +18,12 @@ from torch.nn.modules.module import _has_any_global_hook
 __all__ = [
     "NonDynamicallyQuantizableLinear",
     "children_of",
+    "current_device",
+    "current_raw_stream",
     "has_global_hooks",
     "has_hooks",
     "is_batched",
+    "is_capturing",
     "is_exporting",
     "is_traced",
     "is_transformed",
@@ -37,6 +40,12 @@ assert issubclass(NonDynamicallyQuantizableLinear, nn.Linear)
 
 # Truthy while a hook on all modules is registered (torch.nn.modules.module.register_module_*_hook).
 has_global_hooks = _has_any_global_hook
+
+# What launching a kernel asks of CUDA, without the checks of `torch.cuda`'s functions: () -> index of the current
+# device, (device) -> handle of its current stream, () -> whether that stream is being recorded in a graph.
+current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+current_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+is_capturing: Any = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
 
 # Whether autograd takes a tensor for a view of another, so that changing it in place would change that one.
 is_view = Tensor._is_view
