@@ -21,7 +21,7 @@ class GranularAttention(GraloraLayer):
     @property
     def _qkv_same_embed_dim(self) -> bool:
         """False where adapters are to be added: nn.TransformerEncoderLayer else reads the weights, without calling."""
-        return super()._qkv_same_embed_dim and (self.merged or self.disable_adapters)
+        return super()._qkv_same_embed_dim and (self.merged or self.disable_adapters)  # type: ignore[misc]
 
     def base_weight(self) -> Tensor:
         return self.get_base_layer().in_proj_weight

@@ -62,7 +62,7 @@ class GranularEmbedding(GraloraLayer):
         hybrid_r = self.lora_variant[adapter].hybrid_r
         down, up = A[hybrid_r:].movedim(0, -1), B[..., hybrid_r:].mT
         hybrid = (A[:hybrid_r].flatten(1), B[..., :hybrid_r].flatten(0, 1)) if hybrid_r else (None, None)
-        return Factors(down, up, *hybrid, self.scaling[adapter])
+        return Factors(down, up, hybrid[0], hybrid[1], self.scaling[adapter])
 
     def update(self, adapter: str, ids: Tensor) -> Tensor:
         """The adapter's output, scaling included, for token ids `[...]`: `[..., O]`."""

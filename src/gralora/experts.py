@@ -5,7 +5,7 @@ Mixture-of-experts models keep the weights of `E` experts as one parameter of th
 expert, `[O, I]`. Every expert e has factors of its own, and dW[e] is the full grid.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -47,7 +47,9 @@ class TargetParameter(NamedTuple):
 
 def targeted_parameters(model: nn.Module, targets: list[str] | None) -> Iterator[tuple[str, TargetParameter]]:
     """Full name and place of what PEFT adapts for `target_parameters=targets`: its rule is in `_inject_parameters`."""
-    for module_name, module in model.named_modules() if targets else ():
+    if not targets:
+        return
+    for module_name, module in model.named_modules():
         plain_name = module_name.replace(".base_layer", "")
         own = [name for name, _ in module.named_parameters(recurse=False)]
         for name in own + list(getattr(module, "parametrizations", ())):
@@ -56,12 +58,12 @@ def targeted_parameters(model: nn.Module, targets: list[str] | None) -> Iterator
                 yield key, TargetParameter(module, name)
 
 
-def param_wrapper(layer: nn.Module, name: str) -> Any:
+def param_wrapper(layer: Any, name: str) -> Any:
     """The one of possibly nested `lora.ParamWrapper`s around a module that adapts its parameter `name`, or None."""
     while isinstance(layer, BaseTunerLayer):
         if isinstance(layer, lora.ParamWrapper) and layer.parameter_name == name:
             return layer
-        layer = layer.base_layer
+        layer = layer.base_layer  # type: ignore[attr-defined]
     return None
 
 
@@ -84,6 +86,13 @@ class GranularExperts(GraloraLayer):
     keeps_name = True  # PEFT 0.20 finds these wrappers by the name of their class
     linear_factors = False
     not_combinable = "PEFT's add_weighted_adapter does not support target_parameters"
+
+    # what lora.ParamWrapper has
+    num_experts: int
+    parameter_name: str
+    get_param: Callable[[], Tensor]
+    _did_swap_in_out_features: bool
+    _remove_parametrizations: Callable[[], None]
 
     def read_factors(self, adapter_name: str, k: int, hybrid_r: int) -> None:
         """PEFT's `[E * r, I]` and `[O, r * E]`, the expert outermost in the one and innermost in the other."""
@@ -128,7 +137,7 @@ class GranularExperts(GraloraLayer):
         names = [name for name in active_adapters if name in self.lora_A]
         param = self.get_param()
         if len(names) != 1 or not self.is_gralora(names[0]) or is_8_bit(param):
-            with super()._activate_lora(active_adapters):
+            with super()._activate_lora(active_adapters):  # type: ignore[misc]
                 yield
             return
         sum_of_both = AddRows(*self._rows(names[0], param.dtype), float(self.scaling[names[0]]))
@@ -145,7 +154,8 @@ class GranularExperts(GraloraLayer):
         """`grid_rows` of dW as it is stored: if that is transposed, those of the transposed grid."""
         factors = self.factors(adapter)
         factors = blocks.transposed(factors) if self.stores_in_out() else factors
-        return grid_rows(*(t if t is None else t.to(dtype) for t in factors[:4]))
+        hybrid_A, hybrid_B = (t if t is None else t.to(dtype) for t in (factors.hybrid_A, factors.hybrid_B))
+        return grid_rows(factors.A.to(dtype), factors.B.to(dtype), hybrid_A, hybrid_B)
 
 
 def is_8_bit(t: Tensor) -> bool:

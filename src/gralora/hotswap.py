@@ -95,7 +95,7 @@ def _check_gain(where: str, up: GranularUp, r_g: int, padded: int) -> None:
 
 
 def hotswap_adapter(
-    model: nn.Module,
+    model: Any,
     model_name_or_path: str | os.PathLike[str],
     adapter_name: str,
     torch_device: str | None = None,

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import peft
 from peft import PeftType
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -58,7 +57,7 @@ def install() -> None:
 
 def _with_gralora(stock: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(stock)
-    def _create_and_replace(self: BaseTuner, lora_config: peft.LoraConfig, *args: Any, **kwargs: Any) -> None:
+    def _create_and_replace(self: BaseTuner, lora_config: Any, *args: Any, **kwargs: Any) -> None:
         if getattr(lora_config, "use_gralora", False):
             create_and_replace(stock, self, lora_config, *args, **kwargs)
         else:
@@ -69,7 +68,7 @@ def _with_gralora(stock: Callable[..., None]) -> Callable[..., None]:
 
 def create_and_replace(
     stock: Callable[..., None],
-    tuner: BaseTuner,
+    tuner: Any,
     config: LoraConfig,
     adapter_name: str,
     target: nn.Module,
@@ -136,7 +135,7 @@ def _fields(config: LoraConfig, values: dict[str, Any]) -> Iterator[None]:
         vars(config).update(before)
 
 
-def plan(tuner: BaseTuner, adapter_name: str, config: LoraConfig) -> LoraConfig:
+def plan(tuner: Any, adapter_name: str, config: LoraConfig) -> LoraConfig:
     """Before the first layer is changed: check every targeted layer, and settle `gralora_k="auto"`.
 
     Returns:

@@ -207,7 +207,7 @@ def kind_of(base: nn.Module | TargetParameter) -> Kind:
     return _kinds(base)[0]
 
 
-def mixin_of(layer: nn.Module) -> type[GraloraLayer]:
+def mixin_of(layer: Any) -> type[GraloraLayer]:
     """The class of ours for a LoRA layer, which may be one of PEFT's own class; that for linear layers if unknown."""
     kinds = _kinds(base_layer(layer))
     return kinds[0].mixin if kinds else GraloraLayer

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 from peft.tuners import lora
@@ -22,7 +22,23 @@ ARROW = (
 )
 
 
-class GraloraLayer(Promoted):
+if TYPE_CHECKING:
+
+    class Stock(lora.Linear):
+        """PEFT's class behind ours, as a type checker is to see it: what its dictionaries hold is not typed."""
+
+        lora_A: Any
+        lora_B: Any
+        lora_embedding_A: Any
+        lora_embedding_B: Any
+        lora_variant: Any
+
+        def get_base_layer(self) -> Any: ...
+else:
+    Stock = object
+
+
+class GraloraLayer(Promoted, Stock):
     """Mixin in front of one of PEFT's LoRA layer classes; its adapters may be GraLoRA, plain LoRA, or some of each.
 
     This class is the mixin of linear layers, and the base class of all others: another kind of layer is a subclass,

@@ -1,9 +1,9 @@
 """The mixin over PEFT's LoraModel: operations on whole adapters that assume plain LoRA."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners import lora
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import SUPPORTED_VARIANTS
 from .factors import pad_lora
@@ -12,16 +12,25 @@ from .layers import GraloraLayer
 from .ops.torch_seam import parameters_of
 from .promote import Promoted
 
+if TYPE_CHECKING:
 
-class GraloraModel(Promoted):
+    class Stock(lora.LoraModel):
+        """PEFT's class behind ours, as a type checker is to see it."""
+
+        peft_config: dict[str, Any]
+else:
+    Stock = object
+
+
+class GraloraModel(Promoted, Stock):
     """Mixin over PEFT's LoraModel, once it holds a GraLoRA adapter: operations on factors that assume plain LoRA."""
 
-    def add_weighted_adapter(
+    def add_weighted_adapter(  # type: ignore[override]
         self,
         adapters: list[str],
         weights: list[float],
         adapter_name: str,
-        combination_type: str = "svd",
+        combination_type: Any = "svd",
         **kwargs: Any,
     ) -> None:
         """As PEFT's, with GraLoRA adapters taken as the plain LoRA of rank k * r_g + hybrid_r that they equal.
@@ -93,7 +102,7 @@ class GraloraModel(Promoted):
         An output layer may share its weight with the embedding: what happens then is as with plain LoRA.
         """
         super()._check_merge_allowed()
-        first: dict[tuple[int, type], tuple[str, nn.Module]] = {}
+        first: dict[tuple[int, type], tuple[str, Any]] = {}
         for where, layer in self.model.named_modules():
             base = layer.get_base_layer() if isinstance(layer, lora.LoraLayer) else None
             weight = None if base is None else parameters_of(base).get("weight")  # no property: HQQ's makes one anew

@@ -14,13 +14,13 @@ class Promoted:
 
 
 @functools.cache
-def promoted_class(mixin: type[Promoted], stock: type) -> type:
+def promoted_class(mixin: Any, stock: Any) -> type:
     """The subclass of a class of PEFT's with a mixin in front, the same object at every call."""
     name = stock.__name__ if mixin.keeps_name else f"Gralora{stock.__name__}"
     return type(name, (mixin, stock), {"__module__": __name__})
 
 
-def promote(obj: Any, mixin: type[Promoted]) -> None:
+def promote(obj: Any, mixin: Any) -> None:
     """Make `obj` an instance of the mixin as well. Its state, and the behaviour of adapters it had, stay.
 
     Raises:
@@ -30,9 +30,10 @@ def promote(obj: Any, mixin: type[Promoted]) -> None:
         return
     if isinstance(obj, Promoted):
         raise TypeError(f"a {type(obj).__name__} cannot be promoted to {mixin.__name__} too.")
-    obj.__class__ = promoted_class(mixin, type(obj))
+    stock: Any = type(obj)
+    obj.__class__ = promoted_class(mixin, stock)
 
 
-def _unpickle(mixin: type[Promoted], stock: type) -> Any:
-    promoted = promoted_class(mixin, stock)
+def _unpickle(mixin: Any, stock: Any) -> Any:
+    promoted: Any = promoted_class(mixin, stock)
     return promoted.__new__(promoted)
