@@ -654,9 +654,10 @@ def test_has_hooks(kind):
     module = nn.Linear(2, 2)
     assert not torch_seam.has_hooks(module)
     handle = HOOKS[kind](module)
-    assert torch_seam.has_hooks(module)
+    assert torch_seam.has_hooks(module) and torch_seam.unhooked_parameters(module) is None
     handle.remove()
     assert not torch_seam.has_hooks(module)
+    assert torch_seam.unhooked_parameters(module) is torch_seam.parameters_of(module)
     module.forward = lambda x: x
     assert torch_seam.has_hooks(module)
 

@@ -13,7 +13,15 @@ from torch.nn import Dropout, Identity, Linear, Parameter
 
 from .blocks import GranularDown, GranularUp, scaling_gain
 from .ops import Factors, PackedWeight, add_update, gralora_linear, plans
-from .ops.torch_seam import children_of, has_global_hooks, has_hooks, is_transformed, is_view, parameters_of
+from .ops.torch_seam import (
+    children_of,
+    has_global_hooks,
+    has_hooks,
+    is_transformed,
+    is_view,
+    parameters_of,
+    unhooked_parameters,
+)
 from .quantized import packed_weight
 from .seam import Conv1D
 
@@ -92,10 +100,8 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
     A, B, dropout = downs[name], children_of(modules["lora_B"])[name], children_of(modules["lora_dropout"])[name]
     if type(A) is not GranularDown or type(B) is not GranularUp or type(dropout) not in (Identity, Dropout):
         return None
-    if has_hooks(A) or has_hooks(B) or has_hooks(dropout):
-        return None
-    factors_A, factors_B = parameters_of(A), parameters_of(B)
-    if factors_B["bias"] is not None:
+    factors_A, factors_B = unhooked_parameters(A), unhooked_parameters(B)
+    if factors_A is None or factors_B is None or has_hooks(dropout) or factors_B["bias"] is not None:
         return None
 
     device = "cuda" if x.is_cuda else x.device.type  # making the string costs more than all the checks above
@@ -130,11 +136,11 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
 
 def _weights(base: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """Weight `[O, I]` and bias of a frozen nn.Linear or Conv1D without hooks; None for any other base layer."""
-    parameters = parameters_of(base)
+    parameters = unhooked_parameters(base)
+    if parameters is None:
+        return None, None
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if type(weight) is not Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
-        return None, None
-    if has_hooks(base):
         return None, None
     if type(base).forward is Linear.forward:
         return weight, bias

@@ -31,6 +31,7 @@ __all__ = [
     "parameters_of",
     "reversed_padding",
     "saves_through_hooks",
+    "unhooked_parameters",
     "unsafe_view",
     "version_of",
 ]
@@ -63,14 +64,21 @@ def children_of(module: nn.Module) -> dict[str, Any]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling a module does more than its class's `forward`: hooks, or a `forward` of its own."""
+    return unhooked_parameters(module) is None
+
+
+def unhooked_parameters(module: nn.Module) -> dict[str, Any] | None:
+    """`parameters_of` a module without hooks, else None: one call for both questions."""
     own = module.__dict__
-    return bool(
+    if (
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
         or "forward" in own
-    )
+    ):
+        return None
+    return own["_parameters"]
 
 
 def reversed_padding(conv: nn.Module) -> list[int]:
