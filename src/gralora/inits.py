@@ -11,13 +11,9 @@ layer, whose methods give it all that an initialisation takes:
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-
-if TYPE_CHECKING:
-    from .config import LoraConfig
-    from .layers import GraloraLayer
 
 
 class Init(NamedTuple):
@@ -25,22 +21,23 @@ class Init(NamedTuple):
 
     Attributes:
         drawn: what PEFT is asked for first, as `init_lora_weights`: True, False or "gaussian".
-        fill: changes the factors in place, and the base weight if need be; called once for each adapted layer.
+        fill: changes the factors in place, and the base weight if need be; called once for each adapted layer, with
+            the `GraloraLayer`, the adapter's name and its config.
     """
 
     drawn: bool | str
-    fill: Callable[["GraloraLayer", str, "LoraConfig"], None]
+    fill: Callable[[Any, str, Any], None]
 
 
 @torch.no_grad()
-def widen_by_fan_in(layer: "GraloraLayer", adapter: str, config: "LoraConfig") -> None:
+def widen_by_fan_in(layer: Any, adapter: str, config: Any) -> None:
     """Multiply A by sqrt(k): Kaiming's bound is 1/sqrt(fan-in), and the fan-in of a block is I/k where LoRA's is I."""
     if layer.drawn_by_fan_in:
         A = layer.factors(adapter).A
         A.mul_(math.sqrt(A.shape[-3]))
 
 
-def keep(layer: "GraloraLayer", adapter: str, config: "LoraConfig") -> None:
+def keep(layer: Any, adapter: str, config: Any) -> None:
     """Leave the factors as PEFT has drawn them."""
 
 
