@@ -27,12 +27,14 @@ from helpers import (
     only_layer,
     random_input,
     randomize,
+    tiny_llama,
     token_ids,
 )
 from peft import PeftConfig, PeftType, get_peft_model
 from peft.tuners import lora
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
+from transformers import Trainer, TrainingArguments
 
 import gralora
 from gralora import kinds, seam
@@ -615,6 +617,13 @@ def test_lazy_names():
     seam.type_validator("r", 4, int | None)
     with pytest.raises(TypeError, match="r"):
         seam.type_validator("r", "4", int)
+
+
+def test_prepare_inputs(tmp_path):
+    """The Trainer's `_prepare_inputs` gives a batch of the same tensors, on the device of training."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    batch = Trainer(model=tiny_llama(), args=arguments)._prepare_inputs({"input_ids": token_ids(2, 3)})
+    assert torch.equal(batch["input_ids"], token_ids(2, 3)) and batch["input_ids"].device.type == "cpu"
 
 
 def test_unknown_name_is_an_attribute_error():
