@@ -836,7 +836,7 @@ def test_every_name_has_a_test():
 
 # Nowhere else
 
-SEAMS = {"seam.py", "ops/torch_seam.py", "ops/gluon.py"}  # the last is Triton's
+SEAMS = {"seam.py", "ops/torch_seam.py", "ops/gluon.py", "diffusion.py"}  # the last two: Triton's and diffusers'
 SEAM_MODULES = (  # of which nothing is public
     "huggingface_hub.dataclasses",
     "peft.mapping",

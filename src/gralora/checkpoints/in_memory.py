@@ -19,6 +19,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..ops.torch_seam import parameters_of
 from .adapter import PREFIX
 from .base import WEIGHT_ENDINGS
 from .convert import convert_adapter
@@ -183,7 +184,7 @@ def untie(model: PeftModel) -> list[str]:
             prefix = next(n for n, m in model.named_modules() if m is base)
             for own, parameter in list(base.named_parameters(recurse=False)):
                 if f"{prefix}.{own}" in shared:
-                    base._parameters[own] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                    parameters_of(base)[own] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
                     untied.append(name)
     return untied
 
