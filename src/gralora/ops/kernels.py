@@ -406,7 +406,7 @@ def _dequantize_4bit_kernel(
 
 
 # without fused multiply-add, as bitsandbytes computes: the same bits
-_dequantize_4bit = Launcher(__name__, _dequantize_4bit_kernel, num_warps=8, enable_fp_fusion=False)
+_dequantize_4bit = Launcher(__name__, _dequantize_4bit_kernel, num_warps=4, enable_fp_fusion=False)
 
 
 def dequantize_4bit(
@@ -428,7 +428,7 @@ def dequantize_4bit(
         nested: how the scales are quantised in turn: the 256 values that a byte stands for, one scale for each 256 of
             them, and `[]` what is added to all; float32.
     """
-    words, tile = w.numel() // 8, 512
+    words, tile = w.numel() // 8, 256
     constants = (blocksize // 8, nested is not None, tile)
     pointers = (packed, absmax, code, *((code,) * 3 if nested is None else nested), w)
     _dequantize_4bit(constants, (-(-words // tile), 1, 1), pointers, (words,), constants)

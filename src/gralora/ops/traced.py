@@ -7,7 +7,7 @@ last layer.
 
 import functools
 import os
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from torch.library import triton_op
 
@@ -34,6 +34,12 @@ def _linear_backward(dy, x, weight, A, B, hybrid_A, hybrid_B, scaling, g, p, see
 
 # The compiler's cache on disk knows what an operator does by its name alone: another body must have another name.
 # A release has its version's; whoever changes `ops` sets GRALORA_OPS_VERSION to another word, or clears the cache.
-_body = os.environ.get("GRALORA_OPS_VERSION", version("gralora"))
-_name = "linear_traced_" + "".join(c if c.isalnum() else "_" for c in _body)
-linear, _ = compiled.operators(_name, triton_op, _linear, _linear_backward)
+def _operator_name() -> str:
+    try:
+        body = os.environ.get("GRALORA_OPS_VERSION") or version("gralora")
+    except PackageNotFoundError:  # a source tree on the path
+        body = "source"
+    return "linear_traced_" + "".join(c if c.isalnum() else "_" for c in body)
+
+
+linear, _ = compiled.operators(_operator_name(), triton_op, _linear, _linear_backward)
