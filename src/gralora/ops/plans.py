@@ -220,6 +220,8 @@ def plan(x: Tensor, weight: Weight | None, A: Tensor | None, B: Tensor, h: int =
     row = _row_of(x)
     if row.large == NEVER:
         return TORCH
+    if is_traced(x):
+        return _small_plan(row, x.dtype, x.numel() // x.shape[-1])
     weight_layout: Layout | None
     if isinstance(weight, Tensor):
         if weight.dtype != x.dtype:
@@ -227,8 +229,6 @@ def plan(x: Tensor, weight: Weight | None, A: Tensor | None, B: Tensor, h: int =
         weight_layout = layout(weight)
     else:
         weight_layout = None if weight is None else Layout(weight.shape, (weight.shape[1], 1))
-    if is_traced(x):
-        return _small_plan(row, x.dtype, x.numel() // x.shape[-1])
     operands = _Operands(
         x.dtype,
         layout(x),
