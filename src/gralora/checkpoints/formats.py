@@ -117,8 +117,10 @@ def _config(fields: dict[str, Any]) -> LoraConfig:
             "which are ignored; if they change the adapter's output, update PEFT.",
             stacklevel=4,
         )
-    # null stands for the default where is_set says so; not every field of PEFT's takes None
-    fields = {n: value for n, value in fields.items() if n in known and (value is not None or is_set(n, value))}
+    # what is empty and not set is left out: not every field of PEFT's takes None, and some take [] for set
+    empty = [n for n, value in fields.items() if value in (None, [], {}, "") and not is_set(n, value)]
+    left_out = {*unknown, *empty} - {"target_modules"}  # where [] and None mean different things
+    fields = {name: value for name, value in fields.items() if name in known and name not in left_out}
     check_fields(fields)
     return LoraConfig(**fields)
 

@@ -65,7 +65,7 @@ def load_adapter(
     check_finite(tensors)
     check_not_zero(adapter)
     adapter.config.inference_mode = not is_trainable
-    with unchanged_after_error(model):
+    with unchanged_after_error(model), faults_as_value_errors():
         loaded = _with_adapter(model, adapter, adapter_name)
         expected = expected_tensors(loaded, adapter_name)
         check_tensors(tensors, expected | base_weights(loaded, tensors.keys() - expected.keys()))
@@ -204,16 +204,21 @@ def unchanged_after_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _with_adapter(model: nn.Module, adapter: Adapter, adapter_name: str) -> PeftModel:
-    """The model with room for the adapter; what PEFT raises at values that it does not check becomes a ValueError."""
+@contextmanager
+def faults_as_value_errors() -> Iterator[None]:
+    """Turn what PEFT and torch raise at values that PEFT does not check into the ValueError that is promised."""
     try:
-        if isinstance(model, PeftModel):
-            model.add_adapter(adapter_name, adapter.config)
-            return model
-        return peft.get_peft_model(model, adapter.config, adapter_name)
+        yield
     except torch.OutOfMemoryError:
         raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"PEFT cannot add an adapter with this config to the model: {type(error).__name__}: {error}"
         ) from error
+
+
+def _with_adapter(model: nn.Module, adapter: Adapter, adapter_name: str) -> PeftModel:
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, adapter.config)
+        return model
+    return peft.get_peft_model(model, adapter.config, adapter_name)
