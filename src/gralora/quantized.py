@@ -1,8 +1,8 @@
 """Quantised base layers whose weight our own product computes with, unpacked whenever it is needed.
 
-bitsandbytes' 4-bit layers (QLoRA) unpack their weight for a product, too, where there are many tokens; here the
-product takes the adapter's output in. Where there are few, its kernels multiply with the packed weight, and the layer
-is called as it is.
+bitsandbytes' 4-bit layers (QLoRA) unpack their weight, too, for many tokens in the forward and always in the backward;
+here the product takes the adapter's output in. For few tokens bitsandbytes multiplies with the packed weight, and the
+layer is called as it is.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .ops import PackedWeight, batched, plans
 from .ops.torch_seam import parameters_of
 
-MANY_TOKENS = 1024  # from which bitsandbytes unpacks the weight, too, or nearly so: 1536 in bitsandbytes 0.50
+MANY_TOKENS = 128  # from which unpacking the weight is faster, forward and backward together; seen on an H200
 
 
 class FourBitWeight:
