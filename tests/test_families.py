@@ -145,7 +145,7 @@ def test_convolutions(name, tmp_path):
     assert convolution.endswith(target)
     fields = {"gralora_k_pattern": {target: 1}}  # of three channels
     report = assert_merged_as_by_peft(make_model(name), tmp_path, target_modules=[target, "q_proj"], **fields)
-    assert "a convolution's factors" in report["notices"][0]
+    assert "a convolution's factor" in report["notices"][0]
 
 
 # Weights that several layers share
