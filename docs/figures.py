@@ -167,10 +167,10 @@ def forward() -> plt.Figure:
 
 
 SETTINGS = {  # what people use -> where in benchmarks/results it was measured
-    "float32 adapters, autocast\n(PEFT's default)": ("model-h200", "fp32 adapters + autocast, eager"),
-    "the same with\ngradient checkpointing": ("model-h200", "fp32 adapters + autocast, eager, gradient checkpointing"),
-    "bf16 adapters": ("model-h200", "bf16 adapters, eager"),
-    "bf16 adapters,\ntorch.compile": ("compiled-h200", "bf16 adapters, compiled"),
+    "QLoRA: nf4 base,\nfloat32 adapters, autocast": ("nf4-h200", "fp32 adapters + autocast, eager"),
+    "the same with\ngradient checkpointing": ("nf4-h200", "fp32 adapters + autocast, eager, gradient checkpointing"),
+    "bf16 base,\nfloat32 adapters, autocast": ("unsloth-h200", "fp32 adapters + autocast, eager"),
+    "the same with\nLiger's kernels": ("liger-h200", "fp32 adapters + autocast, eager"),
 }
 BARS = {"PEFT LoRA": "#b9bec6", "Unsloth": COLOURS[1], "gralora": COLOURS[0]}
 
@@ -197,7 +197,7 @@ def speed() -> plt.Figure:
     ax.set_title(title, loc="right", fontsize=10, color=INK)
     ax.set_xticks([])
     ax.set_xlim(0, 1.12 * max(max(bars.values()) for bars in measured.values()))
-    ax.legend(loc="lower right", frameon=False, fontsize=9)
+    ax.legend(loc="upper right", frameon=False, fontsize=9)
     ax.spines[["top", "right", "bottom"]].set_visible(False)
     ax.tick_params(left=False)
     fig.tight_layout(pad=0.4)
