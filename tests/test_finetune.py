@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -86,6 +87,7 @@ def test_gralora_run(arguments, capsys):
         torch.testing.assert_close(torch.stack(losses).mean().item(), loss[name], rtol=1e-5, atol=0)
 
     printed = capsys.readouterr().out
+    assert re.search(r"^training GraLoRA r=8 k=4 hybrid_r=4 .* on cpu by (fused torch|reference)", printed, re.M)
     assert f"data: {args.data_path}: rows with something to train on: 40 of instruction+output" in printed
     assert f"\n\n### Response:\n>>>{printed.split('Repeat ')[1][:3] * 3}<end><<<\n----\n" in printed
     assert f"held-out loss: {loss['before']:.4f} before, {loss['after']:.4f} after 6 steps" in printed

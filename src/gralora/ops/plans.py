@@ -353,7 +353,7 @@ def has_delta_weight_kernel(A: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _compiled_row(is_cuda: bool, device: int) -> tuple[bool, float]:
-    """Whether there are kernels, and `called_features`; also where torch.compile traces, which could not import."""
+    """Whether there are kernels, and `called_features`: for torch.compile, which could not trace an import."""
     row = architecture(device) if is_cuda else CPU
     return row.kernels != "batched", row.called_features
 
@@ -381,8 +381,7 @@ def compiled_as(x: Tensor, weight: Tensor, p: float) -> str:
 def is_called(x: Tensor, weight: Tensor, p: float) -> bool:
     """Whether the compiler calls an operator where it could fuse or launch; arguments as in `compiled_as`.
 
-    That saves more time than the call takes; with dropout it saves memory: its mask is drawn again where it is needed
-    again.
+    That saves more time than the call takes; with dropout it saves memory, since the mask is drawn again.
     """
     return p > 0 or max(weight.shape) >= _compiled_row(x.is_cuda, x.device.index)[1]
 

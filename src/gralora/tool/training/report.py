@@ -10,6 +10,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Trainer
 
+from ...ops.plans import describe
 from ..arguments import FinetuneArguments
 from ..models import EMBEDDED
 
@@ -95,7 +96,7 @@ def finite(value: Any) -> Any:
 
 
 def summary(args: FinetuneArguments, model: PeftModel, trainer: Trainer, trained: Path | None) -> str:
-    """What is trained, in one line: the adapter, its size, the base model, device and dtype, batches and steps."""
+    """Say in one line what is trained: the adapter, its size, the base model, device, dtype and kernels."""
     config = model.peft_config["default"]
     if config.use_gralora:
         blocks = sorted({config.gralora_k, *(config.gralora_k_pattern or {}).values()})
@@ -110,9 +111,10 @@ def summary(args: FinetuneArguments, model: PeftModel, trainer: Trainer, trained
     rows = trainer.train_dataset
     packed = f"; packed into {len(rows)} rows" if args.packing and isinstance(rows, Dataset) else ""
     start = f", going on with {trained}" if trained else ""
+    kernels = f" by {describe(trainer.args.device)}" if config.use_gralora else ""
     return (
         f"training {ranks}, alpha {config.lora_alpha}, {layers} layers, {trainable:,} parameters{start}, on {base}; "
-        f"{str(args.dtype).removeprefix('torch.')} on {trainer.args.device}{packed}"
+        f"{str(args.dtype).removeprefix('torch.')} on {trainer.args.device}{kernels}{packed}"
     )
 
 
