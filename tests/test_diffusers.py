@@ -4,6 +4,7 @@ The models and pipelines are tiny and made from configs.
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -250,6 +251,45 @@ def test_export_refuses_what_the_layouts_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="no config in its metadata"):
         gralora.to_lora(tmp_path, tmp_path / "out", "diffusers")
     assert not (tmp_path / "out").exists()
+
+
+IGNORED: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "--max-rank": (["--max-rank", "4"], {"max_rank": 4}),
+    "--lossy": (["--lossy"], {"lossy": True}),
+    "--from": (["--from", "peft"], {"source": "peft"}),
+    "--base": (["--base", "model"], {"base": "model"}),
+    "--arch": (["--arch", "llama"], {"base_config": {"model_type": "llama"}}),
+}
+
+
+@pytest.mark.parametrize("option", IGNORED)
+def test_export_refuses_options_that_it_would_ignore(option, tmp_path, capsys):
+    """By name, from the command line and from Python; without the option the same adapter is exported."""
+    save_pipeline(tmp_path / "trained", "unet", trained("unet", TARGETS, 0))
+    arguments, fields = IGNORED[option]
+    command = ["export", str(tmp_path / "trained"), str(tmp_path / "out"), "--for", "diffusers"]
+    assert cli.main([*command, *arguments]) != 0
+    assert re.search(f"{option}.*'diffusers' does not use it.*leave it out", capsys.readouterr().err)
+    with pytest.raises(ValueError, match=f"{next(iter(fields))} .*{option}"):
+        gralora.to_lora(tmp_path / "trained", tmp_path / "out", "diffusers", **fields)
+    assert not (tmp_path / "out").exists()
+    assert cli.main(command) == 0
+
+
+@torch.no_grad()
+def test_adapters_of_other_programs_are_exported_once_converted(tmp_path):
+    """As the refusal of --from advises: PEFT's own GRALORA, converted, and read by diffusers' export."""
+    config = peft.GraloraConfig(r=8, gralora_k=2, hybrid_r=4, target_modules=TARGETS)
+    model = peft.get_peft_model(make("unet"), config).eval()
+    for name, p in model.named_parameters():
+        if "gralora" in name:
+            nn.init.normal_(p, std=0.2)
+    model.save_pretrained(tmp_path / "peft")
+    expected = output("unet", model)
+    assert cli.main(["convert", str(tmp_path / "peft"), str(tmp_path / "ours"), "--from", "peft"]) == 0
+    assert cli.main(["export", str(tmp_path / "ours"), str(tmp_path / "out"), "--for", "diffusers"]) == 0
+    assert not torch.allclose(expected, output("unet", make("unet")), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(stock("unet", tmp_path / "out", FILE)[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def save_file_without_config(path: Path) -> None:

@@ -368,9 +368,13 @@ TOOLS = {
 def test_adapters_of_other_layers_are_refused(tmp_path: Path, fields: dict, problem: str, tool: Callable) -> None:
     """The tools read factors of linear layers; for others the error names field or layer, and what works instead."""
     adapted(Others(), gralora_config(2, **fields)).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=rf"{problem}.*PeftModel\.from_pretrained"):
+    advice = (
+        r"`gralora merge` merges it into a base model that transformers can load; peft\.PeftModel\.from_pretrained"
+    )
+    with pytest.raises(ValueError, match=f"{problem}.*{advice}"):
         tool(tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    peft.PeftModel.from_pretrained(Others(), tmp_path / "adapter")  # as advised, of a model that is not transformers'
 
 
 # What programs write for fields that they leave alone

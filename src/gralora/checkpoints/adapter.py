@@ -181,7 +181,8 @@ def _check_linear(adapter: Adapter) -> None:
     if problem:
         raise NotByFiles(
             f"the adapter has {problem}, and gralora's tools for saved adapters read those of linear layers only. "
-            "`gralora merge` merges it into the model; peft.PeftModel.from_pretrained loads it."
+            "`gralora merge` merges it into a base model that transformers can load; peft.PeftModel.from_pretrained "
+            "loads it into any model."
         )
 
 

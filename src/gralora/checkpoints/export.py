@@ -32,6 +32,13 @@ from .untrusted import listed
 
 REPORT = "export_report.json"
 DIFFUSERS = "diffusers"  # the target that takes several adapters of a pipeline, and convolutions
+NOT_FOR_DIFFUSERS = {  # options of the other targets -> why diffusers has none
+    "max_rank (--max-rank)": "each layer keeps its exact rank, which diffusers takes",
+    "lossy (--lossy)": "each layer keeps its exact rank, which diffusers takes",
+    "source (--from)": "adapters of other programs are first converted, with `gralora convert ADAPTER OUT --from ...`",
+    "base (--base)": "the base model is not read, and no logits are compared",
+    "base_config (--arch, --heads, --kv-heads)": "the base model's config is not needed",
+}
 PROBES = 8
 PIECE = 1 << 18  # elements of a weight that are converted to float64 at a time
 
@@ -170,10 +177,12 @@ def to_lora(
         target: a name in `gralora.checkpoints.targets.TARGETS`: peft, vllm, sglang, llamacpp, ollama or mlx; or
             diffusers.
         base: folder of the base model. llamacpp and ollama read its config.json; for the others its weights, if there,
-            are loaded to compare logits.
-        base_config: instead of `base`'s config.json: `model_type`, `num_attention_heads`, `num_key_value_heads`.
-        source: format of `adapter`, needed only if its config leaves that open.
-        max_rank, lossy, dtype: see `plain_lora`; diffusers takes any rank.
+            are loaded to compare logits. Not for diffusers.
+        base_config: instead of `base`'s config.json: `model_type`, `num_attention_heads`, `num_key_value_heads`. Not
+            for diffusers.
+        source: format of `adapter`, needed only if its config leaves that open. Not for diffusers.
+        max_rank, lossy: see `plain_lora`. Not for diffusers, which takes any rank.
+        dtype: see `plain_lora`.
         adapter_name: of the adapter, in a model that is in memory.
 
     Returns:
@@ -185,6 +194,12 @@ def to_lora(
             made.
     """
     if target == DIFFUSERS:
+        given = (max_rank, lossy or None, source, None if base is None else str(base), base_config)
+        for (option, reason), value in zip(NOT_FOR_DIFFUSERS.items(), given, strict=True):
+            if value is not None:
+                raise ValueError(
+                    f"{option} is {value!r}, but target 'diffusers' does not use it: {reason}; leave it out."
+                )
         return export_pipeline(adapter, out, dtype, adapter_name)
     if target not in TARGETS:
         raise ValueError(f"target {target!r} is not known; use one of {', '.join([*TARGETS, DIFFUSERS])}.")
