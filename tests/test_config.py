@@ -440,6 +440,8 @@ SET = {
 @pytest.mark.parametrize("name", {**NOT_SET, **SET})
 def test_a_field_is_set_by_its_meaning(name):
     """What is empty means the default where the default is empty; a default that is a word or a number is not."""
+    if name == "kasa_config" and name not in {f.name for f in dataclasses.fields(peft.LoraConfig)}:
+        pytest.skip(f"PEFT {peft.__version__} has no {name}")  # is_set takes it for a newer PEFT's field
     assert not any(is_set(name, value) for value in NOT_SET.get(name, []))
     assert all(is_set(name, value) for value in SET.get(name, []))
 

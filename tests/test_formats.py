@@ -410,6 +410,7 @@ LEFT_ALONE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning")  # PEFT's, of a base without a name
 @pytest.mark.filterwarnings("error:.*config.*:UserWarning")
 @pytest.mark.parametrize("fields", LEFT_ALONE.values(), ids=LEFT_ALONE)
 def test_fields_left_alone_are_not_refused(tmp_path: Path, fields: dict[str, Any]) -> None:
