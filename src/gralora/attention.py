@@ -1,7 +1,7 @@
-"""GraLoRA of nn.MultiheadAttention: its in-projection, one linear map E -> 3E to stacked q, k, v, and out-projection.
+"""GraLoRA of nn.MultiheadAttention: of its in-projection, one linear map E -> 3E, and of its out-projection.
 
-PEFT's `lora.MultiheadAttention` adds dW to both weights for the time of a forward pass, since torch reads the weights
-and calls no module.
+The output of the in-projection is q, k and v, stacked. PEFT's `lora.MultiheadAttention` adds dW to both weights during
+a forward pass, since torch reads the weights without calling a module.
 """
 
 from typing import Any
@@ -13,14 +13,14 @@ from .seam import MultiheadAttention, check_adapters_to_merge
 
 
 class GranularAttention(GraloraLayer):
-    """Mixin over PEFT's `lora.MultiheadAttention`, whose factors are those of the in-projection."""
+    """Mixin over PEFT's `lora.MultiheadAttention`, whose own factors adapt the in-projection."""
 
     peft_class = MultiheadAttention
     not_combinable = "PEFT's plain LoRA on nn.MultiheadAttention adds the out-projection's dW twice"
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """False where adapters are to be added: nn.TransformerEncoderLayer else reads the weights, without calling."""
+        """False while adapters are active, so that nn.TransformerEncoderLayer calls this module, not its fast path."""
         return super()._qkv_same_embed_dim and (self.merged or self.disable_adapters)  # type: ignore[misc]
 
     def base_weight(self) -> Tensor:
@@ -33,8 +33,8 @@ class GranularAttention(GraloraLayer):
 class GranularOutProjection(GraloraLayer):
     """Mixin over the `lora.Linear` that PEFT puts around the out-projection of an attention module.
 
-    `lora.MultiheadAttention` adds dW to the weight, differentiably, and then calls `merge` here, by which plain LoRA
-    adds it a second time (PEFT 0.20 to 0.21.2). So for a GraLoRA adapter this only notes that it is merged.
+    `lora.MultiheadAttention` adds dW to the weight, differentiably, and then calls `merge` here. For a plain LoRA
+    that adds dW a second time (PEFT 0.20 to 0.21.2). For a GraLoRA adapter `merge` therefore only records the merge.
     """
 
     @classmethod
@@ -55,7 +55,7 @@ class GranularOutProjection(GraloraLayer):
 
 
 def attention_obstacle(base: Any) -> str:
-    """What keeps an attention module from being adapted, in words; empty if nothing does."""
+    """Say in words why an attention module cannot be adapted; empty if it can."""
     if not base._qkv_same_embed_dim:
         return f"with kdim={base.kdim} and vdim={base.vdim} other than embed_dim={base.embed_dim}"
     return ""

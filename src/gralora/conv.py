@@ -1,8 +1,8 @@
-"""GraLoRA of convolutions: blocks over input and output channels.
+"""GraLoRA of convolutions, with blocks over input and output channels.
 
-A convolution is a linear map of patches, `[I * P]` for `I` channels and `P` kernel positions, and its grid is that of
-this linear map. A_i convolves the i-th chunk of channels with the layer's kernel, stride, padding and dilation; the
-sub-ranks are exchanged at every position; B_j is a 1x1 convolution. dW is the grid in the layout of the weight,
+A convolution is a linear map of patches, `[I * P]` for `I` channels and `P` kernel positions, and GraLoRA puts its
+grid on this linear map. A_i convolves the i-th chunk of channels with the layer's kernel size, stride, padding and
+dilation. The sub-ranks are exchanged at every position, and B_j is a 1x1 convolution. dW has the layout of the weight,
 `[O, I, *kernel]`.
 """
 
@@ -25,12 +25,12 @@ class ConvDown(GranularDown):
     """The down-projections A as one grouped convolution, and the exchange.
 
     Attributes:
-        weight: A, `[k, I/k, *kernel, r_g]`: linear factors of patches, their channels and positions kept apart.
+        weight: A, `[k, I/k, *kernel, r_g]`: the linear factors, with channels and positions of a patch kept apart.
         hybrid_weight: A_s, `[hybrid_r, I, *kernel]`, or None for a pure GraLoRA.
     """
 
     def __init__(self, weight: Tensor, hybrid_weight: Tensor | None, base: Any) -> None:
-        """Args: as the attributes; `base`: the adapted nn.Conv1d, nn.Conv2d or nn.Conv3d."""
+        """Take the attributes, and in `base` the adapted nn.Conv1d, nn.Conv2d or nn.Conv3d."""
         super().__init__(weight, hybrid_weight)
         self.options = {"stride": base.stride, "padding": base.padding, "dilation": base.dilation}
         self.pad: tuple[list[int], str] | None = None
@@ -64,12 +64,12 @@ class ConvDown(GranularDown):
 
 
 class ConvUp(GranularUp):
-    """The up-projections B, `[k, r_g, O/k]`, applied to the channels: a 1x1 convolution is linear in them."""
+    """The up-projections B, `[k, r_g, O/k]`, applied to the channels, as a 1x1 convolution does."""
 
     def __init__(
         self, weight: Tensor, hybrid_weight: Tensor | None = None, bias: Tensor | None = None, dims: int = 1
     ) -> None:
-        """Args: as `GranularUp`; `dims`: of space."""
+        """Take the arguments of `GranularUp`, and in `dims` the number of spatial dimensions."""
         super().__init__(weight, hybrid_weight, bias)
         self.dims = dims
 
@@ -99,7 +99,7 @@ class GranularConv(GraloraLayer):
         self.lora_B[adapter_name] = up.requires_grad_(B.weight.requires_grad)
 
     def factors(self, adapter: str) -> Factors:
-        """Those of the linear map of patches: its input features are the channels times the kernel's positions."""
+        """Return the factors of the linear map of patches, with channels times kernel positions as input features."""
         A, B, hybrid_A, hybrid_B, scaling = super().factors(adapter)
         return Factors(A.flatten(1, -2), B, None if hybrid_A is None else hybrid_A.flatten(1), hybrid_B, scaling)
 
@@ -112,14 +112,14 @@ class GranularConv(GraloraLayer):
         return weight.flatten(1)
 
     def plain_lora(self, adapter: str, rank: int | None = None) -> tuple[Tensor, Tensor]:
-        """`[rank, I, *kernel]` and `[O, rank, 1, ...]`."""
+        """Return the equal plain LoRA's factors, `[rank, I, *kernel]` and `[O, rank, 1, ...]`."""
         A, B = super().plain_lora(adapter, rank)
         kernel = self.get_base_layer().kernel_size
         return A.unflatten(1, (-1, *kernel)), B.unflatten(1, (-1, *[1] * len(kernel)))
 
     @classmethod
     def names_saved(cls, tensor: str, ndim: int) -> str:
-        """That of experts has as many dimensions: target_parameters in the config tell them apart."""
+        """Recognise a factor with more than three dimensions; `target_parameters` tells experts' factors apart."""
         return "a convolution's factor" if tensor.endswith(".lora_A.weight") and ndim > 3 else ""
 
     def fused_call(self, x: Tensor) -> None:
@@ -127,7 +127,7 @@ class GranularConv(GraloraLayer):
 
 
 def conv_obstacle(base: Any) -> str:
-    """What keeps a convolution from being adapted, in words; empty if nothing does."""
+    """Say in words why a convolution cannot be adapted; empty if it can."""
     if base.groups > 1:
         return (
             f"with groups={base.groups}, whose channels are connected only within a group, so that a grid over all "

@@ -1,7 +1,7 @@
-"""DoRA (arXiv 2402.09353) on GraLoRA: W' = m (W + dW) / |W + dW|, the norm by output row, m trained.
+"""DoRA (arXiv 2402.09353) on GraLoRA: W' = m (W + dW) / |W + dW|, with a norm per output row and m trained.
 
-PEFT's `DoraLinearVariant` does it with the layer's own lora_A, lora_B and get_delta_weight; only its magnitude module
-reads factors, as two matrices. Here it reads a grid's, and the norms come from products of factors, without dW.
+PEFT's `DoraLinearVariant` works through the layer's own lora_A, lora_B and get_delta_weight. Only its magnitude module
+reads the factors, and expects two matrices. The module here reads a grid and computes the norms without forming dW.
 """
 
 import torch
@@ -12,7 +12,7 @@ from .seam import DoraLinearLayer
 
 
 class GranularDora(DoraLinearLayer):
-    """PEFT's magnitude module for the factors of a grid.
+    """PEFT's magnitude module, reading the factors of a grid.
 
     Attributes:
         weight: m, `[O]`.
@@ -22,7 +22,7 @@ class GranularDora(DoraLinearLayer):
     def from_linear(
         cls, stock: DoraLinearLayer, base_layer: nn.Module, down: GranularDown, up: GranularUp, scaling: float
     ) -> "GranularDora":
-        """With m = |W + dW| for the grid's dW, so that W' starts as W + dW; device and dtype are those of `stock`."""
+        """Make the module with m = |W + dW|, so that W' starts as W + dW; device and dtype are those of `stock`."""
         dora = cls(stock.fan_in_fan_out)
         weight = dora.base_weight(base_layer).to(stock.weight.device)
         dora.weight = nn.Parameter(row_norms(weight, down, up, scaling).to(stock.weight.dtype))
@@ -44,7 +44,7 @@ class GranularDora(DoraLinearLayer):
         base_result: Tensor | None = None,
         adapter_name: str = "default",
     ) -> Tensor:
-        """What DoRA adds to the base layer's output; see `DoraLinearLayer.forward`.
+        """Compute what DoRA adds to the base layer's output; see `DoraLinearLayer.forward`.
 
         Args:
             x: `[..., I]`, after dropout.
@@ -62,14 +62,14 @@ class GranularDora(DoraLinearLayer):
 
 @torch.no_grad()
 def row_norms(weight: Tensor, down: GranularDown, up: GranularUp, scaling: float | Tensor) -> Tensor:
-    """|W + dW| of every output row, `[O]`, in float32 at least, without forming dW.
+    """Compute |W + dW| for every output row, `[O]`, in float32 at least, without forming dW.
 
-    With dW = s (G + H), the grid and the hybrid part, its square is
+    Let dW = s (G + H), where G is the grid and H the hybrid part. The square of the norm is
 
         |W|^2 + s <2 W + s H, H> + s <2 W + 2 s H + s G, G>,
 
-    where every product with H = B_s A_s, or with a block b a^T of G, goes through the ranks. One output block at a
-    time, so that no more of W than that is converted to float32.
+    where every product with H = B_s A_s, or with a block b a^T of G, goes through the ranks. The output blocks are
+    computed one by one, so that only one block of W at a time is held in float32.
 
     Args:
         weight: W, `[O, I]`.

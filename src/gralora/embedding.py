@@ -1,8 +1,8 @@
-"""GraLoRA of embeddings: the embedding as a linear map of one-hot token ids.
+"""GraLoRA of embeddings, each seen as a linear map of one-hot token ids.
 
 The input features are the `V` entries of the vocabulary, in `k` chunks of V/k consecutive ids. A token of chunk i has
-h = A_i[token], `[r_g]`; its j-th sub-rank goes to output block j at place i, where the places of all other chunks are
-zero. As for PEFT's LoRA, A starts at zero and B is drawn from the normal distribution.
+h = A_i[token], `[r_g]`. The j-th sub-rank of h goes to place i of output block j, and the places of all other chunks
+are zero. As in PEFT's LoRA, A starts at zero and B is drawn from the normal distribution.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from .seam import LoraVariant
 
 
 class GranularEmbeddingVariant(LoraVariant):
-    """One GraLoRA adapter of a `lora.Embedding`: what PEFT's class calls in place of its own arithmetic."""
+    """One GraLoRA adapter of a `lora.Embedding`, which PEFT's class calls in place of its own arithmetic."""
 
     def __init__(self, hybrid_r: int) -> None:
         self.hybrid_r = hybrid_r
@@ -38,8 +38,8 @@ class GranularEmbeddingVariant(LoraVariant):
 class GranularEmbedding(GraloraLayer):
     """Mixin over PEFT's `lora.Embedding`, whose factors are parameters, not modules.
 
-    `lora_embedding_A[adapter]` is `[r, k, V/k]` and `lora_embedding_B[adapter]` `[k, O/k, r]`: PEFT's, in blocks. Of
-    the r ranks the first hybrid_r are the plain LoRA, the others the grid.
+    `lora_embedding_A[adapter]` is `[r, k, V/k]` and `lora_embedding_B[adapter]` is `[k, O/k, r]`: PEFT's factors,
+    split into blocks. The first hybrid_r of the r ranks are the plain LoRA, the others are the grid.
     """
 
     peft_class = lora.Embedding
@@ -50,14 +50,14 @@ class GranularEmbedding(GraloraLayer):
         return isinstance(self.lora_variant.get(adapter_name), GranularEmbeddingVariant)
 
     def read_factors(self, adapter_name: str, k: int, hybrid_r: int) -> None:
-        """The elements stay where they are."""
+        """Split PEFT's factors into blocks; the elements stay where they are in memory."""
         A, B = self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
         self.lora_embedding_A[adapter_name] = nn.Parameter(A.detach().unflatten(1, (k, -1)), A.requires_grad)
         self.lora_embedding_B[adapter_name] = nn.Parameter(B.detach().unflatten(0, (k, -1)), B.requires_grad)
         self.lora_variant[adapter_name] = GranularEmbeddingVariant(hybrid_r)
 
     def factors(self, adapter: str) -> Factors:
-        """Views as a linear layer's, of input features V."""
+        """View the factors as a linear layer's, with V input features."""
         A, B = self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
         hybrid_r = self.lora_variant[adapter].hybrid_r
         down, up = A[hybrid_r:].movedim(0, -1), B[..., hybrid_r:].mT
@@ -65,7 +65,7 @@ class GranularEmbedding(GraloraLayer):
         return Factors(down, up, hybrid[0], hybrid[1], self.scaling[adapter])
 
     def update(self, adapter: str, ids: Tensor) -> Tensor:
-        """The adapter's output, scaling included, for token ids `[...]`: `[..., O]`."""
+        """Compute the adapter's output `[..., O]`, scaling included, for token ids `[...]`."""
         A, (_, B, _, hybrid_B, scaling) = self.lora_embedding_A[adapter], self.factors(adapter)
         (r, k, chunk), r_g = A.shape, B.shape[1]
         hybrid, h = self._embed(ids, A.flatten(1).T).split([r - r_g, r_g], dim=-1)
@@ -74,7 +74,7 @@ class GranularEmbedding(GraloraLayer):
         y = reference.up(g.flatten(-3), B)
         if hybrid_B is not None:
             y = y + nn.functional.linear(hybrid, hybrid_B)
-        embed_scale = self._get_embed_scale()  # of Gemma's embeddings, whose forward multiplies by it
+        embed_scale = self._get_embed_scale()  # Gemma's embeddings multiply by it in forward
         return y * scaling * (1 if embed_scale is None else embed_scale.to(y.dtype))
 
     def as_weight(self, matrix: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class GranularEmbedding(GraloraLayer):
         return None
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
-        """PEFT's, which ignores variants; the rows of GraLoRA adapters are added to after it."""
+        """Call PEFT's method, which ignores variants, and then add to the rows of GraLoRA adapters."""
         names = ["__base__" if self.is_gralora(name) else name for name in adapter_names]
         result = super()._mixed_batch_forward(x, *args, adapter_names=names, **kwargs)
         for adapter in filter(self.is_gralora, dict.fromkeys(adapter_names)):
@@ -107,7 +107,7 @@ class GranularEmbedding(GraloraLayer):
 
 
 def embedding_obstacle(base: Any) -> str:
-    """What keeps an embedding from being adapted, in words; empty if nothing does."""
+    """Say in words why an embedding cannot be adapted; empty if it can."""
     if base.max_norm is not None:
         return f"with max_norm={base.max_norm}, which changes weights in the forward pass, so that no update is added"
     if base.sparse:

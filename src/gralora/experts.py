@@ -1,7 +1,7 @@
-"""GraLoRA of parameters that PEFT adapts through `target_parameters`: one grid an expert.
+"""GraLoRA of parameters that PEFT adapts through `target_parameters`, with one grid per expert.
 
-Mixture-of-experts models keep the weights of `E` experts as one parameter of three dimensions. PEFT takes it as
-`[E, O, I]`, or as `[E, I, O]` where the module has `is_transposed=True`, and a parameter of two dimensions as one
+Mixture-of-experts models keep the weights of `E` experts as one parameter of three dimensions. PEFT reads it as
+`[E, O, I]`, or as `[E, I, O]` if the module has `is_transposed=True`. It reads a parameter of two dimensions as one
 expert, `[O, I]`. Every expert e has factors of its own, and dW[e] is the full grid.
 """
 
@@ -20,7 +20,7 @@ from .layers import GraloraLayer
 
 
 class TargetParameter(NamedTuple):
-    """A parameter that is adapted, and the module that has it, without PEFT's wrappers."""
+    """A parameter to adapt, and the module that owns it, without PEFT's wrappers."""
 
     module: nn.Module
     name: str
@@ -35,7 +35,7 @@ class TargetParameter(NamedTuple):
         return (rows, columns) if experts and getattr(self.module, "is_transposed", False) else (columns, rows)
 
     def obstacle(self) -> str:
-        """What keeps it from being adapted, in words; empty if nothing does."""
+        """Say in words why the parameter cannot be adapted; empty if it can."""
         if self.name in getattr(self.module, "parametrizations", {}):
             return "which is parametrised already (or quantised in place)"
         if type(self.value) is not nn.Parameter or not self.value.is_floating_point():
@@ -46,7 +46,7 @@ class TargetParameter(NamedTuple):
 
 
 def targeted_parameters(model: nn.Module, targets: list[str] | None) -> Iterator[tuple[str, TargetParameter]]:
-    """Full name and place of what PEFT adapts for `target_parameters=targets`: its rule is in `_inject_parameters`."""
+    """Yield full name and place of each parameter that PEFT's `_inject_parameters` adapts for these targets."""
     if not targets:
         return
     for module_name, module in model.named_modules():
@@ -59,7 +59,7 @@ def targeted_parameters(model: nn.Module, targets: list[str] | None) -> Iterator
 
 
 def param_wrapper(layer: Any, name: str) -> Any:
-    """The one of possibly nested `lora.ParamWrapper`s around a module that adapts its parameter `name`, or None."""
+    """Return the `lora.ParamWrapper`, of those nested around a module, that adapts its parameter `name`, or None."""
     while isinstance(layer, BaseTunerLayer):
         if isinstance(layer, lora.ParamWrapper) and layer.parameter_name == name:
             return layer
@@ -80,14 +80,14 @@ class ExpertsUp(GranularUp):
 
 
 class GranularExperts(GraloraLayer):
-    """Mixin over PEFT's `lora.ParamWrapper`, which adds dW to the parameter for the time of a forward pass."""
+    """Mixin over PEFT's `lora.ParamWrapper`, which adds dW to the parameter during a forward pass."""
 
     peft_class = lora.ParamWrapper
     keeps_name = True  # PEFT 0.20 finds these wrappers by the name of their class
     linear_factors = False
     not_combinable = "PEFT's add_weighted_adapter does not support target_parameters"
 
-    # what lora.ParamWrapper has
+    # attributes of lora.ParamWrapper
     num_experts: int
     parameter_name: str
     get_param: Callable[[], Tensor]
@@ -95,9 +95,9 @@ class GranularExperts(GraloraLayer):
     _remove_parametrizations: Callable[[], None]
 
     def read_factors(self, adapter_name: str, k: int, hybrid_r: int) -> None:
-        """PEFT's `[E * r, I]` and `[O, r * E]`, the expert outermost in the one and innermost in the other."""
+        """Read PEFT's `[E * r, I]` and `[O, r * E]`: the expert is outermost in lora_A and innermost in lora_B."""
         A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        if is_8_bit(A):  # PEFT gives factors the parameter's dtype; one cannot compute with this one
+        if is_8_bit(A):  # PEFT gives factors the parameter's dtype, and torch does not compute in 8 bits
             A, B = A.float(), B.float()
         down = GranularDown.read(A.detach().unflatten(0, (self.num_experts, -1)), k, hybrid_r)
         up = GranularUp.read(B.detach().unflatten(1, (-1, self.num_experts)).movedim(-1, 0), k, hybrid_r)
@@ -108,7 +108,7 @@ class GranularExperts(GraloraLayer):
         return self.get_param()
 
     def as_weight(self, matrix: Tensor) -> Tensor:
-        """`[E, O, I]` -> the parameter's layout: that, `[E, I, O]`, or `[O, I]` of one expert."""
+        """Convert `[E, O, I]` to the parameter's layout: the same, `[E, I, O]`, or `[O, I]` if it is one expert."""
         return (matrix.mT if self.stores_in_out() else matrix).view(self.get_param().shape)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
@@ -121,10 +121,10 @@ class GranularExperts(GraloraLayer):
         return self.get_param().ndim == 3 and not self._did_swap_in_out_features
 
     def delta_weight(self, adapter: str) -> Tensor:
-        """dW of one adapter, scaling included, in the parameter's layout, and in its dtype unless that has 8 bits."""
+        """Compute dW of one adapter, scaling included, in the parameter's layout and, unless 8-bit, its dtype."""
         param = self.get_param()
         dtype = torch.promote_types(self.lora_B[adapter].weight.dtype, torch.float32)
-        with torch.autocast(param.device.type, enabled=False):  # a forward pass with several adapters comes here
+        with torch.autocast(param.device.type, enabled=False):  # a forward pass with several adapters calls this
             dW = torch.bmm(*self._rows(adapter, dtype)).mul(float(self.scaling[adapter])).view(param.shape)
         return dW if is_8_bit(param) else dW.to(param.dtype)
 
@@ -133,7 +133,7 @@ class GranularExperts(GraloraLayer):
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
-        """Add dW to the parameter for the time of a forward pass, in one product where one GraLoRA is active."""
+        """Add dW to the parameter during a forward pass, by a single product if one GraLoRA adapter is active."""
         names = [name for name in active_adapters if name in self.lora_A]
         param = self.get_param()
         if len(names) != 1 or not self.is_gralora(names[0]) or is_8_bit(param):
@@ -142,7 +142,7 @@ class GranularExperts(GraloraLayer):
             return
         sum_of_both = AddRows(*self._rows(names[0], param.dtype), float(self.scaling[names[0]]))
         base = self.get_base_layer()
-        # unsafe: without computing the sum once more, to see that shape and dtype stay, which they do
+        # unsafe: skips computing the sum once more to check shape and dtype, which do not change
         nn.utils.parametrize.register_parametrization(base, self.parameter_name, sum_of_both, unsafe=True)
         try:
             with nn.utils.parametrize.cached():
@@ -151,7 +151,7 @@ class GranularExperts(GraloraLayer):
             self._remove_parametrizations()
 
     def _rows(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`grid_rows` of dW as it is stored: if that is transposed, those of the transposed grid."""
+        """Compute the `grid_rows` of dW in the stored orientation: of the transposed grid if it is `[E, I, O]`."""
         factors = self.factors(adapter)
         factors = blocks.transposed(factors) if self.stores_in_out() else factors
         hybrid_A, hybrid_B = (t if t is None else t.to(dtype) for t in (factors.hybrid_A, factors.hybrid_B))
@@ -178,10 +178,10 @@ class AddRows(nn.Module):
 def grid_rows(
     A: Tensor, B: Tensor, hybrid_A: Tensor | None = None, hybrid_B: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Factors of the grids' rows of blocks, with the plain part: as many operations as a plain LoRA of rank r takes.
+    """Factor each row of blocks of the grids, hybrid part included, at the cost of a plain LoRA of rank r.
 
-    Row j of the blocks of dW[e] is `lhs[e * k + j] @ rhs[e * k + j]`: output block j gets r_g sub-ranks, each of them
-    from one chunk of the input.
+    Row j of the blocks of dW[e] is `lhs[e * k + j] @ rhs[e * k + j]`: output block j receives r_g sub-ranks, each from
+    one chunk of the input.
 
     Args:
         A, B: `[E, k, I/k, r_g]` and `[E, k, r_g, O/k]`.

@@ -1,7 +1,7 @@
-"""PEFT's hotswapping between GraLoRA adapters of different ranks: it pads tensors of two dimensions, a grid has three.
+"""Hotswap between GraLoRA adapters of different ranks, which PEFT cannot pad: it expects factors of two dimensions.
 
-Same names, arguments and results as in `peft.utils.hotswap`, which does the rest of the work; between adapters of the
-same rank PEFT's own functions do as well.
+Names, arguments and results are those of `peft.utils.hotswap`, which does the rest of the work. Between adapters of
+the same rank PEFT's own functions work as well.
 """
 
 import os
@@ -52,7 +52,7 @@ def prepare_model_for_compiled_hotswap(
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[Any, str, str]]:
-    """Every GraLoRA layer, its name, and the name of an adapter in it."""
+    """Yield every GraLoRA layer with its name and the name of each of its adapters."""
     for where, layer in model.named_modules():
         if isinstance(layer, GraloraLayer):
             for name in layer.lora_A:
@@ -84,10 +84,10 @@ def _check_linear(where: str, layer: GraloraLayer, adapter: str) -> None:
 
 
 def _check_gain(where: str, up: GranularUp, r_g: int, padded: int) -> None:
-    """Raise ValueError if gralora_scaling takes the padding for ranks."""
+    """Raise ValueError if padding the grid's rank changes the gain of `gralora_scaling`."""
     hybrid_r = up.hybrid_r
     gains = [scaling_gain(up.gralora_scaling, up.k, r, hybrid_r) for r in (r_g, padded)]
-    if abs(gains[0] - gains[1]) > 1e-12:  # without hybrid_r they differ by a rounding at most
+    if abs(gains[0] - gains[1]) > 1e-12:  # without hybrid_r the two differ by a rounding at most
         raise ValueError(
             f"layer {where!r}: gralora_scaling={up.gralora_scaling!r} with hybrid_r={hybrid_r} depends on the rank: "
             f"a grid rank of {r_g} cannot be padded to {padded}; hotswap between adapters of one rank."
@@ -101,18 +101,18 @@ def hotswap_adapter(
     torch_device: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Put a saved adapter in the place of a loaded one, also if its ranks are smaller.
+    """Replace a loaded adapter by a saved one, whose ranks may be smaller.
 
     Args:
         model: the PEFT model, which may be compiled.
         model_name_or_path: the saved adapter. Its k, hybrid_r and the layers' kinds must be those of the loaded one.
         adapter_name: the loaded adapter.
-        torch_device: where the file is loaded to; by default as PEFT has it.
-        **kwargs: passed on to PEFT's loading of config and weights.
+        torch_device: the device to load the file to; PEFT's default if None.
+        **kwargs: passed on to the PEFT functions that load config and weights.
 
     Raises:
         ValueError: before anything is changed, if the adapters do not fit together.
-        RuntimeError: the same, if the new one has layers that the loaded one lacks.
+        RuntimeError: before anything is changed, if the new adapter has layers that the loaded one lacks.
     """
     config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
     loaded = model.peft_config[adapter_name]
@@ -144,7 +144,7 @@ def hotswap_adapter(
 
 
 def _check_features(where: str, new_A: Tensor, new_B: Tensor, down: GranularDown, up: GranularUp) -> None:
-    """Raise ValueError, naming the layer, if a saved grid is for a layer of other features."""
+    """Raise ValueError, naming the layer, if a saved grid was made for other numbers of features."""
     found, expected = (new_A.shape[:2], new_B.shape[::2]), (down.weight.shape[:2], up.weight.shape[::2])
     if found != expected:
         raise ValueError(

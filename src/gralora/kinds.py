@@ -1,7 +1,7 @@
-"""Which layers GraLoRA adapts: one table. To support another kind, add a row.
+"""The table of the kinds of layers that GraLoRA adapts. To support another kind, add a row.
 
-Classes are written "package.Class": so no quantisation library is imported here, or has to be installed, and it does
-not matter in which module of the package a class is defined.
+Classes are written "package.Class". No quantisation library has to be installed or imported for that, and it does not
+matter which module of the package defines a class.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def _in_attention(base: nn.Module) -> str:
 
 
 def _packed_for_cpu(base: Any) -> str:
-    if not hasattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu"):  # set by packing only
+    if not hasattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu"):  # only packing sets it
         return ""
     return (
         "which bitsandbytes has repacked for inference, since it ran in evaluation mode on the CPU: now it passes no "
@@ -51,19 +51,19 @@ LINEAR_ONLY = {name: "with GraLoRA it is for linear layers" for name in ("use_do
 
 
 class Kind(NamedTuple):
-    """A kind of base layer, and what GraLoRA is on it.
+    """A kind of base layer, and how GraLoRA adapts it.
 
     Attributes:
-        name: in words.
+        name: the kind, in words.
         base: class of the base layer, or one that it inherits from.
-        weight: class of its `weight`, and no subclass of it; empty if that does not matter.
-        quantised: whether its weight is. A row belongs here if PEFT's LoRA layer for it adds
-            `lora_B(lora_A(dropout(x))) * scaling` to the base layer's output, and merges through `get_delta_weight`
-            or raises.
-        flag: attribute of the model without which PEFT takes the layer for an ordinary one; empty if it needs none.
-        obstacle: what is wrong with one layer of this kind, in words; empty if nothing is.
-        mixin: the class of ours in front of PEFT's LoRA layer: how factors of a grid are read and applied.
-        inner: the same for LoRA layers that PEFT makes inside of the base layer, by their attribute there.
+        weight: the exact class of the layer's `weight`, no subclass; empty if any will do.
+        quantised: whether the weight is quantised. A quantised kind belongs here if PEFT's LoRA layer for it adds
+            `lora_B(lora_A(dropout(x))) * scaling` to the base layer's output, and its merge either goes through
+            `get_delta_weight` or raises.
+        flag: attribute of the model without which PEFT takes the layer for an ordinary one; empty if none is needed.
+        obstacle: says in words why a given layer of this kind cannot be adapted; empty if it can.
+        mixin: our class in front of PEFT's LoRA layer, which reads and applies the factors of a grid.
+        inner: attribute of the base layer -> the mixin for the LoRA layer that PEFT makes there.
         refuses: fields of the config that PEFT's class refuses or ignores, and why.
     """
 
@@ -162,7 +162,7 @@ KINDS = (
 
 
 def base_layer(layer: Any) -> Any:
-    """The layer without PEFT's wrappers; a `TargetParameter` is one."""
+    """Return the layer without PEFT's wrappers; a `TargetParameter` has none."""
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
@@ -170,8 +170,8 @@ def check_kind(name: str, layer: nn.Module | TargetParameter, model: nn.Module) 
     """Raise ValueError, naming the layer, if GraLoRA cannot adapt it.
 
     Args:
-        name: of the layer or parameter, for the message.
-        layer: a layer of the model, which may carry adapters already, or a parameter of one.
+        name: name of the layer or parameter, for the message.
+        layer: a layer of the model, which may carry adapters already, or a parameter of a layer.
         model: the base model.
     """
     base = base_layer(layer)
@@ -191,7 +191,7 @@ def check_kind(name: str, layer: nn.Module | TargetParameter, model: nn.Module) 
 
 
 def check_fields(name: str, layer: nn.Module | TargetParameter, config: Any) -> None:
-    """Raise ValueError, naming field and layer, if the config sets what layers of this kind cannot have."""
+    """Raise ValueError, naming field and layer, if the config sets a field that this kind of layer refuses."""
     kind = kind_of(base_layer(layer))
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for field, why in kind.refuses.items():
@@ -203,18 +203,18 @@ def check_fields(name: str, layer: nn.Module | TargetParameter, config: Any) -> 
 
 
 def kind_of(base: nn.Module | TargetParameter) -> Kind:
-    """The table's row about a base layer that `check_kind` accepts."""
+    """Return the table's row for a base layer that `check_kind` accepts."""
     return _kinds(base)[0]
 
 
 def mixin_of(layer: Any) -> type[GraloraLayer]:
-    """The class of ours for a LoRA layer, which may be one of PEFT's own class; that for linear layers if unknown."""
+    """Return our mixin for a LoRA layer of PEFT's class or ours; the one for linear layers if the kind is unknown."""
     kinds = _kinds(base_layer(layer))
     return kinds[0].mixin if kinds else GraloraLayer
 
 
 def not_linear(tensor: str, ndim: int) -> str:
-    """What a saved adapter's tensor of this name is, in words, if it is of a kind other than linear; else empty."""
+    """Say in words what a saved tensor of this name is; empty if it is a factor of a linear layer."""
     mixins = dict.fromkeys(mixin for kind in KINDS for mixin in (kind.mixin, *kind.inner.values()))
     return next(filter(None, (mixin.names_saved(tensor, ndim) for mixin in mixins)), "")
 
@@ -239,9 +239,9 @@ def _problem(base: nn.Module | TargetParameter, layer: nn.Module | TargetParamet
 
 
 def _unfit(layer: lora.LoraLayer, kind: Kind) -> str:
-    """What is wrong with the LoRA layer that PEFT, or a user of its custom modules, has made of a base layer.
+    """Say what is wrong with the LoRA layer that PEFT, or a user's custom module, has put around a base layer.
 
-    Which class that is does not matter for a quantised one, as PEFT has made it and it does not merge wrongly.
+    A quantised base layer needs no particular class: any of PEFT's that knows how to write quantised weights will do.
     """
     stock = stock_class(layer, Promoted)
     wrapped = f"which PEFT has wrapped as {stock.__name__}"
@@ -265,10 +265,10 @@ def _inherits(obj: object, name: str) -> bool:
 
 
 def keep_weights_unpacked(model: nn.Module) -> None:
-    """Make bitsandbytes' 4-bit layers keep their weights as they are when they run in evaluation mode on a CPU.
+    """Keep bitsandbytes' 4-bit layers from repacking their weights when they run in evaluation mode on a CPU.
 
-    They repack them on CPUs with AVX512-BF16, and from then on pass no gradient on, also when trained again, while
-    PEFT goes on to read the weights as if they were not packed.
+    On CPUs with AVX512-BF16 these layers repack the weights. From then on they pass no gradient, even when trained
+    again, and PEFT reads the packed weights as if they were not packed.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):

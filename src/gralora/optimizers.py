@@ -1,7 +1,7 @@
-"""PEFT's optimizers that precondition gradients, for GraLoRA: a grid is k x k independent LoRAs of rank r_g / k.
+"""PEFT's preconditioning optimizers for GraLoRA, whose grid is k x k independent LoRAs of rank r_g / k.
 
-Those in `peft.optimizers` know factors of two dimensions: LoRA-FA's fails at its first step on a grid, and the
-Riemannian one leaves the grid's gradients as they are. LoRA+ (`create_loraplus_optimizer`) is right as it is.
+The originals in `peft.optimizers` expect factors of two dimensions: LoRA-FA fails at its first step on a grid, and
+the Riemannian optimizer leaves the grid's gradients as they are. LoRA+ (`create_loraplus_optimizer`) needs no change.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,14 +17,14 @@ from .layers import GraloraLayer
 
 
 class Pair(NamedTuple):
-    """The parameters of one or k x k LoRAs: `[r, I]` and `[O, r]`, or a grid's `[k, I/k, r_g]` and `[k, r_g, O/k]`."""
+    """The factors of one LoRA, `[r, I]` and `[O, r]`, or of a grid, `[k, I/k, r_g]` and `[k, r_g, O/k]`."""
 
     A: nn.Parameter
     B: nn.Parameter
     scaling: float
 
     def of(self, read: Callable[[nn.Parameter], Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-        """Views of what is read from A and B as LoRAs, `[..., rank, in]` and `[..., out, rank]`."""
+        """Apply `read` to A and B, and view the results as LoRAs, `[..., rank, in]` and `[..., out, rank]`."""
         A, B = read(self.A), read(self.B)
         if self.A.ndim == 2:
             return A, B
@@ -32,10 +32,10 @@ class Pair(NamedTuple):
 
 
 def lora_pairs(model: nn.Module) -> Iterator[Pair]:
-    """All adapters of linear layers: grids, their hybrid parts, plain LoRAs.
+    """Yield the factors of all adapters of linear layers: grids, their hybrid parts and plain LoRAs.
 
     Raises:
-        ValueError: naming the layer, if it has a GraLoRA whose factors are not a linear layer's.
+        ValueError: naming the layer, if a GraLoRA layer is of another kind than linear.
     """
     for where, layer in model.named_modules():
         for name in layer.lora_A if isinstance(layer, LoraLayer) else ():
@@ -55,12 +55,12 @@ def lora_pairs(model: nn.Module) -> Iterator[Pair]:
 def create_riemannian_optimizer(
     model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: Any
 ) -> Optimizer:
-    """`peft.optimizers.create_riemannian_optimizer` (arXiv 2402.02347) that preconditions every block of a grid.
+    """Like `peft.optimizers.create_riemannian_optimizer` (arXiv 2402.02347), but precondition every block of a grid.
 
-    Before each step the gradient of A becomes `(B^T B + reg)^-1 grad_A` and that of B `grad_B (A A^T + reg)^-1`.
+    Before each step grad_A becomes `(B^T B + reg)^-1 grad_A`, and grad_B becomes `grad_B (A A^T + reg)^-1`.
 
     Args:
-        model: the PEFT model; all that is trainable is optimised, adapters of linear layers are preconditioned.
+        model: the PEFT model; every trainable parameter is optimised, adapters of linear layers are preconditioned.
         optimizer_cls: e.g. `torch.optim.AdamW`. Its step gets no closure, which would compute the gradients anew.
         lr: learning rate.
         reg: added to the diagonal of the matrix that is inverted.
@@ -85,16 +85,16 @@ def create_riemannian_optimizer(
 
 
 def create_lorafa_optimizer(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> Optimizer:
-    """LoRA-FA (arXiv 2308.03303) as in `peft.optimizers`: A is frozen, the gradient of B is projected, block by block.
+    """Create LoRA-FA (arXiv 2308.03303): A is frozen, and the gradient of B is projected block by block.
 
     Before each step of torch's AdamW the gradient of B becomes `grad_B (A A^T)^-1 / scaling^2`, which brings the
-    change of dW as near as A allows to that of full fine-tuning. Unlike PEFT's it is computed in float32 at least,
-    and takes the scaling from the layers.
+    change of dW as close to full fine-tuning as A allows. Unlike `peft.optimizers.create_lorafa_optimizer`, this
+    computes in float32 at least, and takes the scaling from the layers.
 
     Args:
-        model: the PEFT model; its lora_A no longer require gradients.
+        model: the PEFT model; its lora_A are frozen by this call.
         lr: learning rate.
-        weight_decay: AdamW's.
+        weight_decay: the weight decay of AdamW.
 
     Raises:
         ValueError: if the model has no trainable adapter of a linear layer, or a step gets a closure.
@@ -123,7 +123,7 @@ def _gradient(p: nn.Parameter) -> Tensor | None:
 
 
 def _inverse(matrix: Tensor, reg: float) -> Tensor:
-    """Of a symmetric matrix with `reg` added to its diagonal; the pseudo-inverse where that is singular."""
+    """Invert a symmetric matrix with `reg` added to its diagonal, by the pseudo-inverse if the sum is singular."""
     return torch.linalg.pinv(matrix + reg * torch.eye(matrix.shape[-1]).to(matrix), hermitian=True)
 
 

@@ -1,4 +1,4 @@
-"""Whether the installed PEFT, torch and transformers are ones that gralora supports: what pyproject.toml says."""
+"""Check the installed PEFT, torch and transformers against the versions that pyproject.toml supports."""
 
 import importlib.metadata
 import warnings
@@ -7,7 +7,7 @@ from packaging.requirements import Requirement
 
 
 def check_versions() -> None:
-    """Called by `import gralora`, before anything of these packages is imported.
+    """Refuse a package that is too old; `import gralora` calls this before it imports any of them.
 
     Raises:
         ImportError: if a package is older than gralora supports; a newer one gives a warning.
@@ -17,12 +17,12 @@ def check_versions() -> None:
     except importlib.metadata.PackageNotFoundError:  # run from its source tree, not installed
         return
     for requirement in requirements:
-        if requirement.marker is not None:  # of an extra
+        if requirement.marker is not None:  # the requirement belongs to an extra
             continue
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # importing it says so
+            continue  # importing the missing package raises the error
         if requirement.specifier.contains(version, prereleases=True):
             continue
         advice = f"gralora {importlib.metadata.version('gralora')} supports {requirement}, and {version} is installed"

@@ -39,7 +39,7 @@ commands:
 
 
 class Answer(TextStreamer):
-    """Prints words as they come, and keeps them."""
+    """A streamer that prints words as they come, and keeps them."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -51,7 +51,7 @@ class Answer(TextStreamer):
 
 
 class StopOnInterrupt(StoppingCriteria):
-    """Inside `with`, the first Ctrl-C ends the answer at the next token: an exception could be lost on its way."""
+    """Inside `with`, end the answer at the next token after a first Ctrl-C; an exception could get lost instead."""
 
     def __enter__(self) -> "StopOnInterrupt":
         self.requested = False
@@ -72,14 +72,14 @@ class StopOnInterrupt(StoppingCriteria):
 
 @dataclass
 class Conversation:
-    """What was said, and who answers.
+    """A conversation so far, and the model that answers next.
 
     Attributes:
         loaded: the base model and its adapters; `adapters` has `OFF` for the base model alone.
-        args: of the command.
+        args: the command's arguments.
         template: how turns become a text: chat, instruction or plain.
-        active: which of `loaded.adapters` answers.
-        turns: messages with role and content, user and assistant in turn.
+        active: the label in `loaded.adapters` of the model that answers.
+        turns: messages with role and content, user and assistant alternating.
     """
 
     loaded: SideBySide
@@ -89,7 +89,7 @@ class Conversation:
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids of the conversation with a new message at its end."""
+        """Return the token ids of the conversation with a new message at its end."""
         tokenizer = self.loaded.tokenizer
         if self.template == "chat":
             system = [{"role": "system", "content": self.args.system}] if self.args.system else []
@@ -145,7 +145,7 @@ class Conversation:
         self.turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
     def command(self, line: str) -> bool:
-        """Obey a line that begins with a slash; whether to go on."""
+        """Obey a line that begins with a slash, and return whether the chat goes on."""
         name, _, argument = line.partition(" ")
         argument = argument.strip()
         if name == "/quit":
@@ -165,7 +165,7 @@ class Conversation:
         return True
 
     def switch(self, name: str) -> None:
-        """Let another model answer, or say which there are."""
+        """Let another model answer, or list the models."""
         labels = list(self.loaded.adapters)
         if name == "on":
             name = next((label for label in labels if label != OFF), name)
@@ -215,7 +215,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def start(args: argparse.Namespace) -> Conversation:
-    """Load the models; the first adapter is on."""
+    """Load the models, and switch the first adapter on."""
     loaded = load_side_by_side(args.models, args.base_model, args.dtype, args.device)
     adapters = {label: name for label, name in loaded.adapters.items() if name is not None}
     if OFF in adapters or "on" in adapters:
@@ -231,7 +231,7 @@ def start(args: argparse.Namespace) -> Conversation:
 
 
 def lines(conversation: Conversation) -> Iterator[str]:
-    """What is typed, or what is in standard input where nobody types."""
+    """Yield the lines that the user types, or those of standard input if it is not a terminal."""
     if not sys.stdin.isatty():
         yield from (line.strip() for line in sys.stdin)
         return
@@ -248,7 +248,7 @@ def lines(conversation: Conversation) -> Iterator[str]:
 
 
 def main(argv: list[str]) -> None:
-    """The command `gralora chat`."""
+    """Run the command `gralora chat`."""
     conversation = start(parse(argv))
     if sys.stdin.isatty():
         print(f"template: {conversation.template}; /help lists the commands")

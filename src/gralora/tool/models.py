@@ -1,4 +1,4 @@
-"""The base model and its tokenizer: from a folder, a hub, or the package that brings the embedded one."""
+"""Load the base model and its tokenizer from a folder, the hub, or the package of the embedded model."""
 
 import importlib.util
 import logging
@@ -26,9 +26,9 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
 
 
 def load_pretrained(auto: Any, base_model: str, **options: Any) -> Any:
-    """What an Auto class of transformers makes of the base model."""
+    """Call `from_pretrained` of an Auto class of transformers for the base model."""
     folder = str(embedded_model()) if base_model == EMBEDDED else base_model
-    # False, since the default asks people whether to run a model's code
+    # the default would ask the user whether to run a model's code
     options.setdefault("trust_remote_code", False)
     try:
         return auto.from_pretrained(folder, **options)
@@ -40,11 +40,11 @@ def load_pretrained(auto: Any, base_model: str, **options: Any) -> Any:
 
 
 def load_model(base_model: str, dtype: torch.dtype, quantization: str = "none", **options: Any) -> PreTrainedModel:
-    """The base model, in `dtype`, or quantised by bitsandbytes and computing in `dtype`."""
+    """Load the base model in `dtype`, or quantised by bitsandbytes and computing in `dtype`."""
     if quantization != "none":
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ImportError(f"quantization={quantization!r} needs bitsandbytes: pip install 'gralora[quantized]'")
-        # of 8bit, it would say for every layer and pass that inputs are cast
+        # it would warn in every 8-bit layer and pass that inputs are cast
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         config = BitsAndBytesConfig(**QUANTIZATIONS[quantization], bnb_4bit_compute_dtype=dtype)
         options["quantization_config"] = config
@@ -54,13 +54,13 @@ def load_model(base_model: str, dtype: torch.dtype, quantization: str = "none", 
 def load_tokenizer(
     base_model: str, chat_template: str | None = None, eos_token: str | None = None, **options: Any
 ) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, with a padding token.
+    """Load the base model's tokenizer, and give it a padding token if it has none.
 
     Args:
         base_model: a hub id, a local folder, or `EMBEDDED`.
         chat_template: a Jinja file, or a model whose template is to be used instead of the tokenizer's own.
         eos_token: the token that ends a text, instead of the tokenizer's own.
-        options: of `from_pretrained`.
+        options: passed on to `from_pretrained`.
     """
     tokenizer = load_pretrained(AutoTokenizer, base_model, **options)
     if eos_token is not None:
@@ -85,12 +85,12 @@ def load_tokenizer(
 
 
 def load_config(base_model: str, **options: Any) -> Any:
-    """The base model's config of the part that reads text."""
+    """Load the config of the base model, or of the part that reads text if there are several."""
     return load_pretrained(AutoConfig, base_model, **options).get_text_config()
 
 
 def positions(config: Any) -> int | None:
-    """How many tokens a model with this config can take; None if it sets no limit."""
+    """Return how many tokens a model with this config can take, or None if it sets no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -105,12 +105,12 @@ def check_length(max_seq_length: int, base_model: str, config: Any) -> None:
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, base_model: str, config: Any) -> None:
-    """Raise ValueError if the tokenizer has tokens, or a padding token, that the model has no embedding for."""
+    """Raise ValueError if the model has no embedding for the padding token or another token of the tokenizer."""
     size = getattr(config.get_text_config(), "vocab_size", None)
     if size is None:
         return
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= size}
-    # some tokenizers have tokens that nothing ever writes; those with a role are written
+    # some tokenizers have tokens that never occur; only those with a role certainly do
     used = {token: beyond[token] for token in beyond if token in tokenizer.all_special_tokens}
     used |= {token: number for token, number in tokenizer.get_added_vocab().items() if number >= size}
     if used:

@@ -1,4 +1,4 @@
-"""What a command prints, and where: everything, nothing (--quiet), or one JSON object for a script (--json)."""
+"""Print everything, nothing (--quiet), or one JSON object for a script (--json), for every command alike."""
 
 import argparse
 import contextlib
@@ -19,12 +19,12 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(command: Callable[[], dict[str, Any]], quiet: bool, as_json: bool) -> None:
-    """Call `command`, which prints, and see to what comes out of it.
+    """Call `command` and print its output, nothing, or its results as JSON.
 
     Args:
-        command: returns the results, as JSON can hold them.
-        quiet: let nothing out that it prints, nor progress bars and warnings of libraries.
-        as_json: let it out on stderr, and print the results on stdout.
+        command: prints its output and returns its results, as JSON can hold them.
+        quiet: drop what the command prints, and the progress bars and warnings of libraries.
+        as_json: send what the command prints to stderr, and print the results as JSON on stdout.
     """
     with contextlib.ExitStack() as stack:
         if quiet:
@@ -42,7 +42,7 @@ def silent_libraries() -> Iterator[None]:
     import transformers
 
     level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # else the Trainer draws its bar
+    transformers.logging.set_verbosity_error()  # otherwise the Trainer draws its progress bar
     transformers.logging.disable_progress_bar()
     if "datasets" in sys.modules:
         sys.modules["datasets"].disable_progress_bars()

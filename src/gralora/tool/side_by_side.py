@@ -1,4 +1,4 @@
-"""One base model with several adapters on it, switched between: what `evaluate` and `chat` compare."""
+"""Switch between several adapters on one base model, as `evaluate` and `chat` do to compare them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,9 +22,9 @@ class SideBySide:
     """A base model and its adapters.
 
     Attributes:
-        model: the base model; with adapters on it, a PeftModel.
-        tokenizer: of the base model.
-        adapters: label -> name of the adapter in `model`; None: the base model alone.
+        model: the base model, or a PeftModel if there are adapters on it.
+        tokenizer: the tokenizer for all of them.
+        adapters: label -> name of the adapter in `model`, or None for the base model alone.
     """
 
     model: PreTrainedModel | PeftModel
@@ -33,7 +33,7 @@ class SideBySide:
 
     @contextmanager
     def using(self, label: str) -> Iterator[PreTrainedModel | PeftModel]:
-        """The model as one of `adapters` makes it, inside the block."""
+        """Yield the model with only the adapter of this label active, for the length of the block."""
         adapter = self.adapters[label]
         if adapter is None:
             with self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext():
@@ -53,19 +53,19 @@ def load_side_by_side(
     """Load one base model and put the adapters on it.
 
     Args:
-        models: folders of adapters (GraLoRA of any format, or plain LoRA), and the base model to have it alone too.
-        base_model: to use in place of what the adapters name.
-        dtype: torch's name of the base model's dtype; "auto": as it is stored. Adapters are held in float32.
-        device: torch's name; default: the accelerator if there is one.
+        models: folders of adapters (GraLoRA of any format, or plain LoRA), and the base model to compare it, too.
+        base_model: used in place of the base model that the adapters name.
+        dtype: torch's name for the base model's dtype, or "auto" for the stored one. Adapters are held in float32.
+        device: torch's name for the device; by default the accelerator if there is one.
 
     Raises:
-        ValueError: if the adapters are of different base models, or one does not fit.
+        ValueError: if the adapters have different base models, or one does not fit.
         OSError: if files are missing.
     """
     labels = unique_labels(models)
     base = common_base(models, base_model)
     trained = [path for path in models if is_adapter(path)]
-    # with the template that it was trained with
+    # an adapter's tokenizer has the chat template that the adapter was trained with
     tokenizer = load_tokenizer(next((path for path in trained if Path(path, TOKENIZER).is_file()), base))
     model = load_pretrained(AutoModelForCausalLM, base, dtype=dtype).eval().to(device or default_device())
     for path in trained:
@@ -83,7 +83,7 @@ def load_side_by_side(
 
 
 def stop_where_trained(model: PreTrainedModel, adapter: str) -> None:
-    """Add the tokens at which an adapter was trained to stop, if it says so, to those at which the model does."""
+    """Make the model stop also at the tokens at which an adapter says it was trained to stop."""
     if not Path(adapter, GENERATION).is_file():
         return
 
@@ -101,7 +101,7 @@ def default_device() -> torch.device:
 
 
 def unique_labels(models: list[str]) -> list[str]:
-    """Names of folders, or, where two have the same, what was given; ValueError if that is the same too."""
+    """Label each model by its folder's name, or by the path as given if names clash; ValueError if paths clash."""
     short = [Path(model).name or model for model in models]
     labels = [model if short.count(name) > 1 else name for model, name in zip(models, short, strict=True)]
     for label in labels:
@@ -111,7 +111,7 @@ def unique_labels(models: list[str]) -> list[str]:
 
 
 def common_base(models: list[str], base_model: str | None = None) -> str:
-    """The one base model that all are, or are adapters of; what is given as `base_model` goes first."""
+    """Find the base model that all models share; `base_model`, if given, replaces those that adapters name."""
     bases = {}
     for model in models:
         if not is_adapter(model):
@@ -133,7 +133,7 @@ def common_base(models: list[str], base_model: str | None = None) -> str:
 
 
 def place(base_model: str) -> str:
-    """What tells base models apart: the folder that is meant, or a hub id."""
+    """Resolve a base model to its folder or hub id, by which base models are told apart."""
     if base_model == EMBEDDED:
         return str(embedded_model().resolve())
     return str(Path(base_model).resolve()) if Path(base_model).is_dir() else base_model

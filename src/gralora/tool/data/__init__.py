@@ -1,1 +1,1 @@
-"""What a run trains on: files (readers, sources) become rows, tokens (examples, packing) and a corpus."""
+"""Turn files into the data of a run: rows (readers, sources), examples, tokens and a corpus."""

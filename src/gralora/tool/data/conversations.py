@@ -1,6 +1,6 @@
-"""Conversations: messages in the form that chat templates read, and the text that a template makes of them.
+"""Bring conversations into the form that chat templates read, and write them with a template.
 
-Every part of a message that is learnt must be in that text: templates drop, without a word, what they do not know.
+Every part of a message to learn must be in the text written: templates silently drop the parts they do not know.
 """
 
 import itertools
@@ -16,17 +16,17 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 # fields that say whether a message is learnt: OpenAI's and ShareGPT's, axolotl's, ms-swift's
 LEARN = ("weight", "train", "loss")
 MESSAGE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", *REASONING, *LEARN}
-RECORD_FIELDS = ("system", "tools", "chat_template_kwargs")  # beside the messages
+RECORD_FIELDS = ("system", "tools", "chat_template_kwargs")  # what templates read beside the messages
 END_OF_THOUGHT = "</think>"
 
 
 class Chat(NamedTuple):
-    """A conversation as text in pieces, each with whether it is learnt.
+    """A conversation as pieces of text, each with a flag that says whether it is learnt.
 
     Attributes:
-        texts: one text; or one per answer, each with what came before it, where the template changes a turn once
-            others follow.
-        plain: whether the tokenizer's beginning and end tokens are to be added, as they are to pairs of texts.
+        texts: one text. If the template changes a turn once others follow, there is instead one text per answer, each
+            with what came before the answer.
+        plain: whether to add the tokenizer's beginning and end tokens, as for pairs of texts.
     """
 
     texts: tuple[tuple[tuple[str, bool], ...], ...]
@@ -42,7 +42,7 @@ def chat_example(
 ) -> Chat:
     """Write the messages in field `name` of a record with the tokenizer's chat template.
 
-    The assistant's messages are learnt, except the first `given` of all and those with `weight: 0` or its like.
+    The assistant's messages are learnt, except in the first `given` messages and those with `weight: 0` or the like.
 
     Raises:
         ValueError: if a message is malformed, or the template refuses it or leaves a part of it out.
@@ -77,7 +77,7 @@ def chat_example(
 
 
 def is_message(message: Any) -> bool:
-    """Whether a message has a role, and content or, instead, calls of tools."""
+    """Tell whether an object is a message: it has a role, and content or tool calls."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
     if message.get("content") is None:
@@ -86,17 +86,17 @@ def is_message(message: Any) -> bool:
 
 
 def normalised(message: dict[str, Any], place: str) -> tuple[dict[str, Any], bool | None]:
-    """The message as templates read it, and whether it says that it is learnt (None: it does not say).
+    """Return a message as templates read it, and whether it says that it is learnt (None if it does not say).
 
-    Fields that are null are left out, since parquet fills in those that only other messages have. Lists of texts are
-    joined, arguments of tool calls given as JSON text are read, and OpenAI's older `function_call` is a tool call.
+    Null fields are left out, since parquet adds the fields of other messages as nulls. Lists of texts are joined, the
+    arguments of tool calls are parsed if they are JSON text, and OpenAI's older `function_call` becomes a tool call.
     """
     message = {key: value for key, value in message.items() if value is not None}
     learn = None
     for key in LEARN:
         if key in message:
             value = message.pop(key)
-            if value not in (0, 1):  # also False and True
+            if value not in (0, 1):  # accepts False and True, too
                 raise ValueError(f"{place}.{key}={value!r:.40} must be 0 or 1: a message is learnt or not.")
             if value and message["role"] != "assistant":
                 raise ValueError(
@@ -123,7 +123,7 @@ def text_part(part: Any, place: str) -> str:
 
 
 def tool_call(call: Any, place: str) -> dict[str, Any]:
-    """A tool call whose arguments are an object; as JSON text, a template would write them encoded twice."""
+    """Return a tool call with its arguments as an object; a template would encode JSON text a second time."""
     inner = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
         raise ValueError(f"{place} must be an object with the function's name and arguments, got {call!r:.60}.")
@@ -138,7 +138,7 @@ def tool_call(call: Any, place: str) -> dict[str, Any]:
 
 
 def parsed(record: dict[str, Any], name: str, kind: type) -> Any:
-    """A field that is an object or a list, or JSON text of it; None where it is missing or empty."""
+    """Return a field that is an object or a list, or JSON text of one; None if it is missing or empty."""
     value = record.get(name)
     if isinstance(value, str) and value.strip():
         try:
@@ -155,7 +155,7 @@ def says_something(message: dict[str, Any]) -> bool:
 
 
 class Writer(NamedTuple):
-    """A conversation of the field `name`, with `added` messages in front, and what its template is given beside it."""
+    """Write the conversation of the field `name`, which has `added` messages in front, with a chat template."""
 
     name: str
     messages: list[dict[str, Any]]
@@ -164,7 +164,7 @@ class Writer(NamedTuple):
     added: int = 0
 
     def write(self, tokenizer: PreTrainedTokenizerBase, turns: list[int]) -> Chat:
-        """The text that the template writes, in which the messages at `turns` are learnt."""
+        """Write the conversation with the template; the messages at `turns` are learnt."""
         try:
             texts = self.rendered(tokenizer, turns, self.messages)
         except TypeError:  # some templates join the arguments of calls as text (DeepSeek-V3's)
@@ -183,7 +183,7 @@ class Writer(NamedTuple):
     def rendered(
         self, tokenizer: PreTrainedTokenizerBase, turns: list[int], messages: list[dict[str, Any]]
     ) -> tuple[list[str], list[str]]:
-        """For each turn, the text that the model is asked with, and the text with the turn in it."""
+        """Return two lists: for each turn, the text before it, which prompts the model, and the text including it."""
 
         def render(count: int, **more: Any) -> str:
             options = (self.options or {}) | more
@@ -197,7 +197,7 @@ class Writer(NamedTuple):
             ) from error
 
     def check_written(self, turns: list[int], starts: list[int], upto: list[str]) -> None:
-        """Raise ValueError, with the field's name, for a part that the template left out."""
+        """Raise ValueError, naming the field, if the template left a part out."""
         learnt = {i: squashed(text[start:]) for i, start, text in zip(turns, starts, upto, strict=True)}
         whole = squashed(upto[-1])
         for i, message in enumerate(self.messages[: turns[-1] + 1]):
@@ -226,11 +226,14 @@ def with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def parts(message: dict[str, Any], learnt: bool) -> Iterator[tuple[str, str]]:
-    """Texts of a message that its rendering must have. Templates leave out thoughts of earlier turns on purpose."""
+    """Yield the texts that a written message must contain, without thoughts of turns that are not learnt.
+
+    Templates leave out the thoughts of earlier turns on purpose.
+    """
     content = message.get("content", "")
     if message["role"] == "assistant" and not learnt:
         content = content.rpartition(END_OF_THOUGHT)[2]
-    elif END_OF_THOUGHT in content:  # templates put such thoughts into a form of their own
+    elif END_OF_THOUGHT in content:  # templates write such thoughts in a form of their own
         yield from (("content", part.removeprefix("<think>")) for part in content.split(END_OF_THOUGHT))
         content = ""
     yield "content", content
@@ -243,7 +246,7 @@ def parts(message: dict[str, Any], learnt: bool) -> Iterator[tuple[str, str]]:
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """All keys and texts inside an object of JSON."""
+    """Yield all keys and texts inside a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -260,6 +263,6 @@ def squashed(text: str) -> str:
 
 
 def is_written(words: str, text: str) -> bool:
-    """Whether a squashed text has the words, as they are or as JSON writes them; spaces do not count."""
+    """Tell whether a squashed text has the words, verbatim or as JSON writes them, apart from spaces."""
     forms = (words, json.dumps(words, ensure_ascii=False)[1:-1], json.dumps(words)[1:-1])
     return any(squashed(form) in text for form in forms)

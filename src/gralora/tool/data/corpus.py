@@ -1,4 +1,4 @@
-"""What a run trains on and measures its loss on: examples from their sources, held out, tokenised, cut, counted."""
+"""Read, hold out, tokenise, cut and count the examples that a run trains and measures its loss on."""
 
 import json
 from collections import Counter
@@ -28,13 +28,13 @@ class Corpus:
     """Tokenised examples.
 
     Attributes:
-        train: rows of `input_ids` and `labels`, a `datasets.Dataset`, or of a stream an `IterableDataset`, whose
-            length is not known.
-        held_out: rows, never packed.
-        first: an example that is trained on, before packing.
-        left_out: examples to train on whose prompts leave no room for an answer; of a stream, in its last pass.
-        lengths: how many texts to train on have so many tokens, before they are cut; of a stream, in its last pass.
-        ends: how many texts that are not cut end in each token that ends something; None: in no such token.
+        train: rows of `input_ids` and `labels`: a `datasets.Dataset`, or for a stream an `IterableDataset` of
+            unknown length.
+        held_out: the rows that are held out, never packed.
+        first: one of the rows of `train`, before packing.
+        left_out: number of training examples whose prompts leave no room for an answer; of a stream's last pass.
+        lengths: number of tokens -> number of training texts that have it before the cut; of a stream's last pass.
+        ends: special token -> how many of the texts that are not cut end in it; None counts those that end in none.
     """
 
     train: Any
@@ -45,28 +45,28 @@ class Corpus:
     ends: Counter[int | None] = field(default_factory=Counter)
 
     def counts(self) -> dict[str, int | None]:
-        """How many examples there are; of a stream, `train` is None."""
+        """Count the examples; for a stream, `train` is None."""
         train = len(self.train) if isinstance(self.train, datasets.Dataset) else None
         return {"train": train, "held_out": len(self.held_out), "left_out": self.left_out}
 
     def cut(self, length: int) -> dict[str, int]:
-        """How many texts are longer than `length` tokens, and how many tokens of all they lose."""
+        """Count the texts longer than `length` tokens, and the tokens that they lose of all tokens."""
         longer = {tokens: count for tokens, count in self.lengths.items() if tokens > length}
         lost = sum((tokens - length) * count for tokens, count in longer.items())
         return {"examples": sum(longer.values()), "tokens": lost, "of_tokens": self.tokens}
 
     @property
     def tokens(self) -> int:
-        """Tokens of all texts to train on, before they are cut."""
+        """Count the tokens of all training texts, before they are cut."""
         return sum(tokens * count for tokens, count in self.lengths.items())
 
     def digest(self) -> str:
-        """A number that other data, or the same cut or held out otherwise, do not have."""
+        """Return a fingerprint of the data, and of how they were cut and held out."""
         lengths = sorted(self.lengths.items()) if isinstance(self.train, datasets.Dataset) else None
         return sha256(json.dumps([self.first, self.held_out, lengths, self.counts()["train"]]).encode()).hexdigest()
 
     def length_of(self, share: float) -> int:
-        """The length in tokens that so large a share of the texts does not exceed; 0 if there are none."""
+        """Return the length in tokens that this share of the texts does not exceed; 0 if there are no texts."""
         wanted, seen = share * self.lengths.total(), 0
         for tokens in sorted(self.lengths):
             seen += self.lengths[tokens]
@@ -76,7 +76,7 @@ class Corpus:
 
 
 def load_corpus(args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase) -> Corpus:
-    """Read what the arguments name; what was found is printed.
+    """Read the data that the arguments name, and print what was found.
 
     Raises:
         ValueError: if there is nothing to train on, or a row is broken.
@@ -97,7 +97,9 @@ def load_corpus(args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def find(args: FinetuneArguments) -> tuple[list[Found] | None, list[Found] | None]:
-    """The sources to train on and to hold out; None for the standard library, and for what comes out of data_path.
+    """Return the sources to train on and those to hold out.
+
+    The first are None for the standard library; the second are None if examples are held out of the training data.
 
     Raises:
         ValueError: if they overlap.
@@ -131,7 +133,7 @@ def in_memory(
     found: list[Found] | None,
     held_out: list[Example | Chat] | None,
 ) -> Corpus:
-    """All at once; `val_set_size` of a source are held out, whole modules of the standard library."""
+    """Tokenise all examples at once, and hold out `val_set_size` of them, or modules of the standard library."""
     wanted = args.val_set_size
     if held_out is None and wanted is None:
         wanted = HELD_OUT
@@ -161,7 +163,7 @@ def stream(
     found: list[Found],
     held_out: list[Example | Chat] | None,
 ) -> Corpus:
-    """Read while training, again at each pass; the first different examples are held out."""
+    """Read the examples while training, again at each pass; the first different examples are held out."""
     if held_out is None:
         examples = (example for one in found for example in one.read(tokenizer, args.skip_bad_rows))
         held_out = first_different(examples, HELD_OUT if args.val_set_size is None else args.val_set_size)
@@ -185,7 +187,7 @@ def stream(
 
 
 def mixed(args: FinetuneArguments, sources: list[Any]) -> Any:
-    """The data sets one after the other; with `data_weights`, drawn from in these proportions until all were read."""
+    """Concatenate the data sets, or, with `data_weights`, draw from them in these proportions until all are read."""
     if len(sources) == 1:
         return sources[0]
     if args.data_weights is None:
@@ -195,7 +197,7 @@ def mixed(args: FinetuneArguments, sources: list[Any]) -> Any:
 
 
 def learnable(rows: Iterable[Row]) -> list[Row] | Iterator[Row]:
-    """Rows without their attention masks, which the collator makes."""
+    """Drop the rows' attention masks, which the collator makes again."""
     kept = ({"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows)
     return list(kept) if isinstance(rows, list) else kept
 
@@ -216,7 +218,7 @@ def first_different(examples: Iterator[Example | Chat], count: int) -> list[Exam
 def tokenised(
     args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example | Chat], corpus: Corpus
 ) -> Iterator[Row]:
-    """Rows of tokens, one after the other; lengths, and examples that give no row, are counted in `corpus`."""
+    """Yield rows of tokens one by one, and count lengths and examples that give no row in `corpus`."""
     length = None if args.splits_long_texts else args.length
     for example in examples:
         rows = encode_example(tokenizer, example, length, args.train_on_inputs, args.truncation_mode)

@@ -1,4 +1,4 @@
-"""The examples of a source: rows are read one after the other, counted by layout, and what nothing reads is named."""
+"""Read the examples of a source row by row, count them by layout, and name the fields that nothing reads."""
 
 import random
 from collections import Counter
@@ -16,16 +16,16 @@ from .sources import Source
 
 @dataclass
 class Found:
-    """What the rows of a source became.
+    """The examples found in a source, and counts of its rows.
 
     Attributes:
         source: where the rows come from.
-        text_field: the field of plain texts, where it has another name than `text`.
-        examples: filled by `file_examples` alone.
+        text_field: name of the field of plain texts, if it is not `text`.
+        examples: the examples; only `file_examples` fills it.
         kinds: rows with something to train on, by layout.
-        unused: rows that have a field which nothing reads, by the field's name.
+        unused: rows that have a field that nothing reads, by the field's name.
         empty: rows with nothing to train on.
-        broken: rows that were skipped, the first of which is described in `first_broken`.
+        broken: rows that were skipped; `first_broken` describes the first one.
     """
 
     source: Source
@@ -50,7 +50,7 @@ class Found:
         return "; ".join(parts)
 
     def read(self, tokenizer: PreTrainedTokenizerBase | None, skip_bad_rows: bool) -> Iterator[Example | Chat]:
-        """The examples that the source's rows stand for, one after the other, and none kept; rows are counted.
+        """Yield the examples of the source's rows one by one, keeping none, and count the rows.
 
         Raises:
             ValueError: for a broken row, unless `skip_bad_rows`, and for a source with nothing to train on.
@@ -82,19 +82,19 @@ class Found:
 def file_examples(
     path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, skip_bad_rows: bool = False, **options: Any
 ) -> Found:
-    """All examples of a local file or folder, or of a data set of the hub.
+    """Read all examples of a local file or folder, or of a data set of the hub.
 
-    A record holds the fields of one line of `layouts.LAYOUTS`; fields that have no meaning there are counted.
+    A record has the fields of one line of `layouts.LAYOUTS`; other fields are counted as unused.
 
     Args:
-        path: of the file or folder, or hub id.
-        tokenizer: whose chat template writes conversations.
+        path: path of the file or folder, or hub id.
+        tokenizer: its chat template writes conversations.
         skip_bad_rows: count a broken row instead of raising.
-        options: others of `Source`.
+        options: further fields of `Source`.
 
     Raises:
-        ValueError: for another kind of file, one with nothing to train on, or a broken row; the message has the file
-            and the line, or, of csv and parquet, the row, counted from 1 without the header.
+        ValueError: for a file of another kind, a file with nothing to train on, or a broken row. The message names the
+            file and the line, or, in csv and parquet, the row, counted from 1 without the header.
         OSError: if a file cannot be read.
         ImportError: for parquet without pyarrow, for the hub without datasets.
     """

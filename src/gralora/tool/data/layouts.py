@@ -1,4 +1,4 @@
-"""The layouts of training data that people have: which fields a record has, and the example that it stands for."""
+"""The common layouts of training data: the fields of a record, and the example that it becomes."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -7,11 +7,11 @@ from transformers import PreTrainedTokenizerBase
 
 from .conversations import MESSAGE_FIELDS, RECORD_FIELDS, Chat, chat_example, parsed
 
-INSTRUCTION = "### Instruction:"  # begins a prompt, and the next one, to which a model without an end token goes on
+INSTRUCTION = "### Instruction:"  # begins every prompt; a model without an end token goes on to write the next one
 
 
 class Example(NamedTuple):
-    """What the model is given and what it shall answer. An empty prompt means plain text, all of it learnt."""
+    """A prompt and the answer to learn. An empty prompt means plain text, all of it learnt."""
 
     prompt: str
     completion: str
@@ -27,15 +27,15 @@ def text(record: dict[str, Any], name: str, optional: bool = False) -> str:
 
 
 def instruction_example(instruction: str, answer: str, about: str = "") -> Example:
-    """An instruction, with the text it is about where there is one, and its answer."""
+    """Make an example of an instruction, the text it is about, if any, and the answer."""
     task = "\n\n".join(part for part in (instruction, about) if part)
     return Example(f"{INSTRUCTION}\n{task}\n\n### Response:\n", answer)
 
 
 def instruction_layout(question: str, answer: str, about: str | None = None) -> "Layout":
-    """Rows of an instruction and its answer, with LLaMA-Factory's `system` and `history` where they are given.
+    """Make the layout of rows of an instruction and its answer, with LLaMA-Factory's optional `system` and `history`.
 
-    As there, the answers in `history`, a list of pairs, are learnt too.
+    As in LLaMA-Factory, the answers in `history`, a list of pairs, are learnt too.
     """
 
     def example(record: dict[str, Any], _: PreTrainedTokenizerBase | None) -> Example | Chat:
@@ -60,7 +60,7 @@ def instruction_layout(question: str, answer: str, about: str | None = None) -> 
     return Layout(example, others)
 
 
-# ShareGPT's names of who speaks -> the roles of chat templates
+# ShareGPT's names for the speakers -> the roles of chat templates
 SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -75,7 +75,7 @@ SHAREGPT_ROLES = {
 
 
 def sharegpt_message(turn: Any) -> Any:
-    """A turn with ShareGPT's keys `from` and `value` as a message; others are passed on as they are."""
+    """Convert a turn with ShareGPT's keys `from` and `value` to a message; return any other turn as it is."""
     if not isinstance(turn, dict) or "from" not in turn:
         return turn
     if turn["from"] not in SHAREGPT_ROLES:
@@ -97,7 +97,7 @@ def sharegpt_example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase 
 
 
 def prompt_example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Example | Chat:
-    """Texts, or lists of messages, of which the assistant's in `completion` are learnt."""
+    """Make an example of prompt and completion, as texts or as messages; learn the assistant's of `completion`."""
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         return chat_example("prompt and completion", prompt + completion, record, tokenizer, given=len(prompt))
@@ -105,13 +105,13 @@ def prompt_example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | 
 
 
 class Layout(NamedTuple):
-    """How records with certain fields become examples, and which other fields of theirs have a meaning."""
+    """How records with certain fields become examples, and which further fields are read."""
 
     example: Callable[[dict[str, Any], PreTrainedTokenizerBase | None], Example | Chat]
     others: tuple[str, ...] = ()
 
 
-# the fields that a record must have -> its layout; the first line that fits is taken
+# the fields that a record must have -> its layout; the first one that fits is taken
 LAYOUTS: dict[tuple[str, ...], Layout] = {
     ("messages",): Layout(
         lambda record, tokenizer: chat_example("messages", record["messages"], record, tokenizer), RECORD_FIELDS
@@ -129,7 +129,7 @@ RECORD_NAMES = [*map("+".join, LAYOUTS)]
 def record_example(
     record: Any, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[tuple[str, ...], Example | Chat]:
-    """The fields of a record's layout, and the example that it stands for; a ValueError if it stands for none."""
+    """Return the fields of a record's layout and the record's example; ValueError if no layout fits."""
     if isinstance(record, ValueError):
         raise record
     kinds = " or ".join(RECORD_NAMES)
@@ -142,7 +142,7 @@ def record_example(
 
 
 def unused_fields(record: dict[str, Any], kind: tuple[str, ...]) -> Iterator[str]:
-    """The names of fields with a value that nothing reads, those of messages as `messages[].NAME`."""
+    """Yield the names of fields that have a value but are not read; a message's field is `messages[].NAME`."""
     known = {*kind, *LAYOUTS[kind].others}
     yield from (name for name, value in record.items() if name not in known and value not in (None, "", []))
     for name in kind:

@@ -1,7 +1,8 @@
-"""Whether a model keeps texts apart that TRL packs into one row.
+"""Check that a model keeps the texts apart that TRL packs into one row.
 
-Positions start anew with each text of a row. That is how transformers knows the texts apart where there is no
-attention mask (`masking_utils.find_packed_sequence_indices`), and flash attention likewise. TRL takes it for granted.
+Positions start anew with each text of a row. Without an attention mask, transformers
+(`masking_utils.find_packed_sequence_indices`) and flash attention tell the texts apart by these positions. TRL assumes
+that every model does.
 """
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 def check_packing(model: PreTrainedModel, base_model: str) -> None:
     """Raise ValueError if the first of two packed texts changes the model's logits for the second.
 
-    Compared with how much it changes them in a text that is not packed, so that there is no tolerance to choose.
+    The change is compared with what the same tokens cause in an unpacked text, so no tolerance has to be chosen.
     """
     size = 8
     first, other, second = (

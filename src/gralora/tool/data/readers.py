@@ -1,6 +1,6 @@
-"""Local files of training text: which there are, and their rows, each with its place in the file.
+"""Find local files of training text, and read their rows, each with its place in the file.
 
-Rows are read one after the other, so a file may be larger than memory (but for a .json that is one list).
+Rows are read one by one, so a file may be larger than memory, except a .json file that is one list.
 """
 
 import csv
@@ -13,9 +13,10 @@ from typing import Any
 
 
 def data_files(path: Path, split: str | None = None, preferred: str = "train") -> list[Path]:
-    """The file itself, or the files directly in a folder, sorted.
+    """Return the file itself, or the files directly in a folder, sorted.
 
-    Of a folder, those whose names begin with `split`; without it, with `preferred`, if there are any, else all.
+    In a folder, only files whose names begin with `split` are taken. Without a split, those that begin with
+    `preferred` are taken, or all if there are none.
     """
     endings = ", ".join(READERS)
     if not path.exists():
@@ -40,7 +41,7 @@ def data_files(path: Path, split: str | None = None, preferred: str = "train") -
     return named or files
 
 
-MAGIC = {  # how files begin that have another ending than their contents
+MAGIC = {  # first bytes of a file whose suffix does not fit its contents
     b"PAR1": "a parquet file; name it .parquet",
     b"\x1f\x8b": "compressed with gzip; decompress it",
     b"PK\x03\x04": "a zip archive; unpack it",
@@ -51,7 +52,7 @@ MAGIC = {  # how files begin that have another ending than their contents
 
 
 def check_contents(path: Path) -> None:
-    """Raise ValueError, with what to do, if a file of text is something else."""
+    """Raise ValueError, saying what to do, if a file that should be text is something else."""
     if path.suffix.lower() == ".parquet":
         return
     with path.open("rb") as file:
@@ -61,22 +62,22 @@ def check_contents(path: Path) -> None:
             raise ValueError(f"{path} is {what}.")
 
 
-# A reader yields the place and the value of each row; of a row that cannot be read, a ValueError as its value.
+# A reader yields the place and the value of each row; the value of an unreadable row is a ValueError.
 Rows = Iterator[tuple[str, Any]]
 
 
 def lines(path: Path) -> Iterator[tuple[int, str | ValueError]]:
-    """Number and text of each line, with its end; of one that is not UTF-8, a ValueError."""
+    """Yield number and text of each line, line break included; a ValueError for a line that is not UTF-8."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")  # spreadsheets put a mark in front
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")  # spreadsheets write a BOM
             except UnicodeDecodeError:
                 yield number, ValueError("not UTF-8 text.")
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """As `lines`, where rows span lines, so that none can be left out."""
+    """Yield lines as `lines` does, but raise for an unreadable one: rows span lines, so none can be skipped."""
     for number, line in lines(path):
         if isinstance(line, ValueError):
             raise ValueError(f"{path}, line {number}: {line}")
@@ -84,7 +85,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def jsonl_rows(path: Path) -> Rows:
-    """A record per line; a file that holds one list is read as such."""
+    """Read one record per line, or the elements of the one list that the file holds."""
     if next((line for _, line in lines(path) if isinstance(line, ValueError) or line.strip()), "") in LISTS:
         yield from json_rows(path)
         return
@@ -103,7 +104,7 @@ LISTS = ("[\n", "[\r\n")  # the first line of a list over several lines
 
 
 def json_rows(path: Path) -> Rows:
-    """The elements of a list; a file that begins with an object is read line by line."""
+    """Read the elements of a list; a file that begins with an object is read line by line."""
     number, first = next(((number, line.strip()) for number, line in text_lines(path) if line.strip()), (1, ""))
     if first.startswith("{"):
         if not is_json(first) and (held := one_object(path)) is not None:
@@ -122,7 +123,7 @@ def json_rows(path: Path) -> Rows:
         raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}, column {error.colno}.") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path}, line 1: the file must be a list of records, not a {type(rows).__name__}.")
-    # the text is known to be a valid list, so elements can be walked with what stands between them skipped
+    # the text is known to be a valid list, so what stands between two elements can be skipped
     decode, between, position = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), source.find("[") + 1
     line, counted = 1, 0
     for row in rows:
@@ -141,7 +142,7 @@ def is_json(text: str) -> bool:
 
 
 def one_object(path: Path) -> dict[str, Any] | None:
-    """The object that the whole file is, over several lines; None if it is none."""
+    """Return the object that fills the whole file, over several lines, or None."""
     try:
         held = json.loads("".join(line for _, line in text_lines(path)))
     except json.JSONDecodeError:
@@ -150,7 +151,7 @@ def one_object(path: Path) -> dict[str, Any] | None:
 
 
 def text_rows(path: Path) -> Rows:
-    """A text per paragraph; blank lines separate them."""
+    """Read one text per paragraph; blank lines separate paragraphs."""
     start, paragraph = 0, list[str]()
     for number, line in text_lines(path):
         if line.strip():
@@ -164,7 +165,7 @@ def text_rows(path: Path) -> Rows:
 
 
 def csv_rows(path: Path) -> Rows:
-    csv.field_size_limit(2**31 - 1)  # the default is less than a long text
+    csv.field_size_limit(2**31 - 1)  # the default is too small for a long text
     reader = csv.DictReader((line for _, line in text_lines(path)), strict=True)
     number = 0
     try:

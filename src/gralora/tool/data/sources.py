@@ -17,9 +17,9 @@ class Source:
     """Rows of one split.
 
     Attributes:
-        path: local file of one of `READERS`, folder of such files or of `datasets.save_to_disk`, or hub id.
-        split: files of a folder whose names begin so, or split of a data set; None: `preferred`.
-        preferred: split to take where none is named; of a folder without such files, all are taken.
+        path: a file that one of `READERS` reads, a folder of such files or of `datasets.save_to_disk`, or a hub id.
+        split: how the names of a folder's files begin, or the split of a data set; `preferred` if None.
+        preferred: the split to take if none is named; if no file of a folder belongs to it, all are taken.
         config: configuration of a data set of the hub that has several.
         streaming: read a data set of the hub row by row instead of downloading it first.
     """
@@ -47,7 +47,7 @@ class Source:
         return f"{', '.join(map(str, self.files[:3]))}{more}"
 
     def rows(self) -> Rows:
-        """Place and value of each row; of one that cannot be read, a ValueError as its value."""
+        """Yield place and value of each row; the value of an unreadable row is a ValueError."""
         for file in self.files:
             check_contents(file)
             yield from ((f"{file}, {place}", row) for place, row in READERS[file.suffix.lower()](file))

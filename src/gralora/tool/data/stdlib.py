@@ -1,6 +1,6 @@
-"""The default training text, which every Python installation brings along: the functions of the standard library.
+"""Make the default training text from the functions of the standard library, which every Python brings along.
 
-Signature and docstring are the prompt, the body is the answer.
+Signature and docstring are the prompt, and the body is the answer.
 """
 
 import ast
@@ -16,16 +16,16 @@ from pathlib import Path
 from .conversations import Chat
 from .layouts import Example
 
-HELD_OUT_SHARE = 8  # about one module in so many is held out
+HELD_OUT_SHARE = 8  # one module in about this many is held out
 # tests, programs and generated tables: little in them is a function that its docstring describes
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data", "encodings"}
 
 
 def stdlib_examples(root: Path | None = None) -> tuple[list[Example | Chat], list[Example | Chat]]:
-    """Docstring-to-body pairs from Python's own library, for training and held out.
+    """Return docstring-to-body pairs from Python's own library, for training and held out.
 
-    The split is by top-level module, by a hash of its name: the same on every machine and in every Python version.
-    A body occurs once in all, compared without comments and formatting, so no held-out answer was trained on.
+    Top-level modules are split by a hash of their names, the same on every machine and in every Python version. No
+    body occurs twice, compared without comments and formatting, so no held-out answer was trained on.
 
     Args:
         root: folder with the library's source; default: that of the running Python.
@@ -54,7 +54,7 @@ def stdlib_examples(root: Path | None = None) -> tuple[list[Example | Chat], lis
 
 
 def stdlib_files(root: Path) -> Iterator[Path]:
-    """Source files of the importable standard library, sorted; site-packages and `SKIPPED_FOLDERS` left out."""
+    """Yield the source files of the standard library, sorted, without site-packages and `SKIPPED_FOLDERS`."""
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if parts[0] in sys.stdlib_module_names and not SKIPPED_FOLDERS.intersection(parts):
@@ -62,13 +62,13 @@ def stdlib_files(root: Path) -> Iterator[Path]:
 
 
 def is_held_out(file_or_folder: str) -> bool:
-    """Whether a top-level module is held out; `_x` goes with `x`, since one often implements the other."""
+    """Tell whether a top-level module is held out; `_x` goes with `x`, since one often implements the other."""
     name = file_or_folder.removesuffix(".py").lstrip("_")
     return int(sha256(name.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
 
 
 def function_examples(path: Path) -> Iterator[tuple[Example, str]]:
-    """One pair per function or method with a docstring and a body, and the body's normalised code.
+    """Yield one pair per function or method that has a docstring and a body, with the body's normalised code.
 
     Functions inside functions are part of the outer answer. A file that Python cannot parse has none.
     """
@@ -94,7 +94,7 @@ def function_examples(path: Path) -> Iterator[tuple[Example, str]]:
 
 
 def outer_functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """The functions below a node that are not inside another function, in source order."""
+    """Yield the functions below a node that are not inside another function, in source order."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield child

@@ -1,4 +1,4 @@
-"""Examples become tokens with labels, as the model will see them when it is asked; what is learnt can be shown."""
+"""Turn examples into tokens and labels, as the model will see them when asked, and show what is learnt."""
 
 import itertools
 from bisect import bisect_left
@@ -21,18 +21,18 @@ Pieces = Iterable[tuple[str, bool]]  # text, and whether it is learnt
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-text token where the tokenizer sets one, else nothing."""
+    """Return the beginning-of-text token if the tokenizer sets one, else nothing."""
     special = tokenizer("").input_ids
     return special[:1] if special[:1] == [tokenizer.bos_token_id] else []
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a prompt, with the beginning-of-text token where the tokenizer sets one, never an end token."""
+    """Return a prompt's token ids, after the beginning-of-text token if there is one, never with an end token."""
     return beginning(tokenizer) + tokenizer(prompt, add_special_tokens=False).input_ids
 
 
 def piece_tokens(tokenizer: PreTrainedTokenizerBase, pieces: Pieces) -> tuple[list[int], list[bool]]:
-    """Token ids of the whole text, and which are learnt: each token belongs to the piece in which it ends."""
+    """Tokenise the whole text, and tell which tokens are learnt: a token belongs to the piece in which it ends."""
     pieces = list(pieces)
     whole = "".join(piece for piece, _ in pieces)
     stops = list(itertools.accumulate(len(piece) for piece, _ in pieces))  # where each piece ends in the text
@@ -40,7 +40,7 @@ def piece_tokens(tokenizer: PreTrainedTokenizerBase, pieces: Pieces) -> tuple[li
         encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
         ids, ends = encoded.input_ids, [end for _, end in encoded.offset_mapping]
         owners = [min(bisect_left(stops, end), len(pieces) - 1) for end in ends]
-    else:  # which does not say where its tokens are in the text
+    else:  # a slow tokenizer does not say where its tokens are in the text
         ids = tokenizer(whole, add_special_tokens=False).input_ids
         heads = [tokenizer(whole[:stop], add_special_tokens=False).input_ids for stop in stops]
         cuts = [common_prefix_length(head, ids) for head in heads]
@@ -53,17 +53,17 @@ def common_prefix_length(ids: list[int], others: list[int]) -> int:
 
 
 def pair_tokens(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[bool]]:
-    """Token ids of prompt and completion as one text, without an end, and which are the completion's.
+    """Tokenise prompt and completion as one text, without an end token, and tell which tokens are the completion's.
 
-    Where the tokens of one text do not begin with those of the prompt, because some merge across the boundary, the
-    prompt keeps its own: the model is asked with these.
+    Tokens may merge across the boundary, so that the text's tokens do not begin with the prompt's. The prompt then
+    keeps its own tokens, since the model will be asked with these.
     """
     whole, _ = piece_tokens(tokenizer, [(example.prompt + example.completion, True)])
     asked = tokenizer(example.prompt, add_special_tokens=False).input_ids
     if whole[: len(asked)] == asked:
         answer = whole[len(asked) :]
     else:
-        # after a line break, so that no space is put in front of the first word, as SentencePiece's models do
+        # after a line break, so that SentencePiece's models put no space in front of the first word
         line = tokenizer("\n", add_special_tokens=False).input_ids
         answer = tokenizer("\n" + example.completion, add_special_tokens=False).input_ids
         if answer[: len(line)] == line:
@@ -74,9 +74,9 @@ def pair_tokens(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[l
 
 
 def texts(tokenizer: PreTrainedTokenizerBase, example: Example | Chat) -> Iterator[tuple[list[int], list[bool]]]:
-    """Token ids, and which are learnt, of each text of an example.
+    """Yield the token ids of each text of an example, and which of them are learnt.
 
-    A pair begins and ends with the tokenizer's tokens, a conversation as its template has it.
+    A pair begins and ends with the tokenizer's special tokens, a conversation as its template writes it.
     """
     if isinstance(example, Example):
         rows = [pair_tokens(tokenizer, example)]
@@ -85,7 +85,7 @@ def texts(tokenizer: PreTrainedTokenizerBase, example: Example | Chat) -> Iterat
     for ids, learnt in rows:
         if isinstance(example, Example) or example.plain:
             start = beginning(tokenizer)
-            # a history of turns may end in one that is not learnt
+            # the last turn of a history may not be learnt
             yield [*start, *ids, tokenizer.eos_token_id], [False] * len(start) + [*learnt, not learnt or learnt[-1]]
         else:
             yield ids, learnt
@@ -98,21 +98,21 @@ def encode_example(
     train_on_inputs: bool = False,
     truncation_mode: str = "keep_start",
 ) -> list[tuple[Row, int]]:
-    """Rows of an example, each with the number of tokens that it had before it was cut; see `encode`."""
+    """Return the rows of an example, each with its number of tokens before it was cut; see `encode`."""
     rows, kept = [], slice(max_seq_length)
     if truncation_mode == "keep_end" and max_seq_length:
         kept = slice(-max_seq_length, None)
     for ids, learnt in texts(tokenizer, example):
         labels = [token if learn or train_on_inputs else IGNORED for token, learn in zip(ids, learnt, strict=True)]
         row = {"input_ids": ids[kept], "attention_mask": [1] * len(ids[kept]), "labels": labels[kept]}
-        # a first token is never predicted; a label of its own would count in the mean of the loss
+        # the first token is never predicted, yet its label would count in the mean of the loss
         row["labels"][:1] = [IGNORED] * len(row["labels"][:1])
         rows.append((row, len(ids)))
     return rows
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase, row: Row) -> int | None:
-    """The special token that ends the last answer of a text; None if there is none. Spaces after it do not count."""
+    """Return the special token that ends a text's last answer, or None; spaces after it do not count."""
     ends = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     for token, label in zip(reversed(row["input_ids"]), reversed(row["labels"]), strict=True):
         if token in ends:
@@ -133,17 +133,18 @@ def encode(
     train_on_inputs: bool = False,
     truncation_mode: str = "keep_start",
 ) -> list[Row]:
-    """Tokens of each text: `input_ids`, `attention_mask` and `labels` of one length.
+    """Tokenise examples into rows of `input_ids`, `attention_mask` and `labels` of one length, one row per text.
 
-    Labels of what is not learnt are `IGNORED`, unless `train_on_inputs`. What is longer than `max_seq_length` tokens
-    loses its end, or its beginning with `keep_end`; a text that then has nothing to learn is left out.
+    The labels of tokens that are not learnt are `IGNORED`, unless `train_on_inputs`. A text longer than
+    `max_seq_length` tokens loses its end, or its beginning with `keep_end`. It is left out if it then has nothing to
+    learn.
     """
     options = (max_seq_length, train_on_inputs, truncation_mode)
     return [row for example in examples for row, _ in encode_example(tokenizer, example, *options) if has_answer(row)]
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, row: Row, marks: tuple[str, str] = LEARNT) -> str:
-    """The text of an encoded example with what is learnt between two marks, long pieces shortened."""
+    """Decode a row, with marks around what is learnt and long pieces shortened."""
     shown = []
     tokens: Any = zip(row["input_ids"], row["labels"], strict=True)
     for learnt, piece in itertools.groupby(tokens, key=lambda token: token[1] != IGNORED):
