@@ -1,4 +1,4 @@
-"""Adapters and models on disk: safetensors read and written tensor by tensor, folders that appear whole or not at all.
+"""Read and write safetensors tensor by tensor, and make folders that appear whole or not at all.
 
 Only safetensors and JSON are ever read; pickled checkpoints (`.bin`, `.pt`) can run code and are refused.
 """
@@ -31,10 +31,10 @@ except ImportError:  # on Windows
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-FINISHED = ".finished"  # subfolder of an adapter's, while its files are replaced
-DEPTH = 32  # of nested JSON; configs need a few
-LONGEST = 1 << 25  # bytes of JSON; the index of a model with 100,000 tensors has a third of it
-MOST_TENSORS = 1 << 18  # of one file
+FINISHED = ".finished"  # subfolder of an adapter's folder while its files are replaced
+DEPTH = 32  # levels of nested JSON; configs need a few
+LONGEST = 1 << 25  # bytes of JSON; the index of a model with 100,000 tensors takes a third of it
+MOST_TENSORS = 1 << 18  # in one file
 DTYPES = {  # safetensors' names
     "F64": torch.float64,
     "F32": torch.float32,
@@ -53,10 +53,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name that are read, or computed, each time they are asked for.
+    """A mapping of names to tensors that are read or computed each time they are asked for.
 
     Attributes:
-        specs: name -> shape and dtype, as a tensor of any device whose values are not used.
+        specs: name -> shape and dtype, as a tensor on any device whose values are not used.
     """
 
     def __init__(self, specs: Mapping[str, Tensor], load: Callable[[str], Tensor]) -> None:
@@ -75,7 +75,7 @@ class LazyTensors(Mapping[str, Tensor]):
         return len(self.specs)
 
     def renamed(self, sources: Mapping[str, str]) -> "LazyTensors":
-        """The tensors `sources.values()` under the names `sources.keys()`; others are left out."""
+        """Return the tensors `sources.values()` under the names `sources.keys()`; others are left out."""
         specs = {new: self.specs[old] for new, old in sources.items()}
         return LazyTensors(specs, lambda name: self._load(sources[name]))
 
@@ -85,7 +85,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def spec(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A shape and dtype without memory."""
+    """Make a tensor that has a shape and a dtype but takes no memory."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
@@ -114,15 +114,15 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], done: Callable[
     """Write `tensors` to a file, holding one of them at a time.
 
     Args:
-        path: the file; written in place, so put it into a folder from `new_folder`.
-        tensors: e.g. LazyTensors.
+        path: the file. It is written in place, so put it into a folder from `new_folder`.
+        tensors: name -> tensor, e.g. LazyTensors.
         done: called after each tensor.
 
     Raises:
-        ValueError: if a tensor is not what its spec says.
+        ValueError: if shape or dtype of a tensor differ from its spec.
     """
     specs = LazyTensors.of(tensors).specs
-    names = sorted(specs, key=lambda name: -specs[name].element_size())  # keeps each aligned to its element size
+    names = sorted(specs, key=lambda name: -specs[name].element_size())  # aligns each tensor to its element size
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:
@@ -181,7 +181,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A file to write, which is at `path` after the block in place of an older one; after an error that one stays."""
+    """Yield a file to write, which replaces the one at `path` after the block; an error keeps the older file."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         yield temporary
@@ -192,14 +192,14 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file that is there whole, or as it was before."""
+    """Write JSON to a file that afterwards is complete or, after an error, as it was before."""
     with new_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
         sync(file)
 
 
 def read_adapter_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], LazyTensors]:
-    """The config and tensors of an adapter of whatever format, as they are in its folder.
+    """Read config and tensors of an adapter of any format, as they are in its folder.
 
     Raises:
         OSError: if the folder or one of its two files is missing.
@@ -229,7 +229,7 @@ def read_adapter_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any],
 def check_absent(path: Path) -> None:
     """Raise OSError, with the reason, if a new folder cannot be made at `path`; an empty one may be there.
 
-    Checked before work that takes long. Links are followed by whoever calls this, with `Path.resolve`.
+    Call this before work that takes long, and resolve links first, with `Path.resolve`.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"output {str(path)!r} exists; choose another name, or remove it.")
@@ -239,7 +239,7 @@ def check_absent(path: Path) -> None:
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest folder above `path` that there is; NotADirectoryError if it is a file."""
+    """Return the nearest existing folder above `path`; NotADirectoryError if that is a file."""
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise NotADirectoryError(f"output {str(path)!r} cannot be made: {str(parent)!r} is a file.")
@@ -247,7 +247,7 @@ def existing_parent(path: Path) -> Path:
 
 
 def check_space(path: Path, needed: int) -> None:
-    """Raise OSError if the file system that `path` is to be on has less than `needed` bytes free."""
+    """Raise OSError if the file system that will hold `path` has less than `needed` bytes free."""
     parent = existing_parent(path)
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -259,11 +259,11 @@ def check_space(path: Path, needed: int) -> None:
 
 @contextmanager
 def locked(lock: Path, place: Path) -> Iterator[None]:
-    """Keep other processes out of a place for as long as the block lasts; the system frees it if this process dies.
+    """Keep other processes out of a place during the block; the system releases the lock if this process dies.
 
     Args:
-        lock: a file that is made for this, and removed after the block.
-        place: what it stands for, for messages.
+        lock: the lock file, which is made here and removed after the block.
+        place: the place that is locked, for messages.
 
     Raises:
         BlockingIOError: if another process has the lock; the message says which.
@@ -281,7 +281,7 @@ def locked(lock: Path, place: Path) -> Iterator[None]:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), lock.stat()):
                 break
-        os.close(descriptor)  # whoever had it has removed the file meanwhile
+        os.close(descriptor)  # the process that had the lock has removed the file meanwhile
     try:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
@@ -292,7 +292,7 @@ def locked(lock: Path, place: Path) -> Iterator[None]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock an open file; False if another process has. Where the system knows no locks, warn and go on."""
+    """Lock an open file; False if another process has locked it. If the system has no locks, warn and go on."""
     try:
         if fcntl is None:
             raise OSError(f"{sys.platform} has no flock")
@@ -306,7 +306,7 @@ def _lock(descriptor: int) -> bool:
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to write into, which is at `path` after the block; after an error nothing is.
+    """Yield a folder to write into, which is moved to `path` after the block, and removed after an error.
 
     Raises:
         FileExistsError: if `path` exists and is not an empty folder, before the block or after it.
@@ -326,9 +326,9 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def replace_files(folder: Path, path: Path) -> None:
-    """Move the files of an adapter that was written to `folder`, in `path`, over those of an older one in `path`.
+    """Replace the files of an adapter in `path` by those of a newer one, written to `folder`, a subfolder of `path`.
 
-    There is never a mix of the two: the old config is removed first and the new one moved last. If the process is
+    The two adapters are never mixed: the old config is removed first, and the new one is moved last. If the process is
     killed in between, the new files are complete in `path` and its subfolder FINISHED, and `finish_replacing` goes on.
     """
     finish_replacing(path)
@@ -338,7 +338,7 @@ def replace_files(folder: Path, path: Path) -> None:
 
 
 def finish_replacing(path: Path) -> None:
-    """Go on where `replace_files` was interrupted, if it was."""
+    """Finish what `replace_files` began, if it was interrupted."""
     finished = path / FINISHED
     if not finished.is_dir():
         return
@@ -350,7 +350,7 @@ def finish_replacing(path: Path) -> None:
 
 
 def publish(folder: Path, path: Path) -> None:
-    """Move a finished folder to its place, durably: also after a power failure it is whole or not there.
+    """Move a finished folder to its place durably, so that even after a power failure it is whole or absent.
 
     Raises:
         FileExistsError: if another process has put something there since `check_absent`; it stays.

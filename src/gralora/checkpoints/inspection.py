@@ -1,4 +1,4 @@
-"""What is in an adapter: format, sizes, norms and ranks of its updates, anomalies. Without the base model.
+"""Describe an adapter without its base model: format, sizes, anomalies, and norms and ranks of its updates.
 
 Norms and singular values come from the factors; no dW is formed.
 """
@@ -17,19 +17,19 @@ from .adapter import Adapter
 from .files import new_file, read_adapter_folder
 from .untrusted import is_finite
 
-PANELS = 16  # in one heat map
+PANELS = 16  # most layers drawn in one picture
 
 
 def inspect_adapter(adapter: str | os.PathLike[str], source: str | None = None) -> dict[str, Any]:
     """Describe a saved adapter of any GraLoRA format.
 
     Args:
-        adapter: its folder.
-        source: its format, needed only if its config leaves that open.
+        adapter: folder of the adapter.
+        source: format of the adapter, needed only if its config leaves that open.
 
     Returns:
         `format`, `base`, `r` (total), `gralora_k`, `gralora_k_pattern`, `hybrid_r`, `parameters`, `dtype`, `lora_rank`
-        (of the plain LoRA that equals it), `layers` (see `describe_layer`), `norm` (of all updates together), `others`
+        (of the equivalent plain LoRA), `layers` (see `describe_layer`), `norm` (of all updates together), `others`
         (names of tensors that are no factors), `notices`, and `anomalies`, a list of sentences.
 
     Raises:
@@ -61,17 +61,17 @@ def inspect_adapter(adapter: str | os.PathLike[str], source: str | None = None) 
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """Sorts layer 2 before layer 10."""
+    """Return a sort key that puts layer 2 before layer 10."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
 def describe_layer(adapter: Adapter, layer: str) -> dict[str, Any]:
-    """One layer's sizes and dW, scaling included.
+    """Describe one layer's sizes and its dW, scaling included.
 
     Returns:
-        `in_features`, `out_features`, `r`, `k`, `scaling`, `norm` (Frobenius), `spectral_norm`, `rank` (numerical:
-        singular values above float32's precision times the largest and the greater side, as
-        `torch.linalg.matrix_rank`), `lora_rank` (the most it can be), `norm_A`, `norm_B`, `finite`.
+        `in_features`, `out_features`, `r`, `k`, `scaling`, `norm` (Frobenius), `spectral_norm`, `rank`, `lora_rank`
+        (the highest possible rank), `norm_A`, `norm_B`, `finite`. As in `torch.linalg.matrix_rank`, `rank` counts the
+        singular values above the largest one times float32's precision times the longer side of dW.
     """
     f, scaling = adapter.factors(layer), adapter.scaling(layer)
     in_features, out_features = adapter.features(layer)
@@ -99,7 +99,7 @@ def describe_layer(adapter: Adapter, layer: str) -> dict[str, Any]:
 
 
 def anomalies(adapter: Adapter, layers: dict[str, dict[str, Any]]) -> list[str]:
-    """What should not be in a trained adapter, as sentences."""
+    """List, as sentences, what should not be in a trained adapter."""
     found = [f"{layer}: NaN or infinite values" for layer, d in layers.items() if not d["finite"]]
     zero = [layer for layer, d in layers.items() if d["norm_B"] == 0]
     if len(zero) == len(layers):
@@ -120,13 +120,13 @@ def anomalies(adapter: Adapter, layers: dict[str, dict[str, Any]]) -> list[str]:
 def draw_block_norms(
     adapter: str | os.PathLike[str], png: str | os.PathLike[str], layers: str = ".*", source: str | None = None
 ) -> list[str]:
-    """Draw the norms of the k x k blocks of the grid's updates, one heat map a layer, into a PNG file.
+    """Draw the norms of the k x k blocks of the grids' updates into a PNG file, as one heat map per layer.
 
     Args:
-        adapter: its folder.
+        adapter: folder of the adapter.
         png: the file to write.
         layers: regular expression that selects layers by name; at most PANELS, spread evenly, are drawn.
-        source: its format, needed only if its config leaves that open.
+        source: format of the adapter, needed only if its config leaves that open.
 
     Returns:
         The names of the layers drawn.

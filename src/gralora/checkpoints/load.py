@@ -1,6 +1,6 @@
-"""Load a saved adapter into a model strictly: an error where PEFT warns, so that nothing is missing or left over.
+"""Load a saved adapter into a model strictly, with an error if a tensor is missing or left over, where PEFT warns.
 
-Nothing is NaN or all zero either, and after an error the model is as it was.
+An adapter with NaN values, or with all B zero, is an error, too. After an error the model is as it was.
 """
 
 import copy
@@ -36,13 +36,13 @@ def load_adapter(
     source: str | None = None,
     is_trainable: bool = False,
 ) -> PeftModel:
-    """Add an adapter of any GraLoRA format, or a plain LoRA, to a model, strictly.
+    """Add a saved adapter to a model, strictly; any GraLoRA format or a plain LoRA will do.
 
     Args:
         model: the base model, or a PeftModel that has other adapters already.
         path: folder of the adapter.
-        adapter_name: name it gets.
-        source: its format, needed only if its config leaves that open.
+        adapter_name: the name to give the adapter in the model.
+        source: format of the adapter, needed only if its config leaves that open.
         is_trainable: whether its tensors require gradients; if not, the model is put into evaluation mode.
 
     Returns:
@@ -50,7 +50,7 @@ def load_adapter(
 
     Raises:
         OSError: if a file is missing.
-        ValueError: if the file is damaged or of an unclear format or scale, if tensors have NaN or infinite values, if
+        ValueError: if the file is damaged, its format or scale is unclear, tensors have NaN or infinite values, if
             B is zero in all layers, if the model lacks layers of the adapter or has others that its config selects,
             or if tensors are missing, left over or of a wrong shape.
     """
@@ -82,8 +82,8 @@ def check_layers(adapter: Adapter, base: nn.Module) -> None:
     if is_set("layer_replication", adapter.config.layer_replication):
         check_replication(adapter.config, base)
         check_matching_time(adapter.config.to_dict(), modules)
-        return  # the adapter is of layers that PEFT makes: `check_tensors` compares them
-    places = {layer: layer.replace(".base_layer", "") for layer in adapter.layers}  # what PEFT wraps has this in front
+        return  # PEFT makes the adapted layers: `check_tensors` compares them
+    places = {layer: layer.replace(".base_layer", "") for layer in adapter.layers}  # PEFT's wrappers add this
     missing = [layer for layer, place in places.items() if place not in modules]
     if missing:
         raise ValueError(
@@ -105,8 +105,8 @@ def check_layers(adapter: Adapter, base: nn.Module) -> None:
 
     check_matching_time(adapter.config.to_dict(), modules)
     if not is_gralora and (adapter.config.target_parameters or places != {n: n for n in places}):
-        return  # other names than those of modules: `check_tensors` compares them
-    # before PEFT makes room for them: the config sets how much
+        return  # the names are not those of modules: `check_tensors` compares them
+    # checked before PEFT allocates the adapter, whose size the config sets
     selected = [name for name, _ in inject.targeted_layers(base, adapter.config)]
     here = {*adapter.layers, *(name.split(".lora_embedding_")[0].removeprefix(PREFIX) for name in adapter.others)}
     without = [name for name in selected if name not in here]
@@ -118,7 +118,7 @@ def check_layers(adapter: Adapter, base: nn.Module) -> None:
 
 
 def check_replication(config: LoraConfig, base: nn.Module) -> None:
-    """Raise ValueError if layer_replication names layers that the base model lacks, or makes very many of them."""
+    """Raise ValueError if layer_replication names layers that the base model lacks, or makes far too many."""
     count = getattr(getattr(base, "config", None), "num_hidden_layers", None)
     ranges = config.layer_replication or []
     if not isinstance(count, int):
@@ -149,10 +149,10 @@ def expected_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
 
 
 def base_weights(model: PeftModel, names: Set[str]) -> dict[str, Tensor]:
-    """Those of `names` that are the base's own embedding and output layer.
+    """Return the weights of the base's embedding and output layer, if their names are among `names`.
 
-    PEFT saves both with an adapter that adapts one of them, or whose model has got another number of tokens; loading
-    the adapter sets them.
+    PEFT saves both with an adapter that adapts one of them, or if the number of tokens was changed. Loading the
+    adapter then sets them.
     """
     base = model.get_base_model()
     modules = [getattr(base, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings")]
@@ -162,7 +162,7 @@ def base_weights(model: PeftModel, names: Set[str]) -> dict[str, Tensor]:
 
 
 def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raise ValueError if tensors are missing from the file, would not be used, or have other shapes."""
+    """Raise ValueError if tensors are missing from the file, would not be used, or have a wrong shape."""
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     problems = []
     if missing:
@@ -179,10 +179,10 @@ def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 
 @contextmanager
 def unchanged_after_error(model: nn.Module) -> Iterator[None]:
-    """After an error in the block, `model` has what it had: modules, classes, attributes, configs, what is trainable.
+    """Restore the model's modules, classes, attributes, configs and requires_grad after an error in the block.
 
-    PEFT changes a model layer by layer, and an error in the middle leaves it half changed. Values of tensors are not
-    restored; adding an adapter changes none.
+    PEFT changes a model layer by layer, so an error in the middle would leave it half changed. The values of tensors
+    are not restored, since adding an adapter changes none.
     """
     modules, trainable = list(model.modules()), [(p, p.requires_grad) for p in model.parameters()]
     classes = [type(module) for module in modules]
@@ -206,7 +206,7 @@ def unchanged_after_error(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def faults_as_value_errors() -> Iterator[None]:
-    """Turn what PEFT and torch raise at values that PEFT does not check into the ValueError that is promised."""
+    """Turn the errors that PEFT and torch raise for values that PEFT does not check into a ValueError."""
     try:
         yield
     except torch.OutOfMemoryError:

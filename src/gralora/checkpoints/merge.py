@@ -1,7 +1,7 @@
-"""Merge an adapter into its base model on disk, one file (shard) after the other, without loading the model.
+"""Merge an adapter into its base model on disk, file by file (shard by shard), without loading the model.
 
-Every weight is added to in float32 and rounded once. What is finished stays in a hidden folder beside the output, so
-an interrupted merge goes on where it stopped; the output folder appears when all is written and checked.
+Every sum W + dW is computed in float32 and rounded once. Finished files stay in a hidden folder beside the output, so
+an interrupted merge resumes where it stopped. The output folder appears once all is written and checked.
 """
 
 import hashlib
@@ -40,8 +40,8 @@ from .in_memory import merge_in_memory, shared_parameters, skeleton
 from .untrusted import check_finite, is_finite, listed
 
 STATE = "merge_state.json"
-LOST = 0.1  # of a layer's update, by rounding, above which a merge warns
-VERIFIED = 8  # layers that are checked after writing
+LOST = 0.1  # share of a layer's update lost by rounding, above which a merge warns
+VERIFIED = 8  # number of layers that are checked after writing
 MERGEABLE = names(lambda facts: facts.mergeable or not facts.beside_factors)
 
 
@@ -57,26 +57,27 @@ def merge_adapter(
 ) -> dict[str, Any]:
     """Write the base model with the adapter merged in, as a folder that needs neither gralora nor PEFT.
 
-    Peak memory is one layer: its weight and its update in float32. Calling it again after an interruption resumes.
-    Where that is not possible (see in_memory.py) the whole model is loaded, merged and saved, which a notice says.
+    Peak memory is one layer: its weight and its update in float32. After an interruption, a second call resumes the
+    merge. If a merge by files is not possible (see in_memory.py), the whole model is loaded, merged and saved, and a
+    notice says so.
 
     Args:
         adapter: folder of the adapter, in any GraLoRA format.
         out: folder to make.
-        base: folder of the base model; by default what the adapter's config names, if it is on this machine.
-        dtype: of all floating-point weights; by default each keeps its own.
-        device: where updates are computed.
+        base: folder of the base model; by default the one that the adapter's config names, if it is on this machine.
+        dtype: dtype of all floating-point weights; by default each keeps its own.
+        device: the device on which updates are computed.
         source: format of `adapter`, needed only if its config leaves that open.
         progress: show a progress bar.
 
     Returns:
         `layers` merged, `replaced` tensors (modules_to_save), `verified` layers, `resumed` files, `notices`, and
-        `rounding`: for each layer what storing the merged weight in its dtype lost, |stored - (W + dW)| in the
+        `rounding`: for each layer the loss by storing the merged weight in its dtype, |stored - (W + dW)| in the
         Frobenius norm, relative to the merged weight (`of_weight`) and to the update |dW| (`of_update`). A warning is
-        given if that is more than LOST of a layer's update.
+        given if the loss exceeds the share LOST of a layer's update.
 
     Raises:
-        OSError: if something is not there, if `out` exists, cannot be made or has no space, or if another process is
+        OSError: if a file is missing, if `out` exists, cannot be made or has no space, or if another process is
             writing it.
         ValueError: if adapter and base do not fit together, or a merged weight would have NaN or infinite values.
     """
@@ -114,14 +115,14 @@ def write_merged(
     fingerprint: dict[str, Any],
     progress: bool,
 ) -> dict[str, Any]:
-    """Write the merged model to `out`, which nobody else writes to, going on with what an interrupted merge left.
+    """Write the merged model to `out`, resuming an interrupted merge; the caller keeps other processes out.
 
     Args:
-        merges: what changes in which base model.
+        merges: the base model and its changes.
         adapter: folder of the adapter, whose tokenizer and generation config go into `out`.
         out: folder to make.
-        dtype: of all floating-point weights, or None for each one's own.
-        fingerprint: what must be the same for a merge to go on.
+        dtype: dtype of all floating-point weights, or None to keep each one's own.
+        fingerprint: fingerprint of the inputs; only a merge with the same one is resumed.
         progress: show a progress bar.
 
     Returns:
@@ -134,14 +135,14 @@ def write_merged(
         if (partial / STATE).exists() and read_json(partial / STATE).get("of") == fingerprint:
             state = read_json(partial / STATE)
         else:
-            shutil.rmtree(partial)  # of another adapter, base or dtype
+            shutil.rmtree(partial)  # left by a merge of another adapter, base or dtype
     resumed = [name for name in model.files if name in state["rounding"] and (partial / name).exists()]
     to_write = [t for name in model.files if name not in resumed for t in model.files[name].specs.values()]
     check_space(out, sum(t.numel() * stored_dtype(t, dtype).itemsize for t in to_write))
     partial.mkdir(parents=True, exist_ok=True)
     for path in partial.iterdir():
         if path.name not in (STATE, *resumed):
-            path.unlink()  # what was being written when a merge was killed
+            path.unlink()  # half written when a merge was killed
 
     try:
         with _progress_bar(model, resumed, progress) as bar:
@@ -152,7 +153,7 @@ def write_merged(
                     write_safetensors(partial / f"{name}.tmp", tensors, done=bar.update)
                     write_json(partial / STATE, state)
                     os.replace(partial / f"{name}.tmp", partial / name)
-    except ValueError:  # no merge of these can be written, so nothing can go on from what is
+    except ValueError:  # no merge of these inputs can succeed, so there is nothing to resume
         shutil.rmtree(partial)
         raise
     copy_other_files(model, partial, dtype, adapter)
@@ -180,12 +181,12 @@ def check_device(device: str) -> None:
 
 
 def stored_dtype(t: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype in which the merged model stores a tensor of the base: the one asked for, if it has floats."""
+    """Return the dtype in which a tensor of the base is stored: the given one if it has floats, else its own."""
     return dtype if dtype is not None and t.dtype.is_floating_point else t.dtype
 
 
 def warn_of_rounding(rounding: dict[str, dict[str, float]]) -> None:
-    """Warn, once, if more than LOST of a layer's update was lost when the merged weight was rounded to its dtype."""
+    """Warn, once, if rounding merged weights to their dtype lost more than the share LOST of a layer's update."""
     lost = {layer: error["of_update"] for layer, error in rounding.items() if error["of_update"] > LOST}
     if lost:
         worst = max(lost, key=lost.__getitem__)
@@ -205,7 +206,7 @@ def _progress_bar(model: "BaseModel", resumed: list[str], show: bool) -> Any:
 
 
 class Merges:
-    """What an adapter changes in a base model: updates to add, and tensors to replace, by the base's names."""
+    """The changes of an adapter to a base model: updates to add and tensors to replace, by the base's names."""
 
     def __init__(self, adapter: Adapter, model: BaseModel, device: str) -> None:
         self.adapter, self.model, self.device = adapter, model, device
@@ -232,7 +233,7 @@ class Merges:
                 )
 
     def check_shared(self) -> None:
-        """Raise NotByFiles if a tensor that the adapter changes is in memory also the weight of another layer."""
+        """Raise NotByFiles if the adapter changes a tensor whose memory another layer shares once it is loaded."""
         model = skeleton(self.model.folder, self.adapter.layers)
         if model is None:
             return
@@ -242,7 +243,7 @@ class Merges:
             raise NotByFiles(f"{names[0]!r} shares its memory with {sorted({*shared[names[0]]} - {names[0]})}.")
 
     def _prefix_to_strip(self) -> str:
-        """What layers' names have in front that the file's names lack, e.g. GPT-2's "transformer."."""
+        """Return the prefix of the layers' names that the names in the files lack, e.g. GPT-2's "transformer."."""
         first = self.adapter.layers[0]
         parts = first.split(".")
         for i in range(len(parts)):
@@ -255,7 +256,7 @@ class Merges:
         return name if name in self.model else name.removeprefix(strip)
 
     def _is_transposed(self, name: str) -> bool:
-        """Whether the base stores the weight `[in, out]`, as Conv1D does, by its shape; if square, by the config."""
+        """Tell by shape, or if square by the config, whether a weight is stored `[in, out]`, as by Conv1D."""
         features = self.adapter.features(self.weights[name])
         shape = tuple(self.model.spec(name).shape)
         if shape not in (features, features[::-1]):
@@ -278,12 +279,12 @@ class Merges:
     def merged(
         self, tensors: LazyTensors, dtype: torch.dtype | None, rounding: dict[str, dict[str, float]]
     ) -> LazyTensors:
-        """The tensors of one of the base's files after the merge, computed as they are asked for.
+        """Return the merged tensors of one of the base's files, each computed when it is asked for.
 
         Args:
-            tensors: of the file.
-            dtype: to store floating-point tensors in, or None for each one's own.
-            rounding: gets, for each merged layer, what storing it lost; see `merge_adapter`.
+            tensors: the tensors of the file.
+            dtype: dtype of all floating-point tensors, or None to keep each one's own.
+            rounding: receives the loss by storing each merged layer; see `merge_adapter`.
         """
 
         def load(name: str) -> Tensor:
@@ -302,7 +303,7 @@ class Merges:
         return LazyTensors(specs, load)
 
     def _rounding(self, name: str, exact: Tensor, stored: Tensor, tensors: LazyTensors) -> dict[str, float]:
-        """What storing lost; overwrites `exact` if it is not `stored` itself."""
+        """Compute the loss by storing a weight; overwrites `exact` unless it is `stored` itself."""
         if stored is exact:
             return {"of_weight": 0.0, "of_update": 0.0}
         lost, weight = stored.to(exact).sub_(exact).norm().item(), exact.norm().item()
@@ -317,14 +318,14 @@ class Merges:
         base = self._base(name, tensors)
         if name in self.weights:
             dW = self._update(self.weights[name])
-            # into dW, since what is read from a file shares memory with later reads of it
+            # summed in dW, since a tensor read from a file shares memory with later reads
             dW.add_((base.T if self.transposed[name] else base).to(dW))
             self._rescale(dW, self.weights[name])
             return dW.T if self.transposed[name] else dW
         if name in self.biases:
             layer = self.biases[name]
             bias = self.adapter.factors(layer).bias
-            assert bias is not None  # `biases` names those that have one
+            assert bias is not None  # `biases` names only layers that have one
             bias = bias.to(self.device, torch.float32)
             return base.to(bias) + self.adapter.peft_scaling(layer) * bias
         return base
@@ -341,13 +342,13 @@ class Merges:
         return blocks.delta_weight(Factors(A, B, hybrid_A, hybrid_B, self.adapter.scaling(layer)))
 
     def verify(self, written: BaseModel, count: int) -> int:
-        """Compare a sample of written weights with base + dW in float64, by the plain LoRA that equals the adapter.
+        """Compare a sample of written weights with base + dW in float64, with dW from the equivalent plain LoRA.
 
         Returns:
             The number of layers compared.
 
         Raises:
-            ValueError: if a weight is off by more than a rounding of its dtype; the file that has it is then deleted.
+            ValueError: if a weight is off by more than a rounding of its dtype; its file is then deleted.
         """
         weights = list(self.weights)
         sample = weights[:: max(1, len(weights) // count)] if len(weights) > count else weights
@@ -360,7 +361,7 @@ class Merges:
             self._rescale(exact, layer)
             weight, precision = written[name], torch.finfo(written.spec(name).dtype)
             weight = weight.T if self.transposed[name] else weight
-            # one rounding of the stored dtype (with DoRA there are two factors more), and those of the float32 sums
+            # one rounding to the stored dtype (DoRA has two factors more), and those of the float32 sums
             roundings = 4 if self.adapter.config.use_dora else 1
             rounding = roundings * precision.eps * exact.abs() + 1e-5 * dW.abs().max() + precision.tiny
             if not ((weight.double() - exact).abs() <= rounding).all():
@@ -374,12 +375,12 @@ class Merges:
 
 
 def _share(part: float, whole: float) -> float:
-    """`part / whole`, and 0 of nothing: a layer without an update has none to lose."""
+    """Return `part / whole`, or 0 if `whole` is 0: a layer without an update has none to lose."""
     return part / whole if whole else 0.0
 
 
 def fingerprint_of(adapter: Path, model: BaseModel, dtype: torch.dtype | None) -> dict[str, Any]:
-    """What must be unchanged for an interrupted merge to go on."""
+    """Return the facts that must be unchanged for an interrupted merge to resume."""
     digest = hashlib.sha256()
     for name in (CONFIG, WEIGHTS):
         with (adapter / name).open("rb") as file:

@@ -1,6 +1,7 @@
-"""The programs that serve a plain LoRA, and the files each takes: one table, TARGETS. docs/serving.md describes them.
+"""The table TARGETS of the programs that serve a plain LoRA, and writers for the files that each of them takes.
 
-A target's `write` puts its files into a folder and returns how to read a layer's factors back, for the parity report.
+A target's `write` puts its files into a folder, and returns a function that reads a layer's factors back, for the
+parity report. docs/serving.md describes the targets.
 """
 
 import re
@@ -21,7 +22,7 @@ from .files import CONFIG, WEIGHTS, LazyTensors, read_safetensors, spec, write_j
 from .plain import PlainLora, plain_config
 
 ReadBack = Callable[[str], tuple[Tensor, Tensor]]
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank takes
 # base model_type -> (architecture in GGUF, whether the rows of q and k are permuted there)
 GGUF_ARCHITECTURES = {
     "llama": ("llama", True),
@@ -43,7 +44,7 @@ AUTO_CLASSES = {  # PEFT's task types -> its AutoPeftModelFor...
 
 
 def write_peft(plain: PlainLora, folder: Path, base_config: dict[str, Any] | None, extra: dict[str, Any]) -> ReadBack:
-    """PEFT's LoRA: adapter_config.json and adapter_model.safetensors; also vLLM's and SGLang's."""
+    """Write PEFT's adapter_config.json and adapter_model.safetensors, which vLLM and SGLang read, too."""
     adapter = plain.adapter
     specs: dict[str, Tensor] = {}
     loads: dict[str, Callable[[], Tensor]] = {}
@@ -74,7 +75,7 @@ def write_peft(plain: PlainLora, folder: Path, base_config: dict[str, Any] | Non
 
 def folded_bias(plain: PlainLora, layer: str) -> Tensor:
     bias = plain.adapter.factors(layer).bias
-    assert bias is not None  # asked for where the file has one
+    assert bias is not None  # called only for layers that have one
     return (bias.double() * plain.adapter.peft_scaling(layer)).to(plain.dtype)
 
 
@@ -85,7 +86,7 @@ def magnitude(plain: PlainLora, layer: str) -> Tensor:
 
 
 def write_mlx(plain: PlainLora, folder: Path, base_config: dict[str, Any] | None, extra: dict[str, Any]) -> ReadBack:
-    """MLX's adapters.safetensors, lora_a `[I, R]` and lora_b `[R, O]`, and its adapter_config.json."""
+    """Write MLX's adapters.safetensors, with lora_a `[I, R]` and lora_b `[R, O]`, and its adapter_config.json."""
     keys: dict[str, None] = {}
     for layer in plain.layers:
         match = re.fullmatch(r"model\.layers\.\d+\.(.+)", layer)
@@ -106,7 +107,7 @@ def write_mlx(plain: PlainLora, folder: Path, base_config: dict[str, Any] | None
     write_safetensors(folder / "adapters.safetensors", LazyTensors(specs, lambda name: loads[name]()))
     config = {
         "fine_tune_type": "lora",
-        "num_layers": -1,  # all; those that have no tensors in the file keep a zero lora_b
+        "num_layers": -1,  # all layers; those without tensors in the file keep a zero lora_b
         "lora_parameters": {"rank": plain.rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)},
     }
     write_json(folder / CONFIG, config)
@@ -115,7 +116,7 @@ def write_mlx(plain: PlainLora, folder: Path, base_config: dict[str, Any] | None
 
 
 def write_gguf(plain: PlainLora, folder: Path, base_config: dict[str, Any] | None, extra: dict[str, Any]) -> ReadBack:
-    """llama.cpp's adapter: GGUF's names for the layers, and rows of q and k permuted as in the base model's file."""
+    """Write llama.cpp's adapter, with GGUF's layer names, and rows of q and k permuted as in the base's file."""
     try:
         import gguf
     except ImportError as error:
@@ -164,10 +165,10 @@ def write_gguf(plain: PlainLora, folder: Path, base_config: dict[str, Any] | Non
 
 
 def permute_heads(rows: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of a q or k projection from halves to pairs, as GGUF stores those of Llama models.
+    """Reorder the rows of a q or k projection from halves to pairs, as GGUF stores them for Llama models.
 
     Args:
-        rows: `[O, ...]`: the weight, or the B factor of a LoRA on it, whose rotary dimensions are (half, i) in a head.
+        rows: `[O, ...]`, the weight or the B factor of a LoRA on it; rotary dimensions in a head are (half, i).
         heads: number of heads that the rows form.
     """
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
@@ -179,7 +180,7 @@ def unpermute_heads(rows: Tensor, heads: int) -> Tensor:
 
 
 def gguf_base(config: dict[str, Any] | None) -> tuple[str, bool, dict[str, int]]:
-    """Architecture in GGUF, whether its q and k are permuted, and the heads of each, from a base model's config."""
+    """Read GGUF's architecture, whether q and k are permuted there, and their heads from a base model's config."""
     if config is None:
         raise ValueError(
             "llama.cpp needs to know the base model's architecture and heads: give --base FOLDER (its config.json is "
@@ -199,9 +200,10 @@ def gguf_base(config: dict[str, Any] | None) -> tuple[str, bool, dict[str, int]]
 
 
 def write_modelfile(folder: Path, base: str) -> None:
-    """Ollama's recipe. It reads a relative path from the Modelfile's folder, and another name as one of its registry.
+    """Write the Modelfile, Ollama's recipe.
 
-    A Hub id is neither, and becomes the path of its copy on this machine, or a place to fill in.
+    Ollama takes a relative path from the Modelfile's folder, and any other name from its registry. A Hub id is
+    neither, so it is replaced by the path of its copy on this machine, or by a placeholder to fill in.
     """
     note = ""
     try:
@@ -212,7 +214,7 @@ def write_modelfile(folder: Path, base: str) -> None:
     (folder / "Modelfile").write_text(f"{note}FROM {base}\nADAPTER ./{GGUF}\n", encoding="utf-8")
 
 
-# The lines that serve what was written
+# The commands that serve the written files
 
 
 def peft_command(base: str, out: Path, plain: PlainLora) -> str:
@@ -268,12 +270,12 @@ class Target:
     """How one program takes a plain LoRA.
 
     Attributes:
-        write: (adapter, folder, base's config, config fields kept) -> how to read a layer back.
-        command: (base, output folder, the LoRA) -> the line that serves it.
-        max_rank: the highest rank it takes, or None.
-        keeps: config fields beside the factors that it takes, with their tensors.
-        dtype: the only one it is given, or None for the adapter's.
-        is_peft: whether PEFT can load what is written.
+        write: (adapter, folder, base's config, config fields kept) -> a function that reads a layer back.
+        command: (base, output folder, the LoRA) -> the command that serves it.
+        max_rank: the highest rank that the program takes, or None if any.
+        keeps: config fields beside the factors that the program takes, with their tensors.
+        dtype: the dtype to write, or None for the adapter's.
+        is_peft: whether PEFT can load the written files.
         finish: adds files that name the base model.
     """
 

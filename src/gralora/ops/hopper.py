@@ -1,11 +1,12 @@
-"""A matrix product for Hopper GPUs with the adapter in it: y = x W^T + bias + up(g, B) in one launch.
+"""A matrix product for Hopper GPUs that includes the adapter: y = x W^T + bias + up(g, B) in one launch.
 
 Implements `interface.Product`; see there for arguments.
 
-Persistent and warp-specialised: in every program one warp keeps a ring of shared-memory slots filled by TMA, two
-warpgroups multiply. After the K steps over x and W come the steps over g_j and B_j of the output block j, into the
-same float32 accumulator, so the adapter costs `r / I` of the product and no pass over y. In the backward the same
-launch computes the factors' gradients, which read x and dy from memory while the product is busy multiplying.
+The kernel is persistent and warp-specialised: in every program one warp keeps a ring of shared-memory slots filled by
+TMA, and two warpgroups multiply. The K steps over x and W are followed by steps over g_j and B_j of output block j,
+which add to the same float32 accumulator. So the adapter costs `r / I` of the product, and no pass over y. In the
+backward pass the same launch computes the factors' gradients, which read x and dy while the product is busy
+multiplying.
 
 Written in Gluon, Triton's lower level (Triton >= 3.6); the device code is in hopper_kernel.py.
 """
@@ -29,12 +30,12 @@ from .torch_seam import current_raw_stream, is_capturing
 BLOCK_T, BLOCK_N, BLOCK_K = 128, 256, 64
 SLOTS = 3
 GROUP = 8  # row tiles that share columns of W while they are in L2
-GRADIENT_BLOCKS = {64: (128, 128), 128: (64, 256)}  # of ranks -> tokens a step, and columns, that fill a slot
-GRADIENT_STEPS = {64: 0.7, 128: 1.0}  # of ranks -> how long a step takes, a product's being 1
+GRADIENT_BLOCKS = {64: (128, 128), 128: (64, 256)}  # ranks of a tile -> tokens of a step, and columns
+GRADIENT_STEPS = {64: 0.7, 128: 1.0}  # ranks of a tile -> duration of a step, in steps of a product
 FULL = (
     0.82  # least share of a round's places that tiles fill: two rounds at 85% beat cuBLAS by 8%, three at 81% lose 7%
 )
-LONG_ROW = 8192  # elements of a row of W above which cuBLAS is faster: 4096 rows of 14336 take it 1183 us, this 1352
+LONG_ROW = 8192  # longest row of W; above it cuBLAS is faster: for 4096 rows of 14336, 1183 us against 1352
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -47,9 +48,9 @@ _counters: dict[tuple[int, int], Tensor] = {}
 
 
 def _counter(device: int) -> Tensor:
-    """The counter that the programs of a launch take their tiles by; 0 before and after every launch.
+    """Return the counter from which the programs of a launch take their tiles; it is 0 before and after a launch.
 
-    Each stream has its own, since its launches follow each other; so has each launch in a CUDA graph.
+    Each stream has its own counter, since its launches follow each other, and so has each launch in a CUDA graph.
     """
     if is_capturing():
         return torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))
@@ -77,20 +78,20 @@ def _tiles(T: int, N: int) -> int:
 
 
 def reads(x: Tensor) -> bool:
-    """Whether TMA can read x row by row; x: `[T, n]`, or contiguous `[..., n]`."""
+    """Tell whether TMA can read x, `[T, n]` or contiguous `[..., n]`, row by row."""
     return _reads(layout(x))
 
 
 def _reads(x: Layout) -> bool:
-    """One unit stride, the other and the address multiples of 16 bytes."""
+    """Tell whether the last stride is 1, and the row stride and the address are multiples of 16 bytes."""
     return x.aligned and x.strides[-1] == 1 and not row_stride(x.shape, x.strides) % 8
 
 
 def takes(x: Layout, weight: Layout, B: Layout, device: int, z: Layout | None = None) -> bool:
-    """Whether TMA can read the operands, and the tiles fill the GPU's processors.
+    """Tell whether TMA can read the operands, and the tiles fill the GPU's processors.
 
-    cuBLAS has smaller tiles for a last round that few tiles are left for; where gradients are computed, too, their
-    tiles fill it.
+    If few tiles are left for the last round, cuBLAS, which has smaller tiles, is faster. If gradients are computed,
+    too, their tiles fill the last round.
     """
     (_, r, chunk), (stride_k, stride_r, stride_c), (stride_o, stride_i) = B.shape, B.strides, weight.strides
     rounds = _tiles(math.prod(x.shape[:-1]), weight.shape[0]) / _processors(device)
@@ -108,11 +109,12 @@ def takes(x: Layout, weight: Layout, B: Layout, device: int, z: Layout | None = 
 
 
 def _order(products: int, length: int, gradients: int, gradient_length: float, processors: int) -> tuple[int, int]:
-    """How many gradient tiles are spread among the product tiles, and one in how many; the others come last.
+    """Choose how many gradient tiles to spread among the product tiles, and at what distance; the others come last.
 
-    Lengths are those of a tile, in steps of a product. The spread ones begin early enough to end with the products:
-    all programs wait for one that begins late. Where gradients are the shorter tiles, a quarter of a round of them
-    comes last, in the places that the last round of products leaves; more would wait for memory.
+    The two lengths are those of one tile, in steps of a product. Tiles that are spread begin early enough to end with
+    the products, since all programs wait for a tile that begins late. If gradient tiles are the shorter ones, a
+    quarter of a round of them comes last, in the places that the last round of products leaves. More would wait for
+    memory.
     """
     spread = gradients if 4 * gradient_length > 3 * length else max(gradients - processors // 4, 0)
     begun_by = 1 - gradient_length * processors / (length * products)
@@ -128,7 +130,7 @@ def linear(
     B: Tensor,
     gradients: FactorGradients | None = None,
 ) -> None:
-    """y = x W^T + bias + up(g, B), summed in float32 and rounded once; operands as `takes` accepts them."""
+    """Compute y = x W^T + bias + up(g, B), summed in float32 and rounded once, of operands that `takes` accepts."""
     (k, T, r), device = g.shape, x.get_device()
     tensors, written, gradient_strides = (x, weight, g, B, y), (y, y), None
     if gradients is not None:
@@ -154,17 +156,18 @@ def _launch_of(
     has_bias: bool,
     gradient_strides: tuple[int, int, int, int, int] | None,
 ) -> tuple[Hashable, Grid, tuple[int, ...], tuple[Any, ...], Tiling]:
-    """All that a launch takes besides its tensors: key, grid, numbers, constants, and how tensors are tiled.
+    """Compute what a launch takes besides tensors: key, grid, numbers, constants, and the tiling of the tensors.
 
     The tiled tensors are x, weight, g, B, y, z and h, in this order.
 
     Args:
-        dtype: of x.
+        dtype: dtype of x.
         device: index of the GPU.
         sizes: T, O, I, k, r.
-        x_stride, w_strides, b_strides: of rows of x, of weight, of B.
+        x_stride, w_strides, b_strides: the strides of the rows of x, of weight and of B.
         has_bias: whether bias is not None.
-        gradient_strides: of rows of z, and of columns and ranks of z_grad and x_grad; None if there are no gradients.
+        gradient_strides: strides of the rows of z, and of columns and ranks of z_grad and x_grad; None if there are no
+            gradients.
     """
     T, N, K, k, r = sizes
     w_transposed, b_transposed = w_strides[1] == 1, b_strides[2] != 1

@@ -1,10 +1,10 @@
-"""The device code of `hopper`: two kinds of tiles through one ring of shared-memory slots.
+"""The device code of `hopper`, which sends two kinds of tiles through one ring of shared-memory slots.
 
     product      y = x W^T + bias + up(g, B)    [BLOCK_T, BLOCK_N] of y: all of K, then g_j and B_j
     gradient     out_i = z_i^T h_i              [BLOCK_R, BLOCK_C] of one block, transposed: all tokens
 
-Persistent programs take one tile after the other from a list, by a counter in global memory: tiles differ in length,
-and another kernel may hold a part of the GPU. In a program one warp loads, and two warpgroups multiply.
+Persistent programs take tiles one by one from a list, through a counter in global memory, since tiles differ in length
+and another kernel may hold a part of the GPU. In each program one warp loads, and two warpgroups multiply.
 """
 
 from triton.experimental import gluon
@@ -24,9 +24,9 @@ TURNS = gl.constexpr(8)  # entries of the queue from the loading warp: more than
 
 @gluon.jit
 def _tile(place, products, spread, every):
-    """Whether the tile at a place of the list is of a gradient, and its number among those of its kind.
+    """Tell whether the tile at a place of the list belongs to a gradient, and its number among tiles of its kind.
 
-    One in `every` is, from the first place on, until there were `spread` of them; the others come last.
+    From the first place on, one tile in `every` is a gradient's, `spread` in all; the other gradient tiles come last.
     """
     before = gl.minimum(gl.cdiv(place, every), spread)
     is_last = place >= products + spread
@@ -36,7 +36,7 @@ def _tile(place, products, spread, every):
 
 @gluon.jit
 def _product_at(tile, T, N, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr):
-    """First row and column of a tile of y: down the rows of a group, then the next columns."""
+    """Compute first row and column of a tile of y; tiles run down the rows of a group, then to the next columns."""
     tiles_t = gl.cdiv(T, BLOCK_T)
     per_group = GROUP * gl.cdiv(N, BLOCK_N)
     first = tile // per_group * GROUP
@@ -46,7 +46,7 @@ def _product_at(tile, T, N, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, GROUP:
 
 @gluon.jit
 def _gradient_at(tile, r, chunk, BLOCK_C: gl.constexpr, BLOCK_R: gl.constexpr):
-    """Block, first column in it and first rank of a tile of a gradient."""
+    """Compute the block, the first column in the block and the first rank of a tile of a gradient."""
     tiles_r = gl.cdiv(r, BLOCK_R)
     in_block = gl.cdiv(chunk, BLOCK_C) * tiles_r
     return tile // in_block, tile % in_block // tiles_r * BLOCK_C, tile % tiles_r * BLOCK_R
@@ -87,7 +87,7 @@ def _load(small_desc, small_at, large_desc, large_at, ring, step):
 
 @gluon.jit
 def _multiply(a, b, acc, ring, step, first):
-    """acc + a b once the slot is loaded, with one product in flight; `first`: of a tile, overwrites acc."""
+    """Add a b to acc once the slot is loaded, with one product in flight; a tile's `first` product overwrites acc."""
     small_slots, large_slots, ready, empty = ring
     SLOTS: gl.constexpr = small_slots.type.shape[0]
     mbarrier.wait(ready.index(step % SLOTS), step // SLOTS & 1)
@@ -124,7 +124,7 @@ def _load_tiles(
     BLOCK_N: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """The loading warp: take tiles from the list and load what they multiply."""
+    """Run the loading warp, which takes tiles from the list and loads their operands."""
     T, N, K, k, r, from_z, from_x, spread, every = sizes
     BLOCK_T: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
@@ -182,7 +182,7 @@ def _multiply_gradient(
     BLOCK_R: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """One tile of a gradient, transposed in the accumulator, BLOCK_S tokens a step."""
+    """Compute one tile of a gradient, transposed in the accumulator, BLOCK_S tokens per step."""
     small_slots, large_slots, ready, empty = ring
     stride_c, stride_r = strides
     dtype: gl.constexpr = small_slots.dtype
@@ -229,7 +229,7 @@ def _multiply_tiles(
     GROUP: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """The warpgroups: multiply what is loaded, and store."""
+    """Run the warpgroups, which multiply the loaded operands and store the results."""
     small_slots, large_slots, ready, empty = ring
     T, N, K, k, r, from_z, from_x, spread, every = sizes
     dtype: gl.constexpr = y_desc.dtype
@@ -355,10 +355,10 @@ def linear_kernel(
     GROUP: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """See `hopper.linear_up` for the arguments; what is not used is any other tensor or descriptor.
+    """See `hopper.linear` for the arguments; for an unused one any tensor or descriptor may be passed.
 
-    `from_z` and `from_x` are the numbers of tiles of the two gradients, `spread` and `every` what `hopper._order` says
-    of them. The counter, of the places of the list that are taken, is 0 before and after.
+    `from_z` and `from_x` are the numbers of tiles of the two gradients; `spread` and `every` are from `hopper._order`.
+    The counter, which counts the places of the list that are taken, is 0 before and after a launch.
     """
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     BLOCK_N: gl.constexpr = y_desc.block_type.shape[1]

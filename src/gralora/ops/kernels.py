@@ -1,6 +1,6 @@
-"""Triton kernels that run on any GPU Triton knows, and in its interpreter on the CPU.
+"""Triton kernels that run on any GPU that Triton supports, and in its interpreter on the CPU.
 
-Implements `interface.Kernels`; see there for arguments.
+They implement `interface.Kernels`; see there for the arguments.
 """
 
 import triton
@@ -35,9 +35,9 @@ def _down_kernel(
     BLOCK_R: tl.constexpr,
     CONVERTED: tl.constexpr,
 ):
-    """One tile of tokens times one tile of A; the columns are stored where the exchange puts them.
+    """Multiply one tile of tokens by one tile of A, and store the columns where the exchange puts them.
 
-    All programs together also convert the CONVERTED elements of another factor.
+    Together, the programs also convert another factor, of CONVERTED elements.
     """
     if CONVERTED:
         for m0 in range(tl.program_id(0) * 1024, CONVERTED, tl.num_programs(0) * 1024):
@@ -71,7 +71,7 @@ def _row_stride(x: Tensor) -> int:
 
 
 def _dot_size(n: int, most: int) -> int:
-    """The power of two, at least tl.dot's 16, that holds n; no more than `most`, which fits into shared memory."""
+    """Return the power of two that holds n, at least tl.dot's 16, at most `most`, which fits into shared memory."""
     return min(most, max(16, 1 << (n - 1).bit_length()))
 
 
@@ -81,8 +81,8 @@ _down = Launcher(__name__, _down_kernel, num_warps=4, num_stages=3)
 def down(x: Tensor, A: Tensor, h: int, scaling: float, convert: Conversion | None = None) -> Tensor:
     """Project down, exchange and scale in one pass over x, summing in float32; convert in the same launch.
 
-    The plain LoRA part is a product of its own: sums of it that were rounded to half precision block by block took
-    gradients 1.22 times as far from float64.
+    The plain LoRA part is a product of its own. Rounding its sums to half precision block by block took gradients 1.22
+    times as far from float64.
     """
     k, chunk, R = A.shape
     r, T = R - h, x.numel() // (k * chunk)
@@ -117,7 +117,7 @@ def _up_tile(
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One tile of tokens and outputs of block j: y += g_j B_j."""
+    """Add g_j B_j to one tile, of tokens and of outputs of block j, of y."""
     tiles_t, tiles_o = tl.cdiv(T, BLOCK_T), tl.cdiv(CHUNK, BLOCK_O)
     j = tile // (tiles_t * tiles_o)
     t = tile % tiles_t * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -153,7 +153,7 @@ def _factor_grad_tile(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """A tile of block i of x_i^T h_i, summed over all tokens."""
+    """Compute a tile of block i of x_i^T h_i, summed over all tokens."""
     tiles_c, tiles_r = tl.cdiv(CHUNK, BLOCK_C), tl.cdiv(RANK, BLOCK_R)
     i = tile // (tiles_c * tiles_r)
     c = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -240,7 +240,7 @@ def _gradients_kernel(
     TILES_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """First the tiles of dA, then those of dB, then those of dx: the longest first."""
+    """Compute tiles of dA, then of dB, then of dx, since the longest should come first."""
     tile = tl.program_id(0)
     if tile < TILES_A:
         _factor_grad_tile(tile, x_ptr, dh_ptr, dA_ptr, T, CHUNK_I, RANK, STRIDE_XT, RANK, 1, 64, 64, BLOCK_R)
@@ -280,7 +280,7 @@ def factor_gradients(
     A: Tensor | None = None,
     dx: Tensor | None = None,
 ) -> None:
-    """All of them in one launch, which few tokens wait for least."""
+    """Compute all gradients in one launch, which is the fastest way for few tokens."""
     (k, T, r), chunk_i, chunk_o = g.shape, x.shape[-1] // g.shape[0], dy.shape[-1] // g.shape[0]
     block_r, tiles_t, tiles_i, tiles_o = _dot_size(r, 64), -(-T // 64), -(-chunk_i // 64), -(-chunk_o // 64)
     tiles_r = -(-r // block_r)
@@ -298,7 +298,7 @@ def factor_gradients(
 
 @triton.jit(do_not_specialize=["WIDTH"])
 def _dropout_kernel(x_ptr, y_ptr, seed_ptr, p, scale, WIDTH, STRIDE_XT: tl.constexpr, BLOCK: tl.constexpr):
-    """A part of one row, four runs of BLOCK columns: philox gives four numbers at a time."""
+    """Drop elements in part of one row, four runs of BLOCK columns, as philox gives four numbers at a time."""
     t, first = tl.program_id(0), tl.program_id(1) * BLOCK
     c = first + tl.arange(0, BLOCK)
     u_0, u_1, u_2, u_3 = tl.philox(tl.load(seed_ptr), c, t, 0, 0)
@@ -338,7 +338,7 @@ def _delta_weight_kernel(
     BLOCK_Q: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of block (j, i) of dW: rows of the i-th part of B_j against the j-th columns of A_i."""
+    """Compute one tile of block (j, i) of dW: rows of the i-th part of B_j times the j-th columns of A_i."""
     i = tl.program_id(0) // tl.cdiv(CHUNK_IN, BLOCK_I)
     j = tl.program_id(1) // tl.cdiv(CHUNK_OUT, BLOCK_O)
     n = tl.program_id(0) % tl.cdiv(CHUNK_IN, BLOCK_I) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -363,7 +363,7 @@ _delta_weight = Launcher(__name__, _delta_weight_kernel, num_warps=4)
 
 
 def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """dW in one pass, as exact as with float32 products."""
+    """Compute dW in one pass, as exactly as with float32 products."""
     (k, chunk_in, r), chunk_out = A.shape, B.shape[2]
     dW = A.new_empty(k * chunk_out, k * chunk_in)
     # six products of bfloat16 parts: nearer to float64 than float32's own, and faster; the interpreter has none
@@ -388,7 +388,7 @@ def _dequantize_4bit_kernel(
     NESTED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """TILE words of eight values, which is what a thread stores at once; a byte's first value is in its high bits."""
+    """Unpack TILE words of eight values, as a thread stores at once; a byte's first value is in its high bits."""
     word = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = word < WORDS
     b_packed = tl.load(packed_ptr.to(tl.pointer_type(tl.int32)) + word, mask=inside, other=0)
@@ -420,13 +420,13 @@ def dequantize_4bit(
     """Unpack a weight that bitsandbytes has quantised to 4 bits, in one pass at the speed of memory.
 
     Args:
-        packed: two values a byte, uint8, contiguous, at an address that is a multiple of 4.
+        packed: two values per byte, uint8, contiguous, at an address that is a multiple of 4.
         absmax: one scale for each block of `blocksize` values: float32, or uint8 with `nested`.
         code: the 16 values that 4 bits stand for, float32.
         blocksize: a multiple of 8.
-        w: written: as many elements as there are values, a multiple of 8; contiguous, any float dtype.
-        nested: how the scales are quantised in turn: the 256 values that a byte stands for, one scale for each 256 of
-            them, and `[]` what is added to all; float32.
+        w: the output, with as many elements as there are values, a multiple of 8; contiguous, any float dtype.
+        nested: set if the scales are quantised in turn: the 256 values that a byte stands for, one scale for each 256
+            of the scales, and `[]`, an offset that is added to all; float32.
     """
     words, tile = w.numel() // 8, 256
     constants = (blocksize // 8, nested is not None, tile)

@@ -11,8 +11,8 @@ gralora_k: 4 # or auto, the default
 hybrid_r: 0
 ```
 
-Axolotl's `lora_` and `peft_` settings are taken as for `adapter: lora`. Axolotl saves the adapter; merge it with
-`gralora merge`, since Axolotl's own merging reads plain LoRA.
+Axolotl's `lora_` and `peft_` settings mean the same as for `adapter: lora`. Axolotl saves the adapter; merge it with
+`gralora merge`, since Axolotl's own merge command reads plain LoRA only.
 """
 
 import dataclasses
@@ -38,13 +38,13 @@ REFUSED += ("load_in_4bit", "load_in_8bit", "gptq")
 SETTING_FIELDS: dict[str, Any] = {
     name: (get_type_hints(LoraConfig)[name], Field(default=f.default, description=f.metadata["help"]))
     for name, f in SETTINGS.items()
-    if name != "use_gralora"  # which `adapter: gralora` says
+    if name != "use_gralora"  # `adapter: gralora` implies it
 }
-GraloraArgs = create_model("GraloraArgs", __module__=__name__, **SETTING_FIELDS)  # what is added to Axolotl's YAML
+GraloraArgs = create_model("GraloraArgs", __module__=__name__, **SETTING_FIELDS)  # added to Axolotl's YAML
 
 
 class GraloraPlugin(BasePlugin):
-    """Builds, or loads from `lora_model_dir`, a GraLoRA adapter where Axolotl would a plain LoRA."""
+    """Axolotl's plugin, which builds or loads (`lora_model_dir`) a GraLoRA adapter in place of a plain LoRA."""
 
     def get_input_args(self) -> str:
         return f"{__name__}.{GraloraArgs.__name__}"
@@ -55,10 +55,10 @@ class GraloraPlugin(BasePlugin):
     def load_adapter(
         self, model: PreTrainedModel, cfg: Any, inference: bool = False, config_only: bool = False
     ) -> tuple[PeftModel | None, PeftConfig] | None:
-        """The model with the adapter (None with `config_only`) and its config; None for other adapters.
+        """Return the model with the adapter (None with `config_only`) and the config; None for other adapters.
 
         Raises:
-            ValueError: for settings of Axolotl that a GraLoRA adapter cannot have.
+            ValueError: if a setting of Axolotl does not work with a GraLoRA adapter.
         """
         if cfg.adapter != NAME:
             return None
@@ -83,13 +83,13 @@ class GraloraPlugin(BasePlugin):
 
 
 def granular(plain: peft.LoraConfig, **settings: Any) -> LoraConfig:
-    """The GraLoRA config with what is set in a plain LoRA's.
+    """Return a GraLoRA config with the fields that are set in a plain LoRA's.
 
-    Axolotl passes None and empty lists for the fields that it leaves alone; they keep PEFT's defaults here, which
-    other programs expect in adapter_config.json.
+    Axolotl passes None and empty lists for fields that are not set. Here these keep PEFT's defaults, which other
+    programs expect in adapter_config.json.
     """
     fields = {f.name: getattr(plain, f.name) for f in dataclasses.fields(peft.LoraConfig) if f.init}
-    del fields["peft_type"]  # given only where a config is read from a file
+    del fields["peft_type"]  # PEFT passes it only when it reads a config from a file
     given = {name: value for name, value in fields.items() if is_set(LoraConfig, name, value)}
-    given["target_modules"] = plain.target_modules  # empty: no modules beside target_parameters
+    given["target_modules"] = plain.target_modules  # an empty list means only target_parameters
     return LoraConfig(**given, use_gralora=True, **settings)

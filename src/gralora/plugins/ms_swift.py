@@ -6,8 +6,8 @@ swift sft --external_plugins "$(python -c 'import gralora.plugins as p; print(p.
     --model_kwargs '{"gralora_k": 4, "gralora_hybrid_r": 0}' ...
 ```
 
-ms-swift puts `--model_kwargs` into environment variables, which is how a plugin gets settings of its own. Its flags
-for LoRA, from `--lora_rank` to `--init_weights`, are taken as for `--tuner_type lora`.
+ms-swift puts `--model_kwargs` into environment variables, from which the plugin reads its own settings. The flags for
+LoRA, from `--lora_rank` to `--init_weights`, mean the same as for `--tuner_type lora`.
 """
 
 import os
@@ -28,7 +28,7 @@ TASK_TYPES = {"EMBEDDING": None, "RERANKER": "SEQ_CLS", "GENERATIVE_RERANKER": "
 
 
 class GraloraTuner(PeftTuner):
-    """Adds a GraLoRA adapter; saves and loads as PEFT does."""
+    """A tuner that adds a GraLoRA adapter, and saves and loads it as PEFT does."""
 
     @staticmethod
     def prepare_model(args: Any, model: nn.Module) -> nn.Module:
@@ -42,7 +42,7 @@ class GraloraTuner(PeftTuner):
         if args.target_parameters is not None:
             settings["target_parameters"] = args.target_parameters
         config = LoraConfig(
-            task_type=TASK_TYPES.get(task_type, task_type),  # as ms-swift's own prepare_adapter says it to PEFT
+            task_type=TASK_TYPES.get(task_type, task_type),  # the same mapping as in ms-swift's own prepare_adapter
             r=args.lora_rank,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
