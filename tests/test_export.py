@@ -22,8 +22,8 @@ from gralora.checkpoints.adapter import Adapter
 from gralora.checkpoints.export import REPORT
 from gralora.checkpoints.files import LazyTensors, read_adapter_folder
 from gralora.checkpoints.plain import plain_lora
+from gralora.checkpoints.targets import GGUF_TARGETS, VLLM_RANKS
 from gralora.checkpoints.targets import TARGETS as PROGRAMS
-from gralora.checkpoints.targets import VLLM_RANKS
 
 PREFIX = "base_model.model."
 LLAMA = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -88,7 +88,7 @@ def test_permute_heads_pairs_the_halves() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("target", ["peft", "vllm", "sglang"])
+@pytest.mark.parametrize("target", [name for name, program in PROGRAMS.items() if program.is_peft])
 def test_exported_tensors_are_the_blocks(tmp_path: Path, target: str, dtype: torch.dtype) -> None:
     save_gralora(tmp_path / "in", target_modules=["q_proj", "k_proj", "down_proj"], r=10, hybrid_r=2, lora_alpha=20)
     config, tensors = read(tmp_path / "in")
@@ -269,7 +269,7 @@ def test_vllm_gets_a_rank_that_it_takes(k: int, r: int, features: int, rank: int
 # Other programs' files
 
 
-@pytest.mark.parametrize("target", ["llamacpp", "ollama"])
+@pytest.mark.parametrize("target", GGUF_TARGETS)
 def test_gguf_holds_what_llama_cpp_reads(tmp_path: Path, target: str) -> None:
     """q and k rows in the order that llama.cpp gives the base's: head by head, the halves interleaved."""
     save_gralora(tmp_path / "in", target_modules="all-linear", r=10, hybrid_r=2, lora_alpha=30)

@@ -39,6 +39,28 @@ def test_row_of_a_gpu(hopper_gpu, monkeypatch, capability, kernels, product):
     assert (row.kernels, row.product) == (kernels, product)
 
 
+def test_product_of_another_gpu(hopper_gpu, monkeypatch):
+    """A row is all that names it: it is picked and described, and where it fails, the portable kernels compute."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    row = plans.Architecture("Blackwell", (10, 0), "kernels", product="batched")
+    monkeypatch.setattr(plans, "ARCHITECTURES", (row, *plans.ARCHITECTURES))
+    assert plans.architecture(0) is row
+    assert plans.describe("cuda:0").startswith("fused torch + Triton + Blackwell matmul (")
+    with pytest.warns(RuntimeWarning, match="the portable kernels compute instead"):
+        plans.give_up(KernelUnavailable("cannot run", "batched"))
+    assert plans.architecture(0).kernels == "kernels" and not plans.architecture(0).product
+
+
+def test_kernels_of_another_gpu(hopper_gpu, monkeypatch):
+    """Where they fail, torch computes, whatever their module is called."""
+    row = plans.Architecture("a GPU", (0, 0), "reference")
+    monkeypatch.setattr(plans, "ARCHITECTURES", (row, *plans.ARCHITECTURES))
+    assert plans.architecture(0).kernels == "reference"
+    with pytest.warns(RuntimeWarning, match="torch computes instead"):
+        plans.give_up(KernelUnavailable("cannot run", "reference"))
+    assert plans.architecture(0).kernels == "batched"
+
+
 @pytest.mark.parametrize(
     "choice, kernels, product",
     [

@@ -19,6 +19,7 @@ from saved import CONFIG, WEIGHTS, edit, read, save_gralora, write
 
 import gralora
 from gralora.checkpoints import files, untrusted
+from gralora.checkpoints.targets import GGUF_TARGETS, TARGETS
 from gralora.strings import printable
 from gralora.tool import cli
 from gralora.tool.finetune import FinetuneArguments, finetune
@@ -329,7 +330,7 @@ NASTY = {
 QUOTED = ["$(>sprung)", "model; >sprung", "`>sprung`", "model >sprung", "a b'c\"d", "[/red]", "--flag"]
 
 
-@pytest.mark.parametrize("target", ["peft", "vllm", "sglang", "llamacpp", "ollama", "mlx"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("value", NASTY.values(), ids=NASTY)
 def test_characters_that_change_a_file_are_refused(tmp_path: Path, target: str, value: str) -> None:
     """The base's name is written into commands and Modelfiles: before anything is written, it must be one line."""
@@ -341,7 +342,7 @@ def test_characters_that_change_a_file_are_refused(tmp_path: Path, target: str, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
-@pytest.mark.parametrize("target", ["peft", "vllm", "sglang", "llamacpp", "ollama", "mlx"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("value", QUOTED)
 def test_the_line_that_serves_is_quoted(tmp_path: Path, target: str, value: str) -> None:
     """A shell takes the base's name, and the folder's, as one word each, whatever is in them."""
@@ -351,7 +352,7 @@ def test_the_line_that_serves_is_quoted(tmp_path: Path, target: str, value: str)
     out = tmp_path / "o'ut $(>sprung)"
     report = gralora.to_lora(tmp_path / "in", out, target, base_config=heads)
     words = shlex.split(report["command"])
-    if target in ("vllm", "sglang", "mlx"):
+    if target not in ("peft", *GGUF_TARGETS):  # which are told of the base by their files
         assert value in words
     if target == "peft":
         assert words[:2] == ["python", "-c"] and repr(str(out)) in words[2]

@@ -174,10 +174,9 @@ def to_lora(
         adapter: folder of the adapter, in any format of `gralora.checkpoints.formats.FORMATS`; for diffusers also a
             file that it saved. Or a model in memory that has the adapter, or a pipeline of diffusers.
         out: folder to make.
-        target: a name in `gralora.checkpoints.targets.TARGETS`: peft, vllm, sglang, llamacpp, ollama or mlx; or
-            diffusers.
-        base: folder of the base model. llamacpp and ollama read its config.json; for the others its weights, if there,
-            are loaded to compare logits. Not for diffusers.
+        target: a name in `gralora.checkpoints.targets.TARGETS`, or diffusers.
+        base: folder of the base model. Its config.json is read for GGUF files. Its weights, if there, are loaded to
+            compare logits if PEFT can load what is written. Not for diffusers.
         base_config: instead of `base`'s config.json: `model_type`, `num_attention_heads`, `num_key_value_heads`. Not
             for diffusers.
         source: format of `adapter`, needed only if its config leaves that open. Not for diffusers.

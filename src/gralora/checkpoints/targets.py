@@ -297,3 +297,4 @@ TARGETS = {
     "ollama": Target(write_gguf, ollama_command, dtype=torch.float32, finish=write_modelfile),
     "mlx": Target(write_mlx, mlx_command),
 }
+GGUF_TARGETS = tuple(name for name, target in TARGETS.items() if target.write is write_gguf)

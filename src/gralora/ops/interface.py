@@ -1,7 +1,8 @@
 """What an implementation of the adapter's operations provides: the contract of a kernel module.
 
 `batched` (torch) and `kernels` (Triton) are `Kernels`; `batched` and `hopper` are a `Product`. To add one for another
-GPU, write a module with these functions and name it in a row of `plans.ARCHITECTURES`.
+GPU, write a module with these functions and name it in a row of `plans.ARCHITECTURES`. A `Kernels` for a GPU also has
+`dequantize_4bit` as `kernels` has it, with which 4-bit layers unpack their weight.
 
 All tensors of a call are on one device. `x` and `dy` have unit stride along their last dimension, and are `[T, n]` or
 contiguous `[..., n]` (`layout.contiguous_or_rows`). Factors may have any strides and any float dtype; the dtype of x

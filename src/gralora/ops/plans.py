@@ -43,8 +43,6 @@ def read_choice() -> str:
 
 
 choice = read_choice()  # once: a constant for torch.compile
-
-
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -338,7 +336,8 @@ def give_up(error: KernelUnavailable) -> None:
     _failed.add(error.module)
     architecture.cache_clear()
     _plan.cache_clear()
-    instead = "torch computes" if error.module == "kernels" else "the portable kernels compute"
+    is_product = any(error.module == row.product for row in ARCHITECTURES)
+    instead = "the portable kernels compute" if is_product else "torch computes"
     warnings.warn(f"{error}. From now on {instead} instead, more slowly.", RuntimeWarning, stacklevel=2)
 
 
@@ -396,5 +395,5 @@ def describe(device: torch.device | str | None = None) -> str:
         return "fused torch"
     from . import launch
 
-    product = " + Hopper matmul" if row.product else ""
+    product = f" + {row.name} matmul" if row.product else ""
     return f"fused torch + Triton{product} ({launch.describe()})"

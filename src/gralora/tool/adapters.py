@@ -70,7 +70,7 @@ def convert_command(argv: list[str]) -> None:
 def export_command(argv: list[str]) -> None:
     """`gralora export`: the plain LoRA that an adapter equals, for a serving program."""
     from ..checkpoints import export
-    from ..checkpoints.targets import TARGETS
+    from ..checkpoints.targets import GGUF_TARGETS, TARGETS
 
     parser = _parser(
         "export",
@@ -86,9 +86,10 @@ def export_command(argv: list[str]) -> None:
         help="the program that will serve it",
     )
     parser.add_argument("--base", type=Path, help="folder of the base model, to read its config and compare logits")
-    parser.add_argument("--arch", help="llamacpp, ollama without --base: the base's model_type, e.g. llama")
-    parser.add_argument("--heads", type=int, help="llamacpp, ollama without --base: the base's num_attention_heads")
-    parser.add_argument("--kv-heads", type=int, help="llamacpp, ollama without --base: its num_key_value_heads")
+    without_base = f"{', '.join(GGUF_TARGETS)} without --base"
+    parser.add_argument("--arch", help=f"{without_base}: the base's model_type, e.g. llama")
+    parser.add_argument("--heads", type=int, help=f"{without_base}: the base's num_attention_heads")
+    parser.add_argument("--kv-heads", type=int, help=f"{without_base}: its num_key_value_heads")
     parser.add_argument("--max-rank", type=int, help="highest rank wanted; a higher one needs --lossy")
     parser.add_argument("--lossy", action="store_true", help="approximate layers of a rank above the limit, by SVD")
     parser.add_argument("--dtype", choices=DTYPES, help="of the factors (default: the adapter's, if that is exact)")
