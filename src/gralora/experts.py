@@ -117,7 +117,7 @@ class GranularExperts(GraloraLayer):
         return matrix.mT if self.stores_in_out() else matrix
 
     def stores_in_out(self) -> bool:
-        """Whether the parameter is `[E, I, O]`."""
+        """Tell whether the parameter is stored as `[E, I, O]`."""
         return self.get_param().ndim == 3 and not self._did_swap_in_out_features
 
     def delta_weight(self, adapter: str) -> Tensor:

@@ -85,7 +85,7 @@ def load_corpus(args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase) -> 
     train, held_out = find(args)
     examples = None
     if held_out is not None:
-        # what is read is what is wanted, or all
+        # stops at `val_set_size` examples; None reads all of them
         rows = (example for found in held_out for example in found.read(tokenizer, args.skip_bad_rows))
         examples = list(islice(rows, args.val_set_size))
         for found in held_out:
