@@ -145,6 +145,28 @@ def test_interpreted() -> None:
     assert "unpacked" in run(LAYER + INTERPRETED, TRITON_INTERPRET="1")
 
 
+def test_kernel_that_cannot_run_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes unpacks the weight from then on, with one warning and no error in a training step."""
+    import bitsandbytes
+
+    from gralora import quantized
+    from gralora.ops import batched, plans
+    from gralora.ops.interface import KernelUnavailable
+
+    class Broken:
+        def dequantize_4bit(self, *operands: object) -> None:
+            raise KernelUnavailable("the kernel cannot run", "kernels")
+
+    monkeypatch.setattr(plans, "choice", "auto")
+    monkeypatch.setattr(plans, "_failed", set())
+    monkeypatch.setattr(plans, "kernels_for", lambda x: batched if "kernels" in plans._failed else Broken())
+    packed = bitsandbytes.nn.Params4bit(torch.randn(8, 64), False, None, 64, False, "nf4")._quantize("cpu")
+    with pytest.warns(RuntimeWarning, match="the kernel cannot run") as warned:
+        w = quantized.FourBitWeight(packed).dense(torch.float32)
+    assert len(warned) == 1
+    assert torch.equal(w, bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state))
+
+
 @pytest.mark.gpu
 @needs_gpu
 def test_on_gpu() -> None:

@@ -27,6 +27,7 @@ class FourBitWeight:
         self.packed, self.state = packed, packed.quant_state
         self.shape = tuple(self.state.shape)
 
+    @plans.falls_back
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight `[O, I]`, with the bits that bitsandbytes unpacks to in this dtype."""
         packed, state = self.packed.data, self.state
