@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .files import read_json, read_safetensors, write_json
+from .prompting import copy_prompting
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -74,10 +75,6 @@ class BaseModel:
         return name in self.file_of
 
 
-# files of an adapter's folder that say how it was trained to be asked, and where it was trained to stop
-FROM_ADAPTER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-
-
 def copy_other_files(model: BaseModel, folder: Path, dtype: torch.dtype | None, adapter: Path | None = None) -> None:
     """Tokenizer, config, generation config and the rest; the index and the config's dtype are brought up to date.
 
@@ -88,9 +85,7 @@ def copy_other_files(model: BaseModel, folder: Path, dtype: torch.dtype | None, 
         if path.is_file() and not path.name.endswith(WEIGHT_ENDINGS) and path.name != "config.json":
             shutil.copyfile(path, folder / path.name)
     if adapter is not None:
-        for name in FROM_ADAPTER:
-            if (adapter / name).is_file():
-                shutil.copyfile(adapter / name, folder / name)
+        copy_prompting(adapter, folder)
     config = dict(model.config)
     if dtype is not None:
         key = "torch_dtype" if "torch_dtype" in config else "dtype"

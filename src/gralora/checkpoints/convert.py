@@ -5,6 +5,7 @@ import os
 from . import formats
 from .adapter import Adapter
 from .files import CONFIG, WEIGHTS, new_folder, read_adapter_folder, write_json, write_safetensors
+from .prompting import copy_prompting
 
 
 def convert_adapter(
@@ -32,4 +33,5 @@ def convert_adapter(
     with new_folder(out) as folder:
         write_safetensors(folder / WEIGHTS, tensors)
         write_json(folder / CONFIG, config)
+        copy_prompting(adapter, folder)
     return read

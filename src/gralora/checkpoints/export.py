@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from ..config import names
 from ..ops import reference
 from ..strings import check_printable, printable
-from . import formats
+from . import formats, prompting
 from .adapter import PREFIX, Adapter, set_fields
 from .base import BaseModel, base_folder
 from .files import WEIGHTS, new_folder, read_adapter_folder, read_json, write_json
 from .load import load_adapter
 from .pipelines import export_pipeline
 from .plain import PlainLora, plain_lora
+from .prompting import Prompting
 from .targets import TARGETS
 from .untrusted import listed
 
@@ -235,8 +236,9 @@ def to_lora(
             raise ValueError(f"adapter {str(adapter)!r} has NaN or infinite tensors; see `gralora inspect`.")
         if to.is_peft and base is not None and any(Path(base).glob("*.safetensors")):
             report["logits"] = logits_parity(Path(adapter), folder, Path(base))
-        report["command"] = to.command(base_name, out, plain)
         to.finish(folder, base_name)
+        words = to.carry(Prompting.of(adapter), folder, out)
+        report["command"] = prompting.command(to.command(base_name, out, plain), words)
         write_json(folder / REPORT, report)
     return report
 

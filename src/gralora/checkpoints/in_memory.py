@@ -25,6 +25,7 @@ from .base import WEIGHT_ENDINGS
 from .convert import convert_adapter
 from .files import LazyTensors, new_folder
 from .load import expected_tensors
+from .prompting import copy_prompting
 from .untrusted import check_finite, listed
 
 
@@ -136,6 +137,7 @@ def merge_in_memory(
         for path in sorted(folder.iterdir()):
             if path.is_file() and not path.name.endswith(WEIGHT_ENDINGS) and not (written / path.name).exists():
                 shutil.copyfile(path, written / path.name)
+        copy_prompting(adapter, written)
         verified = check_written(merged, cls, written, said)
     replaced = sorted(name for name in tensors if ".lora_" not in name)
     return {"layers": len(layers), "replaced": replaced, "verified": verified}

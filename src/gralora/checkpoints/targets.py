@@ -20,6 +20,7 @@ from .adapter import BIAS, MAGNITUDE, PREFIX, A, B
 from .base import base_folder
 from .files import CONFIG, WEIGHTS, LazyTensors, read_safetensors, spec, write_json, write_safetensors
 from .plain import PlainLora, plain_config
+from .prompting import Prompting, carry_llamacpp, carry_mlx, carry_ollama, carry_peft, carry_sglang, carry_vllm
 
 ReadBack = Callable[[str], tuple[Tensor, Tensor]]
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank takes
@@ -277,10 +278,13 @@ class Target:
         dtype: the dtype to write, or None for the adapter's.
         is_peft: whether PEFT can load the written files.
         finish: adds files that name the base model.
+        carry: (prompting, folder, output folder) -> words for `command`; adds files that say how the adapter was
+            trained to be asked and where to stop.
     """
 
     write: Callable[[PlainLora, Path, dict[str, Any] | None, dict[str, Any]], ReadBack]
     command: Callable[[str, Path, PlainLora], str]
+    carry: Callable[[Prompting, Path, Path], list[str]]
     max_rank: int | None = None
     keeps: frozenset[str] = frozenset()
     dtype: torch.dtype | None = None
@@ -290,11 +294,11 @@ class Target:
 
 PEFT_KEEPS = names(lambda facts: facts.beside_factors and facts.in_lora)
 TARGETS = {
-    "peft": Target(write_peft, peft_command, keeps=PEFT_KEEPS, is_peft=True),
-    "vllm": Target(write_peft, vllm_command, max_rank=VLLM_RANKS[-1], is_peft=True),
-    "sglang": Target(write_peft, sglang_command, is_peft=True),
-    "llamacpp": Target(write_gguf, llamacpp_command, dtype=torch.float32),
-    "ollama": Target(write_gguf, ollama_command, dtype=torch.float32, finish=write_modelfile),
-    "mlx": Target(write_mlx, mlx_command),
+    "peft": Target(write_peft, peft_command, carry_peft, keeps=PEFT_KEEPS, is_peft=True),
+    "vllm": Target(write_peft, vllm_command, carry_vllm, max_rank=VLLM_RANKS[-1], is_peft=True),
+    "sglang": Target(write_peft, sglang_command, carry_sglang, is_peft=True),
+    "llamacpp": Target(write_gguf, llamacpp_command, carry_llamacpp, dtype=torch.float32),
+    "ollama": Target(write_gguf, ollama_command, carry_ollama, dtype=torch.float32, finish=write_modelfile),
+    "mlx": Target(write_mlx, mlx_command, carry_mlx),
 }
 GGUF_TARGETS = tuple(name for name, target in TARGETS.items() if target.write is write_gguf)
