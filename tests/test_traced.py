@@ -1,6 +1,7 @@
 """What an adapted layer becomes in torch.compile's graphs for a GPU, without one; `test_kernels.py` runs them."""
 
 import functools
+import warnings
 
 import peft
 import pytest
@@ -12,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import gralora
-from gralora.ops import compiled, plans
+from gralora.ops import batched, compiled, plans
+from gralora.ops.interface import KernelUnavailable
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -226,6 +228,7 @@ def test_the_gpu_of_a_tensor_decides(monkeypatch, nothing_cached):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(7, 5), (8, 6)][device])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "of Turing")
+    monkeypatch.setattr(plans, "_try_kernels", lambda device, dtype: None)
     calls = []
 
     def see(graph, inputs):
@@ -262,5 +265,71 @@ def test_what_a_layer_is_compiled_as(monkeypatch, expected, is_cuda, dtype, feat
     X.is_cuda, X.dtype = is_cuda, dtype
     row = plans.Architecture("a GPU", (8, 0), "kernels" if triton else "batched")
     monkeypatch.setattr(plans, "architecture", lambda device: row)
+    monkeypatch.setattr(plans, "_try_kernels", lambda device, dtype: None)
     for weight in (torch.empty(features, 64), torch.empty(64, features)):
         assert plans.compiled_as(X, weight, p) == expected
+
+
+class BrokenKernels:
+    """Kernels of which one cannot be compiled."""
+
+    def __init__(self, broken):
+        self.broken = broken
+
+    def __getattr__(self, name):
+        if name == self.broken:
+            raise KernelUnavailable(f"_{name}_kernel cannot run with Triton 9.9: no such name", "kernels")
+        return getattr(batched, name)
+
+
+@pytest.fixture
+def gpu_without_memory(monkeypatch, nothing_cached):
+    """A GPU whose tensors lie on the CPU."""
+    zeros = torch.zeros
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **options: zeros(*size, **options))
+    monkeypatch.setattr(plans, "_failed", set())
+    plans._try_kernels.cache_clear()
+    yield
+    plans._try_kernels.cache_clear()
+
+
+@pytest.mark.parametrize("broken", ["down", "up", "factor_gradients"])
+def test_kernel_that_the_compiler_could_not_compile_is_not_traced(gpu_without_memory, monkeypatch, broken):
+    """It is tried before the graph is made: one warning, and a graph without it, instead of an error in the step."""
+    pytest.importorskip("triton")
+    module = plans._module
+    monkeypatch.setattr(plans, "_module", lambda name: BrokenKernels(broken) if name == "kernels" else module(name))
+    seen = []
+
+    def see(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if "gralora" in str(node.target))
+        return graph.forward
+
+    with warnings.catch_warnings(record=True) as warned, FakeTensorMode():
+        warnings.simplefilter("always")
+        args = [t if t is None else torch.empty_like(t, device="cuda:0") for t in operands(8, 2, 8)[:-1]]
+        for _ in range(2):
+            torch._dynamo.reset()
+            torch.compile(gralora_linear, backend=see, fullgraph=True)(*args, 2.0)
+    assert seen == 2 * ["gralora.linear.default"]
+    messages = [str(w.message) for w in warned if "Triton 9.9" in str(w.message)]
+    assert messages == [
+        f"_{broken}_kernel cannot run with Triton 9.9: no such name. From now on torch computes instead, more slowly."
+    ]
+
+
+def test_kernels_that_compile_are_traced(gpu_without_memory, monkeypatch):
+    """Tried once for a GPU and a dtype, not for every layer."""
+    pytest.importorskip("triton")
+    tried = []
+
+    class Kernels:
+        def __getattr__(self, name):
+            tried.append(name)
+            return getattr(batched, name)
+
+    monkeypatch.setattr(plans, "_module", lambda name: Kernels())
+    for _ in range(2):
+        assert plans._compiler_has_kernels(True, 0, BF16)
+    assert tried == ["down", "up", "factor_gradients"]

@@ -119,6 +119,7 @@ def patch_with_item(tensor, scope):
 
 
 interpreter._patch_lang_tensor = patch_with_item
+check_unpacking("cpu", [(3, 64), (24, 40), (130, 64)], (64, 128), (torch.float32, torch.bfloat16))  # by torch
 plans.CPU = plans.Architecture("the interpreter", (0, 0), "kernels", dtypes=(torch.float16, torch.bfloat16))
 quantized.MANY_TOKENS = 4
 check_unpacking("cpu", [(3, 64), (24, 40), (130, 64)], (64, 128), (torch.float16,))  # it truncates to bfloat16
@@ -146,7 +147,7 @@ def test_interpreted() -> None:
 
 
 def test_kernel_that_cannot_run_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bitsandbytes unpacks the weight from then on, with one warning and no error in a training step."""
+    """torch unpacks the weight from then on, with one warning and no error in a training step."""
     import bitsandbytes
 
     from gralora import quantized

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ops import PackedWeight, batched, plans
+from .ops import PackedWeight, plans
 from .ops.torch_seam import parameters_of
 
 MANY_TOKENS = 128  # from which unpacking the weight is faster, forward and backward together; seen on an H200
@@ -32,13 +32,8 @@ class FourBitWeight:
         """The weight `[O, I]`, with the bits that bitsandbytes unpacks to in this dtype."""
         packed, state = self.packed.data, self.state
         w = torch.empty(self.shape, dtype=dtype, device=packed.device)
-        kernels: Any = plans.kernels_for(w)
-        if kernels is batched:  # given up meanwhile
-            from bitsandbytes.functional import dequantize_4bit
-
-            return w.copy_(dequantize_4bit(packed, state))
         nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else None
-        kernels.dequantize_4bit(packed, state.absmax, state.code, state.blocksize, w, nested)
+        plans.kernels_for(w).dequantize_4bit(packed, state.absmax, state.code, state.blocksize, w, nested)
         return w
 
 

@@ -92,6 +92,22 @@ def dropout_scale(p: float) -> float:
 delta_weight = reference.delta_weight
 
 
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    blocksize: int,
+    w: Tensor,
+    nested: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> None:
+    if nested is not None:
+        values, scales, offset = nested
+        absmax = values[absmax.int()] * scales.repeat_interleave(256)[: absmax.numel()] + offset
+    packed = packed.flatten()
+    halves = torch.stack([packed >> 4, packed & 15], dim=1).flatten()
+    w.copy_((code[halves.int()] * absmax.repeat_interleave(blocksize)[: w.numel()]).view(w.shape))
+
+
 def takes(x: Layout, weight: Layout, B: Layout, device: int, z: Layout | None = None) -> bool:
     return z is None  # gradients are products of their own
 

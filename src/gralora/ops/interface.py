@@ -1,8 +1,8 @@
 """What an implementation of the adapter's operations provides: the contract of a kernel module.
 
 `batched` (torch) and `kernels` (Triton) are `Kernels`; `batched` and `hopper` are a `Product`. To add one for another
-GPU, write a module with these functions and name it in a row of `plans.ARCHITECTURES`. A `Kernels` for a GPU also has
-`dequantize_4bit` as `kernels` has it, with which 4-bit layers unpack their weight.
+GPU, write a module with these functions and name it in a row of `plans.ARCHITECTURES`, and in a line
+for type checkers above it, with which `make typecheck` compares the functions with those here.
 
 All tensors of a call are on one device. `x` and `dy` have unit stride along their last dimension, and are `[T, n]` or
 contiguous `[..., n]` (`layout.contiguous_or_rows`). Factors may have any strides and any float dtype; the dtype of x
@@ -100,6 +100,27 @@ class Kernels(Protocol):
 
     def delta_weight(self, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         """`reference.delta_weight` of contiguous float32 factors."""
+
+    def dequantize_4bit(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        code: Tensor,
+        blocksize: int,
+        w: Tensor,
+        nested: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:
+        """Unpack a weight that bitsandbytes has quantised to 4 bits.
+
+        Args:
+            packed: two values per byte, the first in its high bits; uint8, contiguous, its address a multiple of 4.
+            absmax: one scale for each block of `blocksize` values: float32, or uint8 with `nested`.
+            code: the 16 values that 4 bits stand for, float32.
+            blocksize: a multiple of 8.
+            w: written, with as many elements as there are values, a multiple of 8; contiguous, any float dtype.
+            nested: set if the scales are quantised in turn: the 256 values that a byte stands for, one scale for each
+                256 of the scales, and `[]`, an offset that is added to all; float32.
+        """
 
 
 class Product(Protocol):

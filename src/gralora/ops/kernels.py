@@ -417,17 +417,7 @@ def dequantize_4bit(
     w: Tensor,
     nested: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
-    """Unpack a weight that bitsandbytes has quantised to 4 bits, in one pass at the speed of memory.
-
-    Args:
-        packed: two values per byte, uint8, contiguous, at an address that is a multiple of 4.
-        absmax: one scale for each block of `blocksize` values: float32, or uint8 with `nested`.
-        code: the 16 values that 4 bits stand for, float32.
-        blocksize: a multiple of 8.
-        w: the output, with as many elements as there are values, a multiple of 8; contiguous, any float dtype.
-        nested: set if the scales are quantised in turn: the 256 values that a byte stands for, one scale for each 256
-            of the scales, and `[]`, an offset that is added to all; float32.
-    """
+    """Unpack in one pass, at the speed of memory."""
     words, tile = w.numel() // 8, 256
     constants = (blocksize // 8, nested is not None, tile)
     pointers = (packed, absmax, code, *((code,) * 3 if nested is None else nested), w)

@@ -20,7 +20,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,14 @@ from .interface import Kernels, KernelUnavailable, Product
 from .layout import Layout, layout
 from .torch_seam import is_exporting, is_traced, saves_through_hooks
 from .weights import Weight
+
+if TYPE_CHECKING:  # a checker of types compares what a row may name with the protocols
+    from . import hopper, kernels
+
+    _with_torch: Kernels = batched
+    _with_triton: Kernels = kernels
+    _torch_product: Product = batched
+    _hopper_product: Product = hopper
 
 CHOICES = ("auto", "portable", "torch", "triton", "reference")
 
@@ -350,11 +358,36 @@ def has_delta_weight_kernel(A: Tensor) -> bool:
     return A.is_cuda and A.dtype == torch.float32 and _row_of(A).kernels != "batched"
 
 
+@torch.compiler.assume_constant_result  # it could not be traced: it imports, and launches
+def _compiler_has_kernels(is_cuda: bool, device: int, dtype: torch.dtype) -> bool:
+    """Whether torch.compile is to see kernels: they are there, and a GPU has run them.
+
+    The compiler compiles a graph's kernels itself, after it has made the graph. One that fails there fails the step.
+    """
+    if is_cuda:
+        _try_kernels(device, dtype)
+    return (architecture(device) if is_cuda else CPU).kernels != "batched"
+
+
+@functools.cache
+def _try_kernels(device: int, dtype: torch.dtype) -> None:
+    """Launch what a compiled layer's graph launches, with the widest tiles; give it up if that cannot be compiled."""
+    row, n = architecture(device), 128
+    if row.kernels == "batched":
+        return
+    kernels: Kernels = _module(row.kernels)
+    x, factor = (torch.zeros(size, dtype=dtype, device=torch.device("cuda", device)) for size in ((1, n), (1, n, n)))
+    try:
+        g = kernels.down(x, factor, 0, 1.0)
+        kernels.up(g, factor, x)
+        kernels.factor_gradients(x, x, g, g, factor, factor, factor, x)
+    except KernelUnavailable as error:
+        give_up(error)
+
+
 @torch.compiler.assume_constant_result
-def _compiled_row(is_cuda: bool, device: int) -> tuple[bool, float]:
-    """Whether there are kernels, and `called_features`: for torch.compile, which could not trace an import."""
-    row = architecture(device) if is_cuda else CPU
-    return row.kernels != "batched", row.called_features
+def _called_features(is_cuda: bool, device: int) -> float:
+    return (architecture(device) if is_cuda else CPU).called_features
 
 
 def compiled_as(x: Tensor, weight: Tensor, p: float) -> str:
@@ -372,7 +405,7 @@ def compiled_as(x: Tensor, weight: Tensor, p: float) -> str:
         "operator": one that it calls, of torch's kernels.
         "operations": those of the definition, which it fuses; `torch.export` can save these.
     """
-    if x.dtype in HALF and _compiled_row(x.is_cuda, x.device.index)[0] and not is_exporting():
+    if x.dtype in HALF and not is_exporting() and _compiler_has_kernels(x.is_cuda, x.device.index, x.dtype):
         return "kernels"
     return "operator" if is_called(x, weight, p) else "operations"
 
@@ -382,7 +415,7 @@ def is_called(x: Tensor, weight: Tensor, p: float) -> bool:
 
     That saves more time than the call takes; with dropout it saves memory, since the mask is drawn again.
     """
-    return p > 0 or max(weight.shape) >= _compiled_row(x.is_cuda, x.device.index)[1]
+    return p > 0 or max(weight.shape) >= _called_features(x.is_cuda, x.device.index)
 
 
 def describe(device: torch.device | str | None = None) -> str:
