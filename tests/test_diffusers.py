@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -312,20 +311,3 @@ def test_memory_to_the_other_targets(tiny_model, tmp_path):
             found.append(read(ids).logits)
             torch.testing.assert_close(found[-1], model(ids).logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(*found)
-
-
-def test_private_names_of_diffusers():
-    """What diffusion.py takes of it: two functions of the Flux pipelines, by name and arguments."""
-    import inspect
-
-    from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
-
-    functions: dict[str, Callable[..., Any]] = {
-        name: inspect.unwrap(getattr(FluxLoraLoaderMixin, name).__func__)
-        for name in ("_maybe_expand_transformer_param_shape_or_error_", "_maybe_expand_lora_state_dict")
-    }
-    arguments = [list(inspect.signature(function).parameters) for function in functions.values()]
-    assert arguments == [
-        ["cls", "transformer", "lora_state_dict", "norm_state_dict", "prefix"],
-        ["cls", "transformer", "lora_state_dict"],
-    ]

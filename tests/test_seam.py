@@ -483,6 +483,37 @@ def test_hotswap_adapter_from_state_dict():
         assert torch.equal(model.state_dict()[name], t), name
 
 
+# diffusers
+
+
+def test_flux_expansions():
+    """The two class methods of Flux pipelines take these arguments, and ours are around them."""
+    flux = pytest.importorskip(seam.FLUX).FluxLoraLoaderMixin
+    for name, arguments in {
+        "_maybe_expand_transformer_param_shape_or_error_": ["lora_state_dict", "norm_state_dict", "prefix"],
+        "_maybe_expand_lora_state_dict": ["lora_state_dict"],
+    }.items():
+        ours = getattr(flux, name).__func__
+        stock = inspect.unwrap(ours)
+        assert list(inspect.signature(stock).parameters) == ["cls", "transformer", *arguments]
+        assert stock is not ours and stock.__module__ == seam.FLUX
+    assert callable(seam.wrap_flux_expansions)
+
+
+def test_wrap_hotswap(monkeypatch):
+    """diffusers imports the function anew for each hotswap, so that it gets the one that is there."""
+    loaders = pytest.importorskip("diffusers.loaders.peft")
+    assert "hotswap_adapter_from_state_dict" not in vars(loaders)
+    assert "hotswap_adapter_from_state_dict" in inspect.getsource(loaders)
+    monkeypatch.setattr(seam.hotswap, "hotswap_adapter_from_state_dict", None)
+    seam.wrap_hotswap(lambda stock: (stock, "wrapped"))
+    assert seam.hotswap.hotswap_adapter_from_state_dict == (seam.hotswap_adapter_from_state_dict, "wrapped")
+
+
+def test_LORA_METADATA():
+    assert pytest.importorskip("diffusers.loaders.lora_base").LORA_ADAPTER_METADATA_KEY == seam.LORA_METADATA
+
+
 # Quantised base layers: what matters is what PEFT's layer does
 
 
@@ -836,7 +867,7 @@ def test_every_name_has_a_test():
 
 # Nowhere else
 
-SEAMS = {"seam.py", "ops/torch_seam.py", "ops/gluon.py", "diffusion.py"}  # the last two: Triton's and diffusers'
+SEAMS = {"seam.py", "ops/torch_seam.py", "ops/gluon.py"}  # the last one: Triton's
 SEAM_MODULES = (  # of which nothing is public
     "huggingface_hub.dataclasses",
     "peft.mapping",

@@ -5,24 +5,22 @@ at the shapes of factors before PEFT does. `install` is called by `import gralor
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 import peft
-from peft.utils import hotswap
 from torch import Tensor
 
+from . import seam
 from .after_import import after_import
 from .config import LoraConfig
-
-FLUX = "diffusers.loaders.lora_pipeline"
 
 
 def install() -> None:
     peft.LoraConfig.__new__ = _new_config  # type: ignore[method-assign, assignment]
-    hotswap.hotswap_adapter_from_state_dict = _with_hybrid_names(hotswap.hotswap_adapter_from_state_dict)
-    after_import(FLUX, install_in_flux)
+    seam.wrap_hotswap(_with_hybrid_names)
+    after_import(seam.FLUX, install_in_flux)
 
 
 def _new_config(cls: type, *args: Any, **kwargs: Any) -> Any:
@@ -50,23 +48,23 @@ def install_in_flux(module: ModuleType) -> None:
 
     They take the second dimension of A for the input features, which of a grid is those of one block.
     """
-    mixin = module.FluxLoraLoaderMixin
-    expand_model, expand_lora = (
-        getattr(mixin, name).__func__
-        for name in ("_maybe_expand_transformer_param_shape_or_error_", "_maybe_expand_lora_state_dict")
-    )
 
-    @functools.wraps(expand_model)
-    def without_grids(cls: Any, transformer: Any, lora_state_dict: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return expand_model(cls, transformer, _split(lora_state_dict or {})[0], *args, **kwargs)
+    def without_grids(expand: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(expand)
+        def expand_model(cls: Any, transformer: Any, lora_state_dict: Any = None, *args: Any, **kwargs: Any) -> Any:
+            return expand(cls, transformer, _split(lora_state_dict or {})[0], *args, **kwargs)
 
-    @functools.wraps(expand_lora)
-    def beside_grids(cls: Any, transformer: Any, lora_state_dict: Mapping[str, Tensor]) -> Any:
-        others, grids = _split(lora_state_dict)
-        return {**expand_lora(cls, transformer=transformer, lora_state_dict=others), **grids}
+        return expand_model
 
-    mixin._maybe_expand_transformer_param_shape_or_error_ = classmethod(without_grids)
-    mixin._maybe_expand_lora_state_dict = classmethod(beside_grids)
+    def beside_grids(expand: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(expand)
+        def expand_state_dict(cls: Any, transformer: Any, lora_state_dict: Mapping[str, Tensor]) -> Any:
+            others, grids = _split(lora_state_dict)
+            return {**expand(cls, transformer=transformer, lora_state_dict=others), **grids}
+
+        return expand_state_dict
+
+    seam.wrap_flux_expansions(module, without_grids, beside_grids)
 
 
 def _split(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

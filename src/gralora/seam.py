@@ -1,12 +1,14 @@
-"""Every name of PEFT and transformers that is private, or may change, and that gralora relies on.
+"""Every name of PEFT, transformers and diffusers that is private, or may change, and that gralora relies on.
 
-They are imported here and nowhere else. A comment or docstring says what each must do; where it names no version, it
-does so in PEFT 0.20 to 0.21.2 and transformers 5.6 to 5.23. tests/test_seam.py checks each of them, its signature and
-its effect, and fails by name when one has moved. torch's are in `ops/torch_seam.py`: `ops` is used without PEFT.
+They are named here and nowhere else. A comment or docstring says what each must do; where it names no version, it
+does so in PEFT 0.20 to 0.21.2, transformers 5.6 to 5.23 and diffusers 0.42. tests/test_seam.py checks each of them,
+its signature and its effect, and fails by name when one has moved. torch's are in `ops/torch_seam.py`: `ops` is used
+without PEFT.
 """
 
 import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -38,6 +40,7 @@ from peft.tuners.tuners_utils import (
     # what a config's target_modules, exclude_modules and layers_to_transform make of a layer's name
     check_target_module_exists,
 )
+from peft.utils import hotswap
 from peft.utils.hotswap import (
     # the fields, by peft_type, in which two configs must agree so that one adapter can be swapped for the other
     CONFIG_KEYS_TO_CHECK,
@@ -68,8 +71,10 @@ if TYPE_CHECKING:
 __all__ = [
     "ATTRIBUTES",
     "CONFIG_KEYS_TO_CHECK",
+    "FLUX",
     "INTEGRATION_TO_CALLBACK",
     "LAZY",
+    "LORA_METADATA",
     "MERGES_DORA",
     "OVERRIDES",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
@@ -93,6 +98,8 @@ __all__ = [
     "string_to_bool",
     "type_validator",
     "wrap_create_and_replace",
+    "wrap_flux_expansions",
+    "wrap_hotswap",
     "writes_quantised_weights",
 ]
 
@@ -122,6 +129,42 @@ def wrap_create_and_replace(wrap: Callable[[Callable[..., None]], Callable[..., 
     Afterwards the parent has the LoRA layer under `target_name`.
     """
     lora.LoraModel._create_and_replace = wrap(lora.LoraModel._create_and_replace)  # type: ignore[method-assign]
+
+
+def wrap_hotswap(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put a function around `hotswap_adapter_from_state_dict` in `peft.utils.hotswap`.
+
+    diffusers imports it from there for each hotswap, and calls it with `(model=..., state_dict=..., adapter_name=...,
+    config=...)`; its names are those of the model's state dict, but for tensors whose names it does not know.
+    """
+    hotswap.hotswap_adapter_from_state_dict = wrap(hotswap_adapter_from_state_dict)
+
+
+# The module of diffusers' pipelines that load LoRAs, and the key of an adapter's config in the metadata of its files.
+FLUX = "diffusers.loaders.lora_pipeline"
+LORA_METADATA = "lora_adapter_metadata"
+
+
+def wrap_flux_expansions(
+    pipelines: ModuleType,
+    wrap_model: Callable[[Callable[..., Any]], Callable[..., Any]],
+    wrap_state_dict: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> None:
+    """Put functions around the two class methods of Flux pipelines that fit model and LoRA to each other's features.
+
+    Args:
+        pipelines: the module FLUX.
+        wrap_model: around the one that may widen layers of the transformer, called with `(transformer,
+            lora_state_dict, norm_state_dict, prefix=...)`.
+        wrap_state_dict: around the one that may fill up factors of a LoRA, called with `(transformer=...,
+            lora_state_dict=...)`; it returns the state dict to load.
+    """
+    flux = pipelines.FluxLoraLoaderMixin
+    for name, wrap in (
+        ("_maybe_expand_transformer_param_shape_or_error_", wrap_model),
+        ("_maybe_expand_lora_state_dict", wrap_state_dict),
+    ):
+        setattr(flux, name, classmethod(wrap(getattr(flux, name).__func__)))
 
 
 def stock_class(layer: Any, ours: type) -> type:

@@ -22,12 +22,12 @@ from ..blocks import scaling_gain
 from ..config import LoraConfig, is_set, names
 from ..factors import hybrid_to_lora
 from ..ops import reference
+from ..seam import LORA_METADATA
 from .adapter import PREFIX
 from .files import CONFIG, WEIGHTS, new_folder, write_json
 from .plain import fold
 from .untrusted import check_finite
 
-METADATA = "lora_adapter_metadata"  # as diffusers calls it
 FILE, KOHYA = "pytorch_lora_weights.safetensors", "kohya.safetensors"
 KOHYA_PLACES = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 OLD_NAMES = {  # of diffusers' own layers, which it still writes for UNets and text encoders
@@ -91,11 +91,11 @@ def _saved(path: Path) -> list[Component]:
     if not file.is_file():
         raise FileNotFoundError(f"{str(path)!r} has neither {CONFIG} (PEFT) nor {FILE} (diffusers).")
     with safe_open(str(file), framework="pt") as opened:
-        fields = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
+        fields = json.loads((opened.metadata() or {}).get(LORA_METADATA, "{}"))
     if not fields:
         raise ValueError(
-            f"{str(file)!r} has no config in its metadata ({METADATA}), so the adapter's scale is not known; save it "
-            "with diffusers 0.34 or later, with unet_lora_adapter_metadata or the like."
+            f"{str(file)!r} has no config in its metadata ({LORA_METADATA}), so the adapter's scale is not known; "
+            "save it with diffusers 0.34 or later, with unet_lora_adapter_metadata or the like."
         )
     tensors = load_file(file)
     for old, new in OLD_NAMES.items():
