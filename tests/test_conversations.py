@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from gralora.tool.data.examples import file_examples
 from gralora.tool.data.layouts import Example
 from gralora.tool.data.tokens import IGNORED, encode, marked, prompt_ids
-from gralora.tool.tasks.inference import chat_or_plain_ids
+from gralora.tool.generation import chat_or_plain_ids
 
 # as the models' own templates write turns, without their checks
 TEMPLATES = {

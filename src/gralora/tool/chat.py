@@ -15,9 +15,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer, s
 from .adapters import DTYPES
 from .data.layouts import INSTRUCTION, instruction_example
 from .data.tokens import prompt_ids
+from .generation import chat_or_plain_ids, cut, generation_config
 from .models import positions
 from .side_by_side import SideBySide, load_side_by_side
-from .tasks.inference import chat_or_plain_ids, cut, generation_config
 
 OFF = "off"  # the name of the base model alone
 STOP = {"instruction": (INSTRUCTION,)}

@@ -1,128 +1,153 @@
-"""`gralora evaluate`: adapters, and the base model without them, measured on one task and shown in one table."""
+"""`gralora evaluate`: adapters, and the base model without them, measured on tasks and shown in one table."""
 
 import argparse
+import importlib.util
 import json
-import math
 import platform
-import random
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import peft
-import torch
-import transformers
-from transformers import set_seed
-
-from ..checkpoints.files import check_absent, write_json
-from .adapters import DTYPES
-from .models import load_tokenizer
-from .side_by_side import SideBySide, common_base, load_side_by_side
-from .tasks import TASKS
-
-CONFIDENCE_Z = 1.959964  # of a normal distribution, two-sided 95 %
-RESAMPLES = 1000
+LOSS = "loss"
+# flags of one way of measuring only
+OF_LOSS = ("max_seq_length", "val_set_size", "eval_split", "skip_bad_rows", "train_on_inputs", "truncation_mode")
+OF_TASKS = ("include_path", "num_fewshot", "gen_kwargs", "system_instruction", "apply_chat_template")
+OF_HARNESS = (*OF_TASKS, "output_path", "log_samples", "confirm_run_unsafe_code", "seed")
+# what earlier releases called them -> what to type
+FORMER_TASKS = {
+    "gsm8k": "--tasks instruction_gsm8k --data_path FILE (the prompts of `gralora finetune`), or --tasks gsm8k (the "
+    "harness's own prompts)",
+    "multiple_choice": "--tasks instruction_choice --data_path FILE, or --tasks instruction_choice_generate for the "
+    "option that a generated answer names first",
+    "humaneval": "--tasks humaneval --confirm_run_unsafe_code",
+}
+FORMER = {
+    "--max_new_tokens": "--gen_kwargs max_gen_toks=N",
+    "--temperature": "--gen_kwargs do_sample=true,temperature=T",
+    "--top_p": "--gen_kwargs do_sample=true,top_p=P",
+    "--shots_path": "--data_path train=FILE",
+    "--scoring": "--tasks instruction_choice for the likeliest option, or --tasks instruction_choice_generate",
+    "--num_samples": "a task of the harness that has them, such as --tasks humaneval_64",
+    "--timeout": "nothing: the harness gives a program 3 seconds",
+    "--allow_code_execution": "--confirm_run_unsafe_code, and run it in a container, since programs are no longer "
+    "kept from anything (docs/evaluation.md)",
+}
 EXAMPLES = """examples:
-  gralora evaluate outputs/finetune --task loss --data_path held_out.jsonl
-  gralora evaluate embedded outputs/lora outputs/gralora --task gsm8k --data_path test.jsonl --limit 200
-  gralora evaluate outputs/finetune --task multiple_choice --data_path ARC-Easy.test.json --json
-  gralora evaluate outputs/finetune --task humaneval --num_samples 10 --temperature 0.8 --allow_code_execution
-"""
-
-
-class Estimate(NamedTuple):
-    """A mean over items, and the ends of its 95 % confidence interval; None for a single item that is not 0 or 1."""
-
-    mean: float
-    low: float | None
-    high: float | None
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4g}" if self.low is None else f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
-
-
-def estimate(values: list[float]) -> Estimate:
-    """Mean of the items' scores, with Wilson's interval where each is 0 or 1, else the percentile bootstrap's."""
-    n, mean = len(values), math.fsum(values) / len(values)
-    if set(values) <= {0.0, 1.0}:
-        z2 = CONFIDENCE_Z**2
-        middle = (mean + z2 / (2 * n)) / (1 + z2 / n)
-        half = CONFIDENCE_Z / (1 + z2 / n) * math.sqrt(mean * (1 - mean) / n + z2 / (4 * n**2))
-        # exact at the ends, where subtraction would leave a rest
-        return Estimate(mean, middle - half if mean > 0 else 0.0, middle + half if mean < 1 else 1.0)
-    if n == 1:
-        return Estimate(mean, None, None)
-    draw = random.Random(0)
-    means = sorted(math.fsum(draw.choices(values, k=n)) / n for _ in range(RESAMPLES))
-    return Estimate(mean, means[round(0.025 * (RESAMPLES - 1))], means[round(0.975 * (RESAMPLES - 1))])
+  gralora evaluate MODEL outputs/lora outputs/gralora --tasks gsm8k,arc_easy --batch_size auto
+  gralora evaluate MODEL outputs/gralora --tasks my_task --include_path folder_of_yaml
+  gralora evaluate embedded outputs/gralora --tasks instruction_gsm8k --data_path test.jsonl --limit 200
+  gralora evaluate embedded outputs/gralora --tasks gsm8k --data_path test.jsonl --data_path train=train.jsonl
+  gralora evaluate embedded outputs/finetune --task loss --data_path held_out.jsonl
+tasks: `lm_eval ls tasks` lists those of lm-evaluation-harness; for your own files there are also instruction_gsm8k,
+instruction_choice and instruction_choice_generate, with the prompts of `gralora finetune`"""
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gralora evaluate",
-        description="Measure adapters on a task, and the base model where it is listed too, side by side.",
+        description="Measure adapters, and the base model where it is listed too, side by side: on tasks of "
+        "lm-evaluation-harness, or by the loss on your own data. Differences are to the first model listed.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="folder of an adapter; or the base model: hub id, folder, embedded")
-    add("--task", choices=TASKS, required=True, help="what to measure")
-    add("--data_path", "--dataset_name", help="file or folder of the task; for loss: default Python's library")
-    add("--base_model", "--model_name_or_path", help="in place of the base model that the adapters name")
-    add("--limit", type=int, help="only the first so many items")
-    add("--batch_size", type=int, default=8, help="texts at once (default: 8)")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the base model (default: as it is stored)")
-    add("--device", help="e.g. cpu or cuda:1 (default: the accelerator if there is one)")
-    add("--seed", type=int, default=42, help="of sampling (default: 42)")
-    add("--json", action="store_true", help="print JSON instead of a table")
-    add("--out", type=Path, help="also write results, and each item's, into this new JSON file")
-
-    group = parser.add_argument_group("generation, in gsm8k, humaneval and multiple_choice with --scoring generation")
-    group.add_argument("--max_new_tokens", type=int, help="length of an answer (default: the task's)")
-    group.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
-    group.add_argument("--top_p", type=float, default=0.95, help="with a temperature: nucleus (default: 0.95)")
-    group.add_argument("--apply_chat_template", action="store_true", help="ask as a user of a chat, by the template")
-
-    group = parser.add_argument_group("loss")
-    group.add_argument("--max_seq_length", "--cutoff_len", type=int, default=256, help="tokens (default: 256)")
-    group.add_argument("--val_set_size", type=int, default=0, help="only the rows that finetune holds out with it")
-    group.add_argument("--skip_bad_rows", action="store_true", help="leave out broken rows instead of stopping")
-    group = parser.add_argument_group("gsm8k")
-    group.add_argument("--shots", "--num_fewshot", type=int, default=0, help="solved problems in the prompt")
-    group.add_argument("--shots_path", help="file with the solved problems; the first ones are taken")
-    group = parser.add_argument_group("multiple_choice")
-    group.add_argument(
-        "--scoring",
-        choices=("loglikelihood", "generation"),
-        default="loglikelihood",
-        help="the likeliest option (default), or the first one that a generated answer names",
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--tasks", action="append", help="names of tasks, by commas; patterns and .yaml files too")
+    what.add_argument("--task", metavar=LOSS, help="the loss on your own data, as `gralora finetune` measures it")
+    add(
+        "--data_path",
+        "--dataset_name",
+        action="append",
+        metavar="[train=]DATA",
+        help="of the loss: file, folder or data set (default: Python's library); of one task: a file in place of its "
+        "data set, and train=FILE for the solved examples",
     )
-    group = parser.add_argument_group("humaneval")
-    group.add_argument("--num_samples", type=int, default=1, help="programs per problem (default: 1)")
-    group.add_argument("--timeout", type=float, default=3.0, help="seconds that a program may run (default: 3)")
-    group.add_argument("--allow_code_execution", action="store_true", help="run what the model writes, confined")
+    add("--base_model", "--model_name_or_path", help="in place of the base model that the adapters name")
+    add("--limit", type=float, help="only the first so many items of each task, or a share of them where below 1")
+    add("--batch_size", help="texts at once, or auto (default: 8)", default="8")
+    add("--dtype", default="auto", help="torch's name, of the base model (default: as it is stored)")
+    add("--device", help="e.g. cpu or cuda:1 (default: the accelerator if there is one)")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    add("--out", type=Path, help="also write that JSON, and the loss of each item, into this new file")
+
+    add = parser.add_argument_group("tasks: the harness's flags").add_argument
+    add("--include_path", action="append", help="folder with YAML files of further tasks")
+    add("--num_fewshot", "--shots", type=int, help="solved examples before each question (default: the task's)")
+    add("--gen_kwargs", help="of generation, e.g. max_gen_toks=256,do_sample=true,temperature=0.8")
+    add("--apply_chat_template", nargs="?", const=True, metavar="NAME", help="ask as the user of a chat")
+    add("--system_instruction", help="put before each prompt")
+    add("--seed", type=int, help="of sampling and of the choice of examples (default: the harness's)")
+    add("--output_path", help="folder for the harness's files of results")
+    add("--log_samples", action="store_true", default=None, help="write each item there, too")
+    add("--confirm_run_unsafe_code", action="store_true", default=None, help="run what the model writes, unconfined")
+
+    add = parser.add_argument_group("loss: as in `gralora finetune`").add_argument
+    add("--max_seq_length", "--cutoff_len", type=int, help="tokens (default: 2048, or what the model takes)")
+    add("--val_set_size", type=int, help="only the rows that finetune holds out with it")
+    add("--eval_split", help="split of a data set, or what the names of a folder's files begin with")
+    add("--truncation_mode", choices=("keep_start", "keep_end"), help="what of a long text is kept")
+    add("--train_on_inputs", action="store_true", default=None, help="count prompts too")
+    add("--skip_bad_rows", action="store_true", default=None, help="leave out broken rows instead of stopping")
+    for flag in FORMER:
+        parser.add_argument(flag, nargs="?", const="", help=argparse.SUPPRESS)
     return parser
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    """Read and check the command line; ValueError for what it cannot mean."""
     args = make_parser().parse_args(argv)
-    least = {"limit": 1, "batch_size": 1, "max_new_tokens": 1, "max_seq_length": 2, "num_samples": 1}
-    least |= {"shots": 0, "val_set_size": 0, "temperature": 0}
+    for flag, instead in FORMER.items():
+        if vars(args).pop(flag[2:]) is not None:
+            raise ValueError(f"{flag} is no longer known; give {instead}.")
+    if args.task in FORMER_TASKS:
+        raise ValueError(f"task {args.task!r} is now lm-evaluation-harness's; type {FORMER_TASKS[args.task]}.")
+    if args.task not in (None, LOSS):
+        raise ValueError(f"task={args.task!r} must be {LOSS}; give --tasks {args.task} for a task of the harness.")
+    mode, others = ("task loss", OF_HARNESS) if args.task else ("tasks", OF_LOSS)
+    for name in others:
+        if getattr(args, name) is not None:
+            raise ValueError(f"{name}={getattr(args, name)!r} has no meaning with --{mode}; leave it out.")
+    least = {"limit": 0, "num_fewshot": 0, "max_seq_length": 2, "val_set_size": 0}
     for name, minimum in least.items():
         value = getattr(args, name)
         if value is not None and not value >= minimum:
-            raise ValueError(f"{name}={value} must be at least {minimum}.")
-    if not 0 < args.top_p <= 1:
-        raise ValueError(f"top_p={args.top_p} must be above 0 and at most 1.")
-    if not args.timeout > 0:
-        raise ValueError(f"timeout={args.timeout} must be above 0.")
+            raise ValueError(f"{name}={value:g} must be at least {minimum}.")
+    if args.limit is not None and (args.limit == 0 or (args.limit > 1 and args.limit % 1)):
+        raise ValueError(f"limit={args.limit:g} must be a number of items, or a share of them below 1.")
+    if args.batch_size != "auto" and not (args.batch_size.isdigit() and int(args.batch_size)):
+        raise ValueError(f"batch_size={args.batch_size!r} must be a number from 1 on, or auto.")
+    if args.log_samples and not args.output_path:
+        raise ValueError("log_samples needs --output_path, the folder to write them to.")
+    check_outputs(args)
+    return settle(args)
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise OSError or ValueError if results could not be written at the end."""
+    from ..checkpoints.files import check_absent
+
+    if args.output_path is not None and Path(args.output_path).suffix == ".json":
+        raise ValueError(f"output_path={args.output_path!r} must be a folder: each model has files of its own in it.")
     if args.out is not None:
         check_absent(args.out)
         if not args.out.resolve().parent.is_dir():
             raise FileNotFoundError(f"out={str(args.out)!r} is in a folder that is not there.")
-    if args.max_new_tokens is None:
-        args.max_new_tokens = TASKS[args.task].max_new_tokens
+
+
+def settle(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what was left out, for the loss."""
+    if args.task == LOSS:
+        if args.batch_size == "auto":
+            raise ValueError("batch_size='auto' is for --tasks; give a number with --task loss.")
+        if args.limit is not None and args.limit < 1:
+            raise ValueError(f"limit={args.limit:g}: --task loss takes a number of items.")
+        if len(args.data_path or []) > 1:
+            raise ValueError(f"data_path={args.data_path}: --task loss measures one at a time.")
+        args.data_path = args.data_path[0] if args.data_path else None
+        args.truncation_mode = args.truncation_mode or "keep_start"
+        args.skip_bad_rows, args.train_on_inputs = bool(args.skip_bad_rows), bool(args.train_on_inputs)
     return args
 
 
@@ -130,48 +155,44 @@ def main(argv: list[str]) -> None:
     """The command `gralora evaluate`."""
     args = parse(argv)
     started = time.monotonic()
-    task = TASKS[args.task]
-    # before the model is loaded, since most mistakes are found here
-    items = task.read(args, load_tokenizer(common_base(args.models, args.base_model)))[: args.limit]
-    if not items:
-        raise ValueError(f"data_path={args.data_path!r} has no rows.")
+    from .side_by_side import common_base, load_side_by_side
+
+    common_base(args.models, args.base_model)
+    way = loss() if args.task == LOSS else harness()
+    items = way.read(args)  # before the model is loaded, since most mistakes are found here
+    results: dict[str, Any] = {}  # label -> what was found of the model
     loaded = load_side_by_side(args.models, args.base_model, args.dtype, args.device)
-    records: dict[str, list[dict[str, Any]]] = {}
     try:
-        for label in loaded.adapters:
-            records[label] = run_task(args, loaded, label, items)
+        way.run(args, loaded, items, results)
     finally:  # after Ctrl-C, what is known so far
-        if records:
-            show(args, report(args, loaded, records, time.monotonic() - started), records)
+        if results:
+            found = way.report(results, items) | about(args, loaded, results, time.monotonic() - started)
+            show(args, found, *way.table(found))
 
 
-def run_task(args: argparse.Namespace, loaded: SideBySide, label: str, items: list[Any]) -> list[dict[str, Any]]:
-    """One record per item of what a model did; the same for a model whatever others are listed."""
-    set_seed(args.seed)
-    with loaded.using(label) as model:
-        return TASKS[args.task].run(args, model, loaded.tokenizer, items)
+def loss() -> Any:
+    from .evaluation import loss
+
+    return loss
 
 
-def summary(records: list[dict[str, Any]]) -> dict[str, Estimate]:
-    """Estimates by metric; a loss also as perplexity."""
-    metrics = {name: estimate([record["scores"][name] for record in records]) for name in records[0]["scores"]}
-    if loss := metrics.get("loss"):
-        metrics["perplexity"] = Estimate(
-            math.exp(loss.mean), *(None if end is None else math.exp(end) for end in loss[1:])
-        )
-    return metrics
+def harness() -> Any:
+    """Return the module that calls the harness, whose import takes seconds; ImportError if it is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ImportError("--tasks needs lm-evaluation-harness: pip install 'gralora[evaluate]'")
+    from .evaluation import harness
+
+    return harness
 
 
-def report(
-    args: argparse.Namespace, loaded: SideBySide, records: dict[str, list[dict[str, Any]]], seconds: float
-) -> dict[str, Any]:
+def about(args: argparse.Namespace, loaded: Any, results: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Return what was asked, which models are not finished, and with which versions."""
+    import peft
+    import torch
+    import transformers
+
     return {
-        "task": args.task,
-        "items": len(next(iter(records.values()))),
-        "results": {
-            label: {name: value._asdict() for name, value in summary(own).items()} for label, own in records.items()
-        },
-        "not_finished": [label for label in loaded.adapters if label not in records],
+        "not_finished": [label for label in loaded.adapters if label not in results],
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": str(loaded.model.device),
@@ -181,24 +202,26 @@ def report(
     }
 
 
-def show(args: argparse.Namespace, results: dict[str, Any], records: dict[str, list[dict[str, Any]]]) -> None:
+def show(args: argparse.Namespace, found: dict[str, Any], title: str, lines: list[list[str]]) -> None:
+    """Print the table or the JSON, and write the JSON where that is asked for."""
+    found = json.loads(json.dumps(found, default=str))  # the harness's configs hold functions
     if args.json:
-        print(json.dumps(results, indent=2))
+        print(json.dumps({name: value for name, value in found.items() if name != "records"}, indent=2))
     else:
-        print(table(results))
+        print(aligned(title, lines, found["not_finished"]))
     if args.out is not None:
-        write_json(args.out, results | {"records": records})
+        from ..checkpoints.files import write_json
+
+        write_json(args.out, found)
 
 
-def table(results: dict[str, Any]) -> str:
-    """A line per model, a column per metric, each with its 95 % interval."""
-    metrics = list(next(iter(results["results"].values())))
-    lines = [["model", *metrics]]
-    for label, values in results["results"].items():
-        lines.append([label, *(str(Estimate(**values[name])) for name in metrics)])
+def aligned(title: str, lines: list[list[str]], not_finished: list[str]) -> str:
+    """Return the lines in columns below the title."""
+    width = max(map(len, lines))
+    lines = [line + [""] * (width - len(line)) for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [f"{results['task']}, {results['items']} items; in brackets, 95 % confidence intervals", ""]
+    text = [title, ""]
     text += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    if results["not_finished"]:
-        text += ["", f"not finished: {', '.join(results['not_finished'])}"]
+    if not_finished:
+        text += ["", f"not finished: {', '.join(not_finished)}"]
     return "\n".join(text)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from .generation import chat_or_plain_ids, generation_config
 from .side_by_side import SideBySide, load_side_by_side
-from .tasks.inference import chat_or_plain_ids, generation_config
 
 PROMPTS = ("Name three colours.", "What is 12 + 30?", "Write a short greeting.", "Which month comes after June?")
 TOKENS = 48  # of each answer

@@ -65,8 +65,7 @@ def load_side_by_side(
     labels = unique_labels(models)
     base = common_base(models, base_model)
     trained = [path for path in models if is_adapter(path)]
-    # an adapter's tokenizer has the chat template that the adapter was trained with
-    tokenizer = load_tokenizer(next((path for path in trained if Path(path, TOKENIZER).is_file()), base))
+    tokenizer = common_tokenizer(models, base)
     model = load_pretrained(AutoModelForCausalLM, base, dtype=dtype).eval().to(device or default_device())
     for path in trained:
         stop_where_trained(model, path)
@@ -80,6 +79,12 @@ def load_side_by_side(
             except ValueError as error:
                 raise ValueError(f"adapter {path!r}: {error}") from error
     return SideBySide(model.eval(), tokenizer, adapters)
+
+
+def common_tokenizer(models: list[str], base: str) -> PreTrainedTokenizerBase:
+    """Load the first adapter's tokenizer, which has the chat template of its training, or else the base model's."""
+    with_tokenizer = (path for path in models if is_adapter(path) and Path(path, TOKENIZER).is_file())
+    return load_tokenizer(next(with_tokenizer, base))
 
 
 def stop_where_trained(model: PreTrainedModel, adapter: str) -> None:

@@ -1,0 +1,1 @@
+"""What `gralora evaluate` measures: tasks of lm-evaluation-harness, and the loss on one's own data."""
