@@ -315,6 +315,7 @@ def test_config_is_a_lora_config():
     config = LoraConfig(use_gralora=True)
     assert isinstance(config, peft.LoraConfig) and config.peft_type is PeftType.LORA
     fields = {"use_gralora", "gralora_k", "gralora_k_pattern", "hybrid_r", "gralora_scaling", "gralora_format"}
+    fields |= {"accelerate"}
     assert set(GRALORA_FIELDS) == fields
     assert all(f.metadata["help"] for f in dataclasses.fields(LoraConfig) if f.name in GRALORA_FIELDS)
 
@@ -340,7 +341,7 @@ DERIVED = {  # what each tool goes by, as written out before it was derived
         "use_gralora gralora_format gralora_scaling r lora_alpha lora_dropout peft_type init_lora_weights use_rslora "
         "rank_pattern alpha_pattern gralora_k_pattern exclude_modules task_type auto_mapping peft_version "
         "base_model_name_or_path revision inference_mode target_modules fan_in_fan_out layers_to_transform "
-        "layers_pattern gralora_k hybrid_r",
+        "layers_pattern gralora_k hybrid_r accelerate",
     ),
     "merge": (
         lambda f: f.beside_factors and f.mergeable,

@@ -12,8 +12,8 @@ from operators import add_update, gralora_linear, reference_linear, reference_up
 from gralora.ops import Factors, batched, compiled, dropout, fused, plans
 from gralora.ops.dropout import draw_seed
 
-# k, r, hybrid_r
-GRIDS = [(1, 3, 0), (2, 4, 0), (4, 8, 3), (3, 3, 2), (2, 2, 5)]
+# k, r, hybrid_r; k = 0 is a plain LoRA, A and B as PEFT has them
+GRIDS = [(0, 3, 0), (1, 3, 0), (2, 4, 0), (4, 8, 3), (3, 3, 2), (2, 2, 5)]
 grids = pytest.mark.parametrize("grid", GRIDS, ids=lambda g: "k{}-r{}-h{}".format(*g))
 dropouts = pytest.mark.parametrize("p", [0.0, 0.3], ids=["plain", "dropout"])
 sizes = pytest.mark.parametrize("size", ["small", "large"], indirect=True)
@@ -35,7 +35,7 @@ def size(request, monkeypatch):
 def operands(grid, p, tokens=(2, 5), bias=True):
     """Arguments of `gralora_linear`; all float tensors but weight and bias require gradients."""
     k, r, h = grid
-    n_in, n_out = 6 * k, 4 * k
+    n_in, n_out = 6 * max(k, 1), 4 * max(k, 1)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size, grad=True):
@@ -44,7 +44,8 @@ def operands(grid, p, tokens=(2, 5), bias=True):
     hybrid = (draw(h, n_in), draw(n_out, h)) if h else (None, None)
     frozen = draw(n_out, n_in, grad=False), draw(n_out, grad=False) if bias else None
     seed = torch.tensor(7) if p else None
-    return [draw(*tokens, n_in), *frozen, draw(k, n_in // k, r), draw(k, r, n_out // k), *hybrid, 0.7, p, seed]
+    factors = (draw(k, n_in // k, r), draw(k, r, n_out // k)) if k else (draw(r, n_in), draw(n_out, r))
+    return [draw(*tokens, n_in), *frozen, *factors, *hybrid, 0.7, p, seed]
 
 
 def exactly(args):

@@ -492,7 +492,8 @@ def check(x, dy, k, r, h, p):
     n_in, n_out, seed = x.shape[-1], dy.shape[-1], torch.tensor(3) if p else None
     hybrid = (torch.randn(h, n_in), torch.randn(n_out, h)) if h else (None, None)
     weight, bias = torch.randn(n_out, n_in), torch.randn(n_out)
-    trained = leaves(x, torch.randn(k, n_in // k, r), torch.randn(k, r, n_out // k), *hybrid)
+    shapes = [(k, n_in // k, r), (k, r, n_out // k)] if k else [(r, n_in), (n_out, r)]  # k = 0: a plain LoRA
+    trained = leaves(x, *map(torch.randn, shapes), *hybrid)
     exact = [None if t is None else t.detach().double().requires_grad_() for t in trained]
     launches.clear()
     y = gralora_linear(trained[0], weight, bias, *trained[1:], 0.5, p, seed)
@@ -503,11 +504,12 @@ def check(x, dy, k, r, h, p):
     for value, truth in zip([y, *ours], [true, *truths], strict=True):
         assert value.shape == truth.shape
         assert (value - truth).abs().max() < 1e-5 * truth.abs().max(), (x.shape, k, h, p)
+    assert k or all(grad.is_contiguous() for grad in ours[1:])
 
 
 for tokens in [(), (7,), (2, 3), (2, 1, 3)]:
-    for k, r, h, p in [(2, 4, 0, 0.0), (3, 6, 2, 0.0), (2, 2, 0, 0.5)]:
-        check(torch.randn(*tokens, 6 * k), torch.randn(*tokens, 4 * k), k, r, h, p)
+    for k, r, h, p in [(2, 4, 0, 0.0), (3, 6, 2, 0.0), (2, 2, 0, 0.5), (0, 5, 0, 0.0), (0, 3, 0, 0.5)]:
+        check(torch.randn(*tokens, 6 * max(k, 1)), torch.randn(*tokens, 4 * max(k, 1)), k, r, h, p)
         assert [name for name in launches if name != "dropout"] == ["down", "up", "down", "factor_gradients"], launches
 check(torch.randn(7, 24)[:, :12], torch.randn(7, 16)[:, :8], 2, 4, 0, 0.0)  # rows of wider tensors
 assert launches == ["down", "up", "down", "factor_gradients"], launches
@@ -533,6 +535,8 @@ for r, h, p, downs in [(1, 0, 0.0, 2), (2, 0, 0.0, 3), (2, 1, 0.0, 2), (2, 0, 0.
         assert launches.count("down") == (2 if kept or h or p else 3), launches
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)), (r, h, p)
     plans.CPU = large
+check(torch.randn(2, 3, 64), torch.randn(2, 3, 8), 0, 4, 0, 0.0)
+assert launches == ["down", "down", "factor_gradients"], launches
 plain, gralora_linear = gralora_linear, lambda *args: checkpoint(plain, *args, use_reentrant=False)
 check(torch.randn(2, 3, 64), torch.randn(2, 3, 8), 2, 4, 0, 0.0)  # once in each forward
 assert launches == ["down", "down", "down", "factor_gradients"], launches

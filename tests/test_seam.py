@@ -6,6 +6,7 @@ A test that fails here names what has moved; `gralora/seam.py` and `gralora/ops/
 import argparse
 import ast
 import inspect
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from helpers import (
     gralora_config,
     naive_delta,
     naive_update,
+    one_layer,
     only_layer,
     random_input,
     randomize,
@@ -31,6 +33,7 @@ from helpers import (
     token_ids,
 )
 from peft import PeftConfig, PeftType, get_peft_model
+from peft.helpers import DoraCaching
 from peft.tuners import lora
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -39,6 +42,7 @@ from transformers import Trainer, TrainingArguments
 import gralora
 from gralora import kinds, seam
 from gralora.attention import GranularOutProjection
+from gralora.dora import FusedDora
 from gralora.kinds import KINDS
 from gralora.model import GraloraModel
 from gralora.ops import torch_seam
@@ -111,10 +115,11 @@ def test_signature(name):
 
 def overrides() -> dict[str, tuple[type, type, str]]:
     """Every attribute of PEFT's classes that ours, in front of them, take the place of."""
-    pairs = {(GraloraModel, lora.LoraModel), (GranularOutProjection, lora.Linear)}
+    pairs = {(GraloraModel, lora.LoraModel), (GranularOutProjection, lora.Linear), (FusedDora, seam.DoraLinearLayer)}
     for kind in KINDS:
         stock = kind.mixin.peft_class
-        pairs |= {(kind.mixin, one) for one in (stock if isinstance(stock, tuple) else (stock,))}
+        ours = {kind.mixin, kind.fused} - {None}
+        pairs |= {(mixin, one) for mixin in ours for one in (stock if isinstance(stock, tuple) else (stock,))}
     return {
         f"{ours.__name__}.{name} over {stock.__name__}": (ours, stock, name)
         for ours, stock in pairs
@@ -459,6 +464,18 @@ def test_DoraLinearLayer(monkeypatch):
     torch.testing.assert_close(model(x), layer.base_layer(x) + 1)
     assert set(calls[0]) >= {"lora_A", "lora_B", "scaling", "base_layer", "base_result"}
     assert calls[0]["lora_A"] is layer.lora_A["default"] and calls[0]["scaling"] == layer.scaling["default"]
+
+
+def test_dora_is_cached():
+    """Inside of PEFT's context the magnitude module keeps its norms in evaluation mode, and only then."""
+    model = plain_lora(one_layer(CASE, dtype=torch.float32), use_dora=True)
+    magnitude = only_layer(model).lora_magnitude_vector["default"]
+    for training, caching in itertools.product([False, True], repeat=2):
+        model.train(training)
+        with DoraCaching(caching):
+            model(torch.randn(2, CASE.in_features))
+            assert seam.dora_is_cached(magnitude) == bool(magnitude._dora_cache) == (caching and not training)
+        magnitude._cache_clear()
 
 
 def test_MERGES_DORA():

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 import gralora
 from gralora import inject
-from gralora.dora import GranularDora, row_norms
+from gralora.dora import GranularDora, dora_factors, row_norms
 
 
 def weight_of(layer) -> Tensor:
@@ -78,7 +78,7 @@ def test_row_norms(case: Case) -> None:
     A, B = layer.lora_A["default"], layer.lora_B["default"]
     for scaling in (3.0, -0.5):
         V = weight_of(layer) + scaling * naive_delta(factors_of(layer))
-        assert_close64(row_norms(weight_of(layer), A, B, scaling), V.norm(dim=1).detach())
+        assert_close64(row_norms(weight_of(layer), dora_factors(A, B, scaling)), V.norm(dim=1).detach())
 
 
 @dora
@@ -90,7 +90,7 @@ def test_row_norms_are_accurate(case: Case, dtype: torch.dtype) -> None:
     factors, W = factors_of(layer), weight_of(layer)
     exact = (W.double() + 3.0 * naive_delta(factors.to(torch.float64))).norm(dim=1).detach()
     plain = (W.float() + 3.0 * naive_delta(factors.to(torch.float32))).norm(dim=1).detach()
-    norms = row_norms(W, layer.lora_A["default"], layer.lora_B["default"], 3.0)
+    norms = row_norms(W, dora_factors(layer.lora_A["default"], layer.lora_B["default"], 3.0))
     assert_accurate(norms, exact, plain)
 
 

@@ -11,10 +11,11 @@ from .config import LoraConfig  # noqa: E402
 from .inject import install  # noqa: E402
 
 _LAZY = {  # name -> module, imported when the name is first used
+    "accelerate": "acceleration",
     "convert_adapter": "checkpoints.convert",
     "create_lorafa_optimizer": "optimizers",
     "create_riemannian_optimizer": "optimizers",
-    "describe": "ops.plans",
+    "describe": "acceleration",
     "hotswap_adapter": "hotswap",
     "inspect_adapter": "checkpoints.inspection",
     "load_adapter": "checkpoints.load",
@@ -25,6 +26,7 @@ _LAZY = {  # name -> module, imported when the name is first used
 
 __all__ = [
     "LoraConfig",
+    "accelerate",
     "convert_adapter",
     "create_lorafa_optimizer",
     "create_riemannian_optimizer",

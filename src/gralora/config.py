@@ -133,6 +133,17 @@ class LoraConfig(peft.LoraConfig):
         },
     )
 
+    accelerate: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Compute plain LoRA adapters of the model by gralora's operations, as `gralora.accelerate` does. Says "
+                "nothing about the adapter, and is not saved."
+            ),
+            "facts": Facts(beside_factors=False),
+        },
+    )
+
     def __post_init__(self) -> None:
         from_file = is_from_file(self)  # before it is set for all
         super().__post_init__()
@@ -147,9 +158,10 @@ class LoraConfig(peft.LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's; a plain LoRA's dictionary has none of gralora's keys, so it is saved as PEFT would save it."""
         config = super().to_dict()
+        del config["accelerate"]
         if not self.use_gralora:
             for name in GRALORA_FIELDS:
-                del config[name]
+                config.pop(name, None)
         elif self.gralora_scaling == "matched":
             config["gralora_format"] = FORMAT_MATCHED
         return config
@@ -227,7 +239,7 @@ class LoraConfig(peft.LoraConfig):
         )
 
     def _warn_about_unused_fields(self) -> None:
-        settable = [name for name in GRALORA_FIELDS if name != "gralora_format"]
+        settable = [name for name in GRALORA_FIELDS if name not in ("gralora_format", "accelerate")]
         given = {name: value for name in settable if is_set(name, value := getattr(self, name))}
         if given:
             names = ", ".join(f"{name}={value!r}" for name, value in given.items())

@@ -1,14 +1,24 @@
-"""DoRA (arXiv 2402.09353) on GraLoRA: W' = m (W + dW) / |W + dW|, with a norm per output row and m trained.
+"""DoRA (arXiv 2402.09353): W' = m (W + dW) / |W + dW|, with a norm per output row and m trained.
 
 PEFT's `DoraLinearVariant` works through the layer's own lora_A, lora_B and get_delta_weight. Only its magnitude module
-reads the factors, and expects two matrices. The module here reads a grid and computes the norms without forming dW.
+reads the factors, and expects two matrices, from which it forms dW. The modules here compute the norms without:
+`GranularDora` of a grid, and `FusedDora` of a plain LoRA that is accelerated.
 """
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import GranularDown, GranularUp, blocks_of_A, blocks_of_B
-from .seam import DoraLinearLayer
+from .ops import Factors
+from .promote import Transparent
+from .seam import Conv1D, DoraLinearLayer, dora_is_cached
+
+if TYPE_CHECKING:
+    Stock = DoraLinearLayer
+else:
+    Stock = object
 
 
 class GranularDora(DoraLinearLayer):
@@ -25,7 +35,7 @@ class GranularDora(DoraLinearLayer):
         """Make the module with m = |W + dW|, so that W' starts as W + dW; device and dtype are those of `stock`."""
         dora = cls(stock.fan_in_fan_out)
         weight = dora.base_weight(base_layer).to(stock.weight.device)
-        dora.weight = nn.Parameter(row_norms(weight, down, up, scaling).to(stock.weight.dtype))
+        dora.weight = nn.Parameter(row_norms(weight, dora_factors(down, up, scaling)).to(stock.weight.dtype))
         return dora.requires_grad_(stock.weight.requires_grad)
 
     def base_weight(self, base_layer: nn.Module) -> Tensor:
@@ -51,17 +61,59 @@ class GranularDora(DoraLinearLayer):
             base_result: output of the base layer for `x`, or None if dropout changed `x`.
         """
         weight = self.base_weight(base_layer)
-        norm = row_norms(weight, lora_A, lora_B, scaling)  # a constant for the gradient, as in section 4.3 of DoRA
-        gain = (self.weight / norm).to(x.dtype)
-        if base_result is None:
-            base_result = nn.functional.linear(x, weight.to(x.dtype))
-        elif base_layer.bias is not None:
-            base_result = base_result - base_layer.bias
-        return (gain - 1) * base_result + gain * (scaling * lora_B(lora_A(x)))
+        norm = row_norms(weight, dora_factors(lora_A, lora_B, scaling))
+        update = scaling * lora_B(lora_A(x))
+        return rescaled(x, update, self.weight, norm, weight, base_layer.bias, base_result)
+
+
+class FusedDora(Transparent, Stock):
+    """Mixin over PEFT's magnitude module of a linear layer, for a plain LoRA."""
+
+    def forward(self, x: Tensor, *, lora_A: Any, lora_B: Any, scaling: Any, base_layer: Any, **options: Any) -> Tensor:
+        """Compute what PEFT's module does, with norms that are computed without dW where the weight can be read."""
+        is_ordinary = isinstance(base_layer, nn.Linear | Conv1D) and type(base_layer.weight) is nn.Parameter
+        if not is_ordinary or not type(lora_A) is type(lora_B) is nn.Linear or dora_is_cached(self):
+            return super().forward(x, lora_A=lora_A, lora_B=lora_B, scaling=scaling, base_layer=base_layer, **options)
+        weight = base_layer.weight.detach()
+        weight = weight.T if self.fan_in_fan_out else weight
+        norm = row_norms(weight, Factors(lora_A.weight, lora_B.weight, scaling=scaling))
+        update = scaling * lora_B(lora_A(x))
+        return rescaled(x, update, self.weight, norm, weight, base_layer.bias, options.get("base_result"))
+
+
+def rescaled(
+    x: Tensor,
+    update: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    base_result: Tensor | None,
+) -> Tensor:
+    """What DoRA adds to a base layer's output: (m / |W + dW| - 1) W x + m / |W + dW| dW x.
+
+    Args:
+        x: `[..., I]`, after dropout.
+        update: dW x, `[..., O]`.
+        magnitude, norm: m and |W + dW|, `[O]`; the norm is a constant for the gradient, as in section 4.3 of DoRA.
+        weight, bias: of the base layer, `[O, I]`, and `[O]` or None.
+        base_result: output of the base layer for `x`, or None if dropout changed `x`.
+    """
+    gain = (magnitude / norm).to(x.dtype)
+    if base_result is None:
+        base_result = nn.functional.linear(x, weight.to(x.dtype))
+    elif bias is not None:
+        base_result = base_result - bias
+    return (gain - 1) * base_result + gain * update
+
+
+def dora_factors(down: GranularDown, up: GranularUp, scaling: float | Tensor) -> Factors:
+    """The factors of a layer of which PEFT gives the two modules, and the scaling without the gain of `up`."""
+    return Factors(down.weight, up.weight, down.hybrid_weight, up.hybrid_weight, scaling * up.gain)
 
 
 @torch.no_grad()
-def row_norms(weight: Tensor, down: GranularDown, up: GranularUp, scaling: float | Tensor) -> Tensor:
+def row_norms(weight: Tensor, factors: Factors) -> Tensor:
     """Compute |W + dW| for every output row, `[O]`, in float32 at least, without forming dW.
 
     Let dW = s (G + H), where G is the grid and H the hybrid part. The square of the norm is
@@ -73,21 +125,20 @@ def row_norms(weight: Tensor, down: GranularDown, up: GranularUp, scaling: float
 
     Args:
         weight: W, `[O, I]`.
-        down, up: the factors.
-        scaling: s, without the gain of `up`.
+        factors: of a grid or a plain LoRA; their scaling is s.
     """
-    scaling = scaling * up.gain
+    grid_A, grid_B, hybrid_A, hybrid_B, scaling = factors.as_grid()
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    k = down.weight.shape[0]
-    a = blocks_of_A(down.weight.to(dtype)).mT  # [k_j, k_i, I/k, q]
-    b = blocks_of_B(up.weight.to(dtype))  # [k_j, k_i, O/k, q]
+    k = grid_A.shape[0]
+    a = blocks_of_A(grid_A.to(dtype)).mT  # [k_j, k_i, I/k, q]
+    b = blocks_of_B(grid_B.to(dtype))  # [k_j, k_i, O/k, q]
     squares = []
     for j, W in enumerate(weight.chunk(k)):
         W = W.to(dtype)
         square = W.square().sum(1)
         W_a = W.unflatten(1, (k, -1)).transpose(0, 1) @ a[j]  # [k_i, O/k, q]
-        if down.hybrid_weight is not None and up.hybrid_weight is not None:
-            A, B = down.hybrid_weight.to(dtype), up.hybrid_weight.to(dtype).chunk(k)[j]
+        if hybrid_A is not None and hybrid_B is not None:
+            A, B = hybrid_A.to(dtype), hybrid_B.to(dtype).chunk(k)[j]
             square += scaling * ((2 * W @ A.T + scaling * B @ (A @ A.T)) * B).sum(1)
             W_a += scaling * B @ (A.unflatten(1, (k, -1)).transpose(0, 1) @ a[j])
         square += scaling * ((2 * W_a + scaling * b[j] @ (a[j].mT @ a[j])) * b[j]).sum((0, 2))

@@ -5,7 +5,7 @@ Mixture-of-experts models keep the weights of `E` experts as one parameter of th
 expert, `[O, I]`. Every expert e has factors of its own, and dW[e] is the full grid.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import blocks
 from .blocks import GranularDown, GranularUp
+from .fast_path import FusedLayer
 from .layers import GraloraLayer
 
 
@@ -79,13 +80,8 @@ class ExpertsUp(GranularUp):
     experts = 1
 
 
-class GranularExperts(GraloraLayer):
-    """Mixin over PEFT's `lora.ParamWrapper`, which adds dW to the parameter during a forward pass."""
-
-    peft_class = lora.ParamWrapper
-    keeps_name = True  # PEFT 0.20 finds these wrappers by the name of their class
-    linear_factors = False
-    not_combinable = "PEFT's add_weighted_adapter does not support target_parameters"
+class FusedExperts(FusedLayer):
+    """Mixin over PEFT's `lora.ParamWrapper`, which adds dW to the parameter during a forward pass, once."""
 
     # attributes of lora.ParamWrapper
     num_experts: int
@@ -93,6 +89,59 @@ class GranularExperts(GraloraLayer):
     get_param: Callable[[], Tensor]
     _did_swap_in_out_features: bool
     _remove_parametrizations: Callable[[], None]
+
+    def fused_call(self, x: Tensor) -> None:
+        return None
+
+    def stores_in_out(self) -> bool:
+        """Tell whether the parameter is stored as `[E, I, O]`."""
+        return self.get_param().ndim == 3 and not self._did_swap_in_out_features
+
+    def single_adapter(self, active_adapters: Sequence[str]) -> str | None:
+        """The one of these adapters that a single product adds to the parameter; None if PEFT is to add them."""
+        names = [name for name in active_adapters if name in self.lora_A]
+        return names[0] if len(names) == 1 and self.fuses(names[0]) and not is_8_bit(self.get_param()) else None
+
+    def fuses(self, adapter: str) -> bool:
+        """Whether `rows` is to give this adapter's dW."""
+        return self.fuses_plain
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        """Add dW to the parameter during a forward pass, by a single product if one adapter is active."""
+        name = self.single_adapter(active_adapters)
+        if name is None:
+            with super()._activate_lora(active_adapters):  # type: ignore[misc]
+                yield
+            return
+        param = self.get_param()
+        sum_of_both = AddRows(*self.rows(name, param.dtype), float(self.scaling[name]))
+        base = self.get_base_layer()
+        # unsafe: skips computing the sum once more to check shape and dtype, which do not change
+        nn.utils.parametrize.register_parametrization(base, self.parameter_name, sum_of_both, unsafe=True)
+        try:
+            with nn.utils.parametrize.cached():
+                yield
+        finally:
+            self._remove_parametrizations()
+
+    def rows(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """lhs and rhs, for which `lhs @ rhs` is dW in the stored orientation, without scaling.
+
+        Of a plain LoRA `[E, O, r]` and `[E, r, I]`, or their transposes if the parameter is stored as `[E, I, O]`.
+        """
+        A, B = self.lora_A[adapter].weight.to(dtype), self.lora_B[adapter].weight.to(dtype)
+        A, B = A.unflatten(0, (self.num_experts, -1)), B.unflatten(1, (-1, self.num_experts)).movedim(-1, 0)
+        return (A.mT, B.mT) if self.stores_in_out() else (B, A)
+
+
+class GranularExperts(FusedExperts, GraloraLayer):
+    """Mixin over PEFT's `lora.ParamWrapper` with the factors of one grid per expert."""
+
+    peft_class = lora.ParamWrapper
+    keeps_name = True  # PEFT 0.20 finds these wrappers by the name of their class
+    linear_factors = False
+    not_combinable = "PEFT's add_weighted_adapter does not support target_parameters"
 
     def read_factors(self, adapter_name: str, k: int, hybrid_r: int) -> None:
         """Read PEFT's `[E * r, I]` and `[O, r * E]`: the expert is outermost in lora_A and innermost in lora_B."""
@@ -116,42 +165,21 @@ class GranularExperts(GraloraLayer):
         matrix = weight if weight.ndim == 3 else weight.unsqueeze(0)
         return matrix.mT if self.stores_in_out() else matrix
 
-    def stores_in_out(self) -> bool:
-        """Tell whether the parameter is stored as `[E, I, O]`."""
-        return self.get_param().ndim == 3 and not self._did_swap_in_out_features
-
     def delta_weight(self, adapter: str) -> Tensor:
         """Compute dW of one adapter, scaling included, in the parameter's layout and, unless 8-bit, its dtype."""
         param = self.get_param()
         dtype = torch.promote_types(self.lora_B[adapter].weight.dtype, torch.float32)
         with torch.autocast(param.device.type, enabled=False):  # a forward pass with several adapters calls this
-            dW = torch.bmm(*self._rows(adapter, dtype)).mul(float(self.scaling[adapter])).view(param.shape)
+            dW = torch.bmm(*self.rows(adapter, dtype)).mul(float(self.scaling[adapter])).view(param.shape)
         return dW if is_8_bit(param) else dW.to(param.dtype)
 
-    def fused_call(self, x: Tensor) -> None:
-        return None
+    def fuses(self, adapter: str) -> bool:
+        return self.fuses_plain or self.is_gralora(adapter)
 
-    @contextmanager
-    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
-        """Add dW to the parameter during a forward pass, by a single product if one GraLoRA adapter is active."""
-        names = [name for name in active_adapters if name in self.lora_A]
-        param = self.get_param()
-        if len(names) != 1 or not self.is_gralora(names[0]) or is_8_bit(param):
-            with super()._activate_lora(active_adapters):  # type: ignore[misc]
-                yield
-            return
-        sum_of_both = AddRows(*self._rows(names[0], param.dtype), float(self.scaling[names[0]]))
-        base = self.get_base_layer()
-        # unsafe: skips computing the sum once more to check shape and dtype, which do not change
-        nn.utils.parametrize.register_parametrization(base, self.parameter_name, sum_of_both, unsafe=True)
-        try:
-            with nn.utils.parametrize.cached():
-                yield
-        finally:
-            self._remove_parametrizations()
-
-    def _rows(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rows(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Compute the `grid_rows` of dW in the stored orientation: of the transposed grid if it is `[E, I, O]`."""
+        if not self.is_gralora(adapter):
+            return super().rows(adapter, dtype)
         factors = self.factors(adapter)
         factors = blocks.transposed(factors) if self.stores_in_out() else factors
         hybrid_A, hybrid_B = (t if t is None else t.to(dtype) for t in (factors.hybrid_A, factors.hybrid_B))

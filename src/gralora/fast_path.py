@@ -3,11 +3,15 @@
 `fused_call` answers without computing the layer, so that whoever computes several layers at once can ask each of them
 first. It runs at every forward pass, where it must cost less than the arithmetic of a small layer: hence the reads of
 modules' dictionaries instead of attributes.
+
+`FusedLayer` puts it in front of PEFT's forward: of plain LoRA adapters where `gralora.accelerate` asks for it, and of
+GraLoRA adapters by its subclass in layers.py.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import Dropout, Identity, Linear, Parameter
 
@@ -22,8 +26,27 @@ from .ops.torch_seam import (
     parameters_of,
     unhooked_parameters,
 )
+from .promote import Transparent
 from .quantized import packed_weight
 from .seam import Conv1D
+
+if TYPE_CHECKING:
+
+    class Stock(lora.Linear):
+        """PEFT's class behind ours, as a type checker is to see it: what its dictionaries hold is not typed."""
+
+        lora_A: Any
+        lora_B: Any
+        lora_embedding_A: Any
+        lora_embedding_B: Any
+        lora_variant: Any
+
+        def get_base_layer(self) -> Any: ...
+else:
+    Stock = object
+
+
+TENSORS = (Parameter, Tensor)  # the latter with torch.func.functional_call
 
 
 class FusedCall(NamedTuple):
@@ -69,7 +92,8 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
     It is one if x is not empty, GRALORA_KERNELS does not ask for the definition, and
 
     - one adapter is active in this layer: not disabled, nothing merged;
-    - it is a GraLoRA without a bias or a variant (DoRA, aLoRA), whose modules are ours, with torch's own dropout;
+    - it is a GraLoRA, whose modules are ours, or a plain LoRA of two nn.Linear in a layer that `fuses_plain`;
+    - it has neither a bias nor a variant (DoRA, aLoRA), and torch's own dropout;
     - no hook would miss a call of A, B or dropout;
     - no transform of torch.func, no forward-mode derivative and no tracer is at work;
     - the factors have the dtype that is computed in; under autocast, x is not float64;
@@ -79,7 +103,7 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
     The base layer's weight is read if it is a frozen nn.Linear or Conv1D without hooks, of that dtype.
 
     Args:
-        layer: a `GraloraLayer` over PEFT's layer for a linear map.
+        layer: a `FusedLayer` over PEFT's layer for a linear map.
         x: its input, `[..., I]`.
     """
     own = layer.__dict__
@@ -98,22 +122,28 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
     if name not in downs or name in own["lora_variant"]:
         return None
     A, B, dropout = downs[name], children_of(modules["lora_B"])[name], children_of(modules["lora_dropout"])[name]
-    if type(A) is not GranularDown or type(B) is not GranularUp or type(dropout) not in (Identity, Dropout):
+    is_grid = type(A) is GranularDown and type(B) is GranularUp
+    if not (is_grid or type(A) is type(B) is Linear and layer.fuses_plain) or type(dropout) not in (Identity, Dropout):
         return None
     factors_A, factors_B = unhooked_parameters(A), unhooked_parameters(B)
-    if factors_A is None or factors_B is None or has_hooks(dropout) or factors_B["bias"] is not None:
+    if factors_A is None or factors_B is None or has_hooks(dropout) or factors_B.get("bias") is not None:
         return None
 
     device = "cuda" if x.is_cuda else x.device.type  # making the string costs more than all the checks above
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    A_weight, B_weight = factors_A["weight"], factors_B["weight"]
+    A_weight: Any = factors_A.get("weight")
+    B_weight: Any = factors_B.get("weight")
+    if (
+        type(A_weight) not in TENSORS or type(B_weight) not in TENSORS
+    ):  # DTensors, or nothing: FSDP1 keeps it elsewhere
+        return None
     if x.dtype == torch.float64 if autocast else not A_weight.dtype == B_weight.dtype == dtype:
         return None
 
-    A_hybrid, B_hybrid = factors_A["hybrid_weight"], factors_B["hybrid_weight"]
+    A_hybrid, B_hybrid = factors_A.get("hybrid_weight"), factors_B.get("hybrid_weight")
     scaling = own["scaling"][name]
-    if B.gralora_scaling != "lora":
+    if is_grid and B.gralora_scaling != "lora":
         k, _, r_g = A_weight.shape
         scaling = scaling * scaling_gain(B.gralora_scaling, k, r_g, 0 if A_hybrid is None else A_hybrid.shape[0])
     if isinstance(scaling, Tensor):  # prepare_model_for_compiled_hotswap: a number would be compiled in
@@ -145,3 +175,21 @@ def _weights(base: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     if type(base).forward is Linear.forward:
         return weight, bias
     return (weight.t(), bias) if type(base).forward is Conv1D.forward else (None, None)
+
+
+class FusedLayer(Transparent, Stock):
+    """Mixin in front of one of PEFT's LoRA layer classes, which computes base and adapter in one operation.
+
+    A layer of this very class is PEFT's in all else.
+    """
+
+    fuses_plain = True
+    """Whether plain LoRA adapters are computed so; `accelerate` sets it in single layers of subclasses."""
+
+    fused_call = fused_call
+    """The operation that computes this layer's output for an input, or None where PEFT's forward is needed."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's forward, or one operation that computes the same."""
+        call = self.fused_call(*args) if len(args) == 1 and not kwargs else None
+        return super().forward(*args, **kwargs) if call is None else call(*args)

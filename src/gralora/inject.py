@@ -7,7 +7,8 @@ which kind of layer PEFT chose, on the order in which plain LoRA and GraLoRA ada
 `install` (called by `import gralora`) is all that changes in PEFT:
 
 1. `PEFT_TYPE_TO_CONFIG_MAPPING[LORA]` is `gralora.LoraConfig`, so whatever loads a LoRA adapter can load GraLoRA;
-2. `LoraModel._create_and_replace` hands configs with `use_gralora=True` to `create_and_replace` below;
+2. `LoraModel._create_and_replace` hands configs with `use_gralora=True` to `create_and_replace` below, and new layers
+   of models that are accelerated to acceleration.py;
 3. hotswap's list of config fields that must agree gets GraLoRA's: it would put a grid's tensors into another layer;
 4. what diffusers asks of PEFT beside that, in diffusion.py.
 """
@@ -23,7 +24,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from . import diffusion
+from . import acceleration, diffusion
 from .config import SUPPORTED_VARIANTS, LoraConfig, auto_k, names
 from .dora import GranularDora
 from .experts import TargetParameter, param_wrapper, targeted_parameters
@@ -57,11 +58,21 @@ def install() -> None:
 
 def _with_gralora(stock: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(stock)
-    def _create_and_replace(self: BaseTuner, lora_config: Any, *args: Any, **kwargs: Any) -> None:
+    def _create_and_replace(
+        self: BaseTuner,
+        lora_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        place = target, target_name, parent
         if getattr(lora_config, "use_gralora", False):
-            create_and_replace(stock, self, lora_config, *args, **kwargs)
+            create_and_replace(stock, self, lora_config, adapter_name, *place, **kwargs)
         else:
-            stock(self, lora_config, *args, **kwargs)
+            stock(self, lora_config, adapter_name, *place, **kwargs)
+        acceleration.cover(self.model, lora_config, getattr(parent, target_name))
 
     return _create_and_replace
 

@@ -16,7 +16,8 @@ from torch import nn
 from .attention import GranularAttention, GranularOutProjection, attention_obstacle
 from .conv import GranularConv, conv_obstacle
 from .embedding import GranularEmbedding, embedding_obstacle
-from .experts import GranularExperts, TargetParameter
+from .experts import FusedExperts, GranularExperts, TargetParameter
+from .fast_path import FusedLayer
 from .layers import GraloraLayer
 from .ops.torch_seam import NonDynamicallyQuantizableLinear
 from .promote import Promoted
@@ -64,6 +65,7 @@ class Kind(NamedTuple):
         obstacle: says in words why a given layer of this kind cannot be adapted; empty if it can.
         mixin: our class in front of PEFT's LoRA layer, which reads and applies the factors of a grid.
         inner: attribute of the base layer -> the mixin for the LoRA layer that PEFT makes there.
+        fused: our class in front of PEFT's LoRA layer, which computes plain LoRA adapters faster; None if none does.
         refuses: fields of the config that PEFT's class refuses or ignores, and why.
     """
 
@@ -75,6 +77,7 @@ class Kind(NamedTuple):
     obstacle: Callable[[Any], str] = _none
     mixin: type[GraloraLayer] = GraloraLayer
     inner: Mapping[str, type[GraloraLayer]] = MappingProxyType({})
+    fused: type[FusedLayer] | None = FusedLayer
     refuses: Mapping[str, str] = MappingProxyType({})
 
 
@@ -110,6 +113,7 @@ KINDS = (
         "torch.Parameter",
         obstacle=embedding_obstacle,
         mixin=GranularEmbedding,
+        fused=None,
         refuses={
             "lora_bias": "embeddings have no bias",
             "gralora_scaling": "it is derived for sums over all input features, which one-hot vectors have not",
@@ -123,6 +127,7 @@ KINDS = (
             "torch.Parameter",
             obstacle=conv_obstacle,
             mixin=GranularConv,
+            fused=None,
             refuses=LINEAR_ONLY,
         )
         for n in (1, 2, 3)
@@ -133,6 +138,7 @@ KINDS = (
         obstacle=attention_obstacle,
         mixin=GranularAttention,
         inner={"out_proj": GranularOutProjection},
+        fused=None,
         refuses={
             "lora_bias": "PEFT would ignore it, since it adds dW to the weights",
             "lora_dropout": "PEFT would ignore it, since it adds dW to the weights",
@@ -144,6 +150,7 @@ KINDS = (
         "gralora.TargetParameter",
         obstacle=TargetParameter.obstacle,
         mixin=GranularExperts,
+        fused=FusedExperts,
         refuses={
             "lora_bias": "a parameter has no bias",
             "lora_dropout": "dW is added to the parameter, so that nothing can be dropped",
@@ -211,6 +218,14 @@ def mixin_of(layer: Any) -> type[GraloraLayer]:
     """Return our mixin for a LoRA layer of PEFT's class or ours; the one for linear layers if the kind is unknown."""
     kinds = _kinds(base_layer(layer))
     return kinds[0].mixin if kinds else GraloraLayer
+
+
+def fused_class(layer: Any) -> type[FusedLayer] | None:
+    """The class in front of PEFT's LoRA layer that computes its plain LoRA adapters faster; None if there is none."""
+    is_parameter = isinstance(layer, lora.ParamWrapper)
+    base = TargetParameter(base_layer(layer), layer.parameter_name) if is_parameter else base_layer(layer)
+    kinds = _kinds(base)
+    return None if not kinds or _unfit(layer, kinds[0]) or kinds[0].obstacle(base) else kinds[0].fused
 
 
 def not_linear(tensor: str, ndim: int) -> str:

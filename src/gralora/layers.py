@@ -3,15 +3,16 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import peft
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from . import blocks, fast_path
+from . import blocks
 from .blocks import GranularDown, GranularUp
 from .factors import hybrid_to_lora
+from .fast_path import FusedLayer
 from .ops import Factors
 from .promote import Promoted
 from .seam import check_adapters_to_merge
@@ -22,23 +23,7 @@ ARROW = (
 )
 
 
-if TYPE_CHECKING:
-
-    class Stock(lora.Linear):
-        """PEFT's class behind ours, as a type checker is to see it: what its dictionaries hold is not typed."""
-
-        lora_A: Any
-        lora_B: Any
-        lora_embedding_A: Any
-        lora_embedding_B: Any
-        lora_variant: Any
-
-        def get_base_layer(self) -> Any: ...
-else:
-    Stock = object
-
-
-class GraloraLayer(Promoted, Stock):
+class GraloraLayer(FusedLayer):
     """Mixin in front of one of PEFT's LoRA layer classes; its adapters may be GraLoRA, plain LoRA, or some of each.
 
     This class is the mixin of linear layers, and the base class of all others: another kind of layer is a subclass,
@@ -72,6 +57,12 @@ class GraloraLayer(Promoted, Stock):
 
     drawn_by_fan_in = True
     """Whether PEFT draws A from a distribution that depends on the number of input features."""
+
+    fuses_plain = False
+    """Plain LoRA adapters are PEFT's, unless `gralora.accelerate` has set this in the layer."""
+
+    keeps_name = False
+    __reduce_ex__ = Promoted.__reduce_ex__  # its adapters need gralora
 
     _safe_merge = False  # while `merge(safe_merge=True)` runs
 
@@ -181,16 +172,6 @@ class GraloraLayer(Promoted, Stock):
         if self._safe_merge and not dW.isfinite().all():  # not all of PEFT's classes look
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
         return dW
-
-    # The forward pass
-
-    fused_call = fast_path.fused_call
-    """The operation that computes this layer's output for an input, or None where PEFT's forward is needed."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """PEFT's forward, or one operation that computes the same."""
-        call = self.fused_call(*args) if len(args) == 1 and not kwargs else None
-        return super().forward(*args, **kwargs) if call is None else call(*args)
 
     # What PEFT does with whole adapters
 

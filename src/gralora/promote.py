@@ -1,5 +1,6 @@
 """Make an object of PEFT's an instance of a class of ours as well, with its state kept."""
 
+import copy
 import functools
 from typing import Any
 
@@ -20,18 +21,45 @@ def promoted_class(mixin: Any, stock: Any) -> type:
     return type(name, (mixin, stock), {"__module__": __name__})
 
 
+class Transparent(Promoted):
+    """Base of mixins that PEFT's class can do without: copied as what it is, pickled as an object of PEFT's class."""
+
+    keeps_name = True
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return object.__new__, (type(self).__bases__[1],), self.__dict__
+
+    def __copy__(self) -> Any:
+        copied: Any = object.__new__(type(self))
+        copied.__setstate__(self.__dict__)  # torch's
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied: Any = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+
 def promote(obj: Any, mixin: Any) -> None:
     """Make `obj` an instance of the mixin as well. Its state, and the behaviour of adapters it had, stay.
 
     Raises:
-        TypeError: if it is an instance of another mixin already, which would go on to answer for this one.
+        TypeError: if it is an instance of a mixin already that this one does not inherit from, and that would go on to
+            answer for it.
     """
     if isinstance(obj, mixin):
         return
-    if isinstance(obj, Promoted):
+    before, stock = type(obj).__bases__ if isinstance(obj, Promoted) else (Promoted, type(obj))
+    if not issubclass(mixin, before):
         raise TypeError(f"a {type(obj).__name__} cannot be promoted to {mixin.__name__} too.")
-    stock: Any = type(obj)
     obj.__class__ = promoted_class(mixin, stock)
+
+
+def demote(obj: Promoted) -> None:
+    """Make `obj` an instance of PEFT's class alone again, with its state kept."""
+    stock: Any = type(obj).__bases__[1]
+    obj.__class__ = stock
 
 
 def _unpickle(mixin: Any, stock: Any) -> Any:

@@ -18,6 +18,10 @@ from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
 )
 from peft.tuners import lora
+from peft.tuners.lora import (
+    # ENABLE_DORA_CACHING, which `peft.helpers.DoraCaching` sets: norms are kept in evaluation mode
+    dora,
+)
 from peft.tuners.lora.dora import (
     # DoRA's magnitude module: DoraLinearVariant calls it with lora_A, lora_B, scaling and base_layer, without dropout
     # also base_result, and reads `weight`, the magnitudes `[O]`
@@ -88,6 +92,7 @@ __all__ = [
     "SchedulerType",
     "check_adapters_to_merge",
     "check_hotswap_configs_compatible",
+    "dora_is_cached",
     "get_pattern_key",
     "hotswap_adapter_from_state_dict",
     "in_out_features",
@@ -181,6 +186,11 @@ def writes_quantised_weights(layer: Any, stock: type) -> bool:
     """
     ordinary = getattr(stock, "merge", None) is lora.Linear.merge
     return not ordinary or getattr(layer, "quantization_backend", None) is not None
+
+
+def dora_is_cached(magnitude: nn.Module) -> bool:
+    """Whether PEFT keeps the norms of a DoRA adapter, given its magnitude module, from one call to the next."""
+    return dora.ENABLE_DORA_CACHING and not magnitude.training
 
 
 # Whether PEFT merges DoRA rightly into Conv1D layers, and beside other adapters: since 0.21.

@@ -98,9 +98,10 @@ def _linear_fake(
     p: float,
     seed: Any,
 ) -> tuple[Tensor, Tensor]:
-    R = A.shape[2] + (0 if hybrid_A is None else hybrid_A.shape[0])
+    k, _, r = Factors(A, B).as_grid().A.shape
+    R = r + (0 if hybrid_A is None else hybrid_A.shape[0])
     T = x.numel() // x.shape[-1]
-    return fused.output(x, weight), x.new_empty(A.shape[0], T, R)
+    return fused.output(x, weight), x.new_empty(k, T, R)
 
 
 def _linear_backward_fake(

@@ -41,7 +41,7 @@ class Packed(NamedTuple):
 
 
 def pack(factors: Factors) -> Packed:
-    A, B, hybrid_A, hybrid_B, scaling = factors
+    A, B, hybrid_A, hybrid_B, scaling = factors.as_grid()
     if hybrid_A is None or hybrid_B is None:
         return Packed(A, B, 0, scaling)
     k = A.shape[0]
@@ -50,9 +50,11 @@ def pack(factors: Factors) -> Packed:
     return Packed(torch.cat([A, tail_A], dim=2), torch.cat([B, tail_B], dim=1), hybrid_A.shape[0], scaling)
 
 
-def unpack(dA: Tensor | None, dB: Tensor | None, h: int) -> list[Tensor | None]:
-    """Gradients of packed factors -> those of A, B, hybrid_A and hybrid_B."""
+def unpack(dA: Tensor | None, dB: Tensor | None, h: int, is_plain: bool) -> list[Tensor | None]:
+    """Gradients of packed factors -> those of A, B, hybrid_A and hybrid_B, or of a plain LoRA's A and B."""
     d_hybrid_A = d_hybrid_B = None
+    if is_plain:
+        return [None if d is None else d.squeeze(0).mT for d in (dA, dB)] + [None, None]
     if h and dA is not None:
         dA, tail = dA.split([dA.shape[2] - h, h], dim=2)
         d_hybrid_A = tail.permute(2, 0, 1).flatten(1)
@@ -60,6 +62,14 @@ def unpack(dA: Tensor | None, dB: Tensor | None, h: int) -> list[Tensor | None]:
         dB, tail = dB.split([dB.shape[1] - h, h], dim=1)
         d_hybrid_B = tail.mT.flatten(0, 1)
     return [dA, dB, d_hybrid_A, d_hybrid_B]
+
+
+def _gradient_of(factor: Tensor) -> Tensor:
+    """Memory for a factor's gradient, contiguous, or transposed as the factor is: so that it need not be copied."""
+    transposed = factor.mT
+    if transposed.is_contiguous() and not factor.is_contiguous():
+        return transposed.new_empty(transposed.shape).mT
+    return factor.new_empty(factor.shape)
 
 
 class Needs(NamedTuple):
@@ -145,7 +155,7 @@ def linear_backward(
     dy, x = contiguous_or_rows(dy), contiguous_or_rows(x)
     if how.backward is not None and not how.backward.reads(dy):
         dy = dy.clone(memory_format=torch.contiguous_format)
-    dA, dB = A.new_empty(A.shape) if needs.A else None, B.new_empty(B.shape) if needs.B else None
+    dA, dB = _gradient_of(A) if needs.A else None, _gradient_of(B) if needs.B else None
     if g is None:
         g = how.down.down(x, A, h, scaling)
     dh, A_up = g, A.mT
@@ -176,7 +186,7 @@ def linear_backward(
         seen = x if seed is None or not needs.A else how.down.dropout(rows(x), p, seed)
         how.gradients.factor_gradients(seen, dy, g, dh, dA, dB, A, grown)
     dx = dx if dx is None or dx.dim() == len(shape) else dx.view(shape)
-    return [dx, *unpack(dA, dB, h)]
+    return [dx, *unpack(dA, dB, h, factors.is_plain)]
 
 
 @falls_back

@@ -87,7 +87,8 @@ class Kernels(Protocol):
         Args:
             x, dy: `[T, I]`, `[T, O]`; one dtype.
             g, dh: `[k, T, R]`, contiguous, dtype of x.
-            dA, dB: written: `[k, I/k, R]` and `[k, R, O/k]`, any float dtypes, contiguous.
+            dA, dB: written: `[k, I/k, R]` and `[k, R, O/k]`, any float dtypes, each contiguous or the transpose of a
+                contiguous tensor.
             A: `[k, I/k, R]`; needed with dx.
             dx: changed in place: `[T, I]`.
         """

@@ -236,6 +236,10 @@ def _gradients_kernel(
     STRIDE_AI: tl.constexpr,
     STRIDE_AR: tl.constexpr,
     STRIDE_DXT: tl.constexpr,
+    STRIDE_DAI: tl.constexpr,
+    STRIDE_DAR: tl.constexpr,
+    STRIDE_DBR: tl.constexpr,
+    STRIDE_DBO: tl.constexpr,
     TILES_A: tl.constexpr,
     TILES_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -243,10 +247,12 @@ def _gradients_kernel(
     """Compute tiles of dA, then of dB, then of dx, since the longest should come first."""
     tile = tl.program_id(0)
     if tile < TILES_A:
-        _factor_grad_tile(tile, x_ptr, dh_ptr, dA_ptr, T, CHUNK_I, RANK, STRIDE_XT, RANK, 1, 64, 64, BLOCK_R)
+        _factor_grad_tile(
+            tile, x_ptr, dh_ptr, dA_ptr, T, CHUNK_I, RANK, STRIDE_XT, STRIDE_DAI, STRIDE_DAR, 64, 64, BLOCK_R
+        )
     elif tile < TILES_A + TILES_B:
         _factor_grad_tile(
-            tile - TILES_A, dy_ptr, g_ptr, dB_ptr, T, CHUNK_O, RANK, STRIDE_YT, 1, CHUNK_O, 64, 64, BLOCK_R
+            tile - TILES_A, dy_ptr, g_ptr, dB_ptr, T, CHUNK_O, RANK, STRIDE_YT, STRIDE_DBO, STRIDE_DBR, 64, 64, BLOCK_R
         )
     else:
         _up_tile(
@@ -290,7 +296,9 @@ def factor_gradients(
     if not tiles_A + tiles_B + tiles_x:
         return
     a_strides = (0, 0, 0) if A is None else A.stride()
+    da_strides, db_strides = ((0, 0) if out is None else out.stride()[1:] for out in (dA, dB))
     strides = _row_stride(x), _row_stride(dy), *a_strides, 0 if dx is None else _row_stride(dx)
+    strides = *strides, *da_strides, *db_strides
     constants = (chunk_i, chunk_o, r, *strides, tiles_A, tiles_B, block_r)
     others = (x if t is None else t for t in (A, dx, dA, dB))
     _gradients(constants, (tiles_A + tiles_B + tiles_x, 1, 1), (x, dy, g, dh, *others), (T,), constants)

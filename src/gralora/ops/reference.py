@@ -20,7 +20,7 @@ class Factors(NamedTuple):
     The factors of experts have one more dimension, `E`, in front; the functions of `gralora.ops` take none of those.
 
     Attributes:
-        A, B: of the grid, `[k, I/k, r]` and `[k, r, O/k]`.
+        A, B: of the grid, `[k, I/k, r]` and `[k, r, O/k]`; or of a plain LoRA, PEFT's `[r, I]` and `[O, r]`.
         hybrid_A, hybrid_B: of the plain LoRA part, `[h, I]` and `[O, h]`; both None for a pure GraLoRA.
         scaling: factor on the adapter's output, the gain of `gralora_scaling` included.
     """
@@ -30,6 +30,16 @@ class Factors(NamedTuple):
     hybrid_A: Tensor | None = None
     hybrid_B: Tensor | None = None
     scaling: Any = 1.0  # a number; a tensor in layers that are prepared for hotswapping
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether these are the factors of a plain LoRA, in PEFT's layout."""
+        return self.A.dim() == 2
+
+    def as_grid(self) -> "Factors":
+        """These factors; a plain LoRA's as those of the grid of one block that it is, in views."""
+        A, B, hybrid_A, hybrid_B, scaling = self
+        return Factors(A.mT.unsqueeze(0), B.mT.unsqueeze(0), hybrid_A, hybrid_B, scaling) if A.dim() == 2 else self
 
 
 def down(x: Tensor, A: Tensor) -> Tensor:
@@ -90,7 +100,7 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
 
 def update(x: Tensor, factors: Factors) -> Tensor:
     """The adapter's output, scaling * (up(down(x, A), B) + x A_s^T B_s^T): `[..., I]` -> `[..., O]`."""
-    A, B, hybrid_A, hybrid_B, scaling = factors
+    A, B, hybrid_A, hybrid_B, scaling = factors.as_grid()
     y = up(down(x, A), B)
     if hybrid_A is not None and hybrid_B is not None:
         y = y + torch.nn.functional.linear(torch.nn.functional.linear(x, hybrid_A), hybrid_B)
