@@ -54,7 +54,7 @@ from gralora import fast_path
 from gralora.inject import install
 from gralora.kinds import check_fields
 from gralora.layers import GraloraLayer
-from gralora.ops import plans
+from gralora.ops import compiled
 
 accuracy_cases = pytest.mark.parametrize("case", ACCURACY_CASES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -381,8 +381,8 @@ def test_prepared_for_compiled_hotswap(case):
 def test_compiles_without_graph_breaks(case, kind, form, monkeypatch):
     """torch.compile takes forward and backward as one graph each, with the same results, in all its forms."""
     torch._dynamo.reset()
-    monkeypatch.setattr(plans, "compiled_as", lambda x, weight, p: form)
-    monkeypatch.setattr(plans, "is_called", lambda x, weight, p: True)
+    monkeypatch.setattr(compiled, "form_of", lambda x, weight, p: form)
+    monkeypatch.setattr(compiled, "is_called", lambda x, weight, p: True)
     model = adapted(one_layer(case, kind), case_config(case)).train()
     x, graphs = random_input(7, case.in_features), []
 

@@ -163,7 +163,7 @@ def test_checkpointed_layers_are_computed_anew(as_on_gpu):
 @pytest.mark.parametrize("h, factors", [(0, BF16), (0, FP32), (3, BF16)], ids=["bf16", "fp32", "hybrid"])
 def test_large_layer_is_projection_and_product(as_on_gpu, monkeypatch, h, factors):
     """What its backward needs, the projection, is all that is computed anew of a checkpointed block's last layer."""
-    monkeypatch.setattr(plans, "is_called", lambda x, weight, p: True)
+    monkeypatch.setattr(compiled, "is_called", lambda x, weight, p: True)
     args = operands(8, 2, 8, h=h, n_out=64, dtype=factors)
     project = ["triton_kernel"] + ["mm"] * (h > 0)
     forward, backward = graphs_of(gralora_linear, *args)
@@ -186,7 +186,7 @@ def test_large_layer_is_projection_and_product(as_on_gpu, monkeypatch, h, factor
 )
 def test_many_sub_ranks_are_not_kept(as_on_gpu, monkeypatch, r, h, p, checkpointed, is_kept):
     """The backward of a large layer gets none, but where its graph, of a checkpointed block, projects down anyway."""
-    monkeypatch.setattr(plans, "is_called", lambda x, weight, p: True)
+    monkeypatch.setattr(compiled, "is_called", lambda x, weight, p: True)
     given = []
     backward = compiled.linear_backward_op
 
@@ -228,7 +228,7 @@ def test_the_gpu_of_a_tensor_decides(monkeypatch, nothing_cached):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(7, 5), (8, 6)][device])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "of Turing")
-    monkeypatch.setattr(plans, "_try_kernels", lambda device, dtype: None)
+    monkeypatch.setattr(compiled, "_try_kernels", lambda device, dtype: None)
     calls = []
 
     def see(graph, inputs):
@@ -258,16 +258,16 @@ def test_the_gpu_of_a_tensor_decides(monkeypatch, nothing_cached):
         ("operator", False, FP32, 64, 0.1, True),
     ],
 )
-def test_what_a_layer_is_compiled_as(monkeypatch, expected, is_cuda, dtype, features, p, triton):
+def test_what_a_layer_is_form_of(monkeypatch, expected, is_cuda, dtype, features, p, triton):
     class X:
         device = torch.device("cuda", 0)
 
     X.is_cuda, X.dtype = is_cuda, dtype
     row = plans.Architecture("a GPU", (8, 0), "kernels" if triton else "batched")
     monkeypatch.setattr(plans, "architecture", lambda device: row)
-    monkeypatch.setattr(plans, "_try_kernels", lambda device, dtype: None)
+    monkeypatch.setattr(compiled, "_try_kernels", lambda device, dtype: None)
     for weight in (torch.empty(features, 64), torch.empty(64, features)):
-        assert plans.compiled_as(X, weight, p) == expected
+        assert compiled.form_of(X, weight, p) == expected
 
 
 class BrokenKernels:
@@ -289,17 +289,16 @@ def gpu_without_memory(monkeypatch, nothing_cached):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch, "zeros", lambda *size, device, **options: zeros(*size, **options))
     monkeypatch.setattr(plans, "_failed", set())
-    plans._try_kernels.cache_clear()
+    compiled._try_kernels.cache_clear()
     yield
-    plans._try_kernels.cache_clear()
+    compiled._try_kernels.cache_clear()
 
 
 @pytest.mark.parametrize("broken", ["down", "up", "factor_gradients"])
 def test_kernel_that_the_compiler_could_not_compile_is_not_traced(gpu_without_memory, monkeypatch, broken):
     """It is tried before the graph is made: one warning, and a graph without it, instead of an error in the step."""
     pytest.importorskip("triton")
-    module = plans._module
-    monkeypatch.setattr(plans, "_module", lambda name: BrokenKernels(broken) if name == "kernels" else module(name))
+    monkeypatch.setattr(plans, "kernels_for", lambda x: BrokenKernels(broken))
     seen = []
 
     def see(graph, inputs):
@@ -329,7 +328,7 @@ def test_kernels_that_compile_are_traced(gpu_without_memory, monkeypatch):
             tried.append(name)
             return getattr(batched, name)
 
-    monkeypatch.setattr(plans, "_module", lambda name: Kernels())
+    monkeypatch.setattr(plans, "kernels_for", lambda x: Kernels())
     for _ in range(2):
-        assert plans._compiler_has_kernels(True, 0, BF16)
+        assert compiled._compiler_has_kernels(True, 0, BF16)
     assert tried == ["down", "up", "factor_gradients"]

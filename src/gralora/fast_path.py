@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import Dropout, Identity, Linear, Parameter
 
 from .blocks import GranularDown, GranularUp, scaling_gain
-from .ops import Factors, PackedWeight, add_update, gralora_linear, plans
+from .ops import Factors, PackedWeight, add_update, compiled, gralora_linear, plans
 from .ops.torch_seam import (
     children_of,
     has_global_hooks,
@@ -156,7 +156,7 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
     weight, bias = _weights(base)
     if weight is not None and not autocast and weight.dtype != dtype:
         weight = bias = None
-    if torch.compiler.is_compiling() and (weight is None or plans.compiled_as(x.to(dtype), weight, p) == "operations"):
+    if torch.compiler.is_compiling() and (weight is None or compiled.form_of(x.to(dtype), weight, p) == "operations"):
         return None
     if weight is None and not has_hooks(base):
         weight = packed_weight(base, x, dtype)

@@ -32,7 +32,7 @@ def gralora_linear(
     if p and seed is None:
         seed = draw_seed(x)
     if torch.compiler.is_compiling() and isinstance(weight, Tensor):
-        if plans.compiled_as(x, weight, p) != "kernels":
+        if compiled.form_of(x, weight, p) != "kernels":
             return compiled.linear(x, weight, bias, *factors, p, seed)[0]
         from .traced import linear  # imports Triton
 

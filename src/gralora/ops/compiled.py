@@ -5,15 +5,79 @@ Those here are opaque: the compiler calls them, which costs the host more than t
 large layers.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from . import fused, plans
 from .fused import Needs
+from .interface import KernelUnavailable
 from .reference import Factors
+from .torch_seam import is_exporting
+
+
+def form_of(x: Tensor, weight: Tensor, p: float) -> str:
+    """What form an adapted layer has in the graph of torch.compile.
+
+    How many tokens x has does not matter, so that graphs for any number can be compiled.
+
+    Args:
+        x: its input, `[..., I]`.
+        weight: `[O, I]`.
+        p: probability of dropout.
+
+    Returns:
+        "kernels": an operator whose kernels the compiler sees and launches itself, except where `is_called`.
+        "operator": one that it calls, of torch's kernels.
+        "operations": those of the definition, which it fuses; `torch.export` can save these.
+    """
+    if x.dtype in plans.HALF and not is_exporting() and _compiler_has_kernels(x.is_cuda, x.device.index, x.dtype):
+        return "kernels"
+    return "operator" if is_called(x, weight, p) else "operations"
+
+
+def is_called(x: Tensor, weight: Tensor, p: float) -> bool:
+    """Whether the compiler calls an operator where it could fuse or launch; arguments as in `form_of`.
+
+    That saves more time than the call takes; with dropout it saves memory, since the mask is drawn again.
+    """
+    return p > 0 or max(weight.shape) >= _called_features(x.is_cuda, x.device.index)
+
+
+@torch.compiler.assume_constant_result  # it could not be traced: it imports, and launches
+def _compiler_has_kernels(is_cuda: bool, device: int, dtype: torch.dtype) -> bool:
+    """Whether torch.compile is to see kernels: they are there, and a GPU has run them.
+
+    The compiler compiles a graph's kernels itself, after it has made the graph. One that fails there fails the step.
+    """
+    if is_cuda:
+        _try_kernels(device, dtype)
+    return (plans.architecture(device) if is_cuda else plans.CPU).kernels != "batched"
+
+
+@functools.cache
+def _try_kernels(device: int, dtype: torch.dtype) -> None:
+    """Launch what a compiled layer's graph launches, with the widest tiles; give it up if that cannot be compiled."""
+    if plans.architecture(device).kernels == "batched":
+        return
+    n, gpu = 128, torch.device("cuda", device)
+    x, factor = torch.zeros(1, n, dtype=dtype, device=gpu), torch.zeros(1, n, n, dtype=dtype, device=gpu)
+    kernels = plans.kernels_for(x)
+    try:
+        g = kernels.down(x, factor, 0, 1.0)
+        kernels.up(g, factor, x)
+        kernels.factor_gradients(x, x, g, g, factor, factor, factor, x)
+    except KernelUnavailable as error:
+        plans.give_up(error)
+
+
+@torch.compiler.assume_constant_result
+def _called_features(is_cuda: bool, device: int) -> float:
+    return (plans.architecture(device) if is_cuda else plans.CPU).called_features
 
 
 def linear_op(
@@ -125,7 +189,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, _, *factors, scaling, p, seed = inputs
     g = output[1]
     k, _, R = g.shape
-    keeps_g = not plans.is_called(x, weight, p) or plans.keeps_g(x, k * R, factors[2] is not None, p > 0)
+    keeps_g = not is_called(x, weight, p) or plans.keeps_g(x, k * R, factors[2] is not None, p > 0)
     ctx.save_for_backward(x, weight, *factors, g if keeps_g else None, seed)
     ctx.scaling, ctx.p = scaling, p
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from . import batched
 from .interface import Kernels, KernelUnavailable, Product
 from .layout import Layout, layout
-from .torch_seam import is_exporting, is_traced, saves_through_hooks
+from .torch_seam import is_traced, saves_through_hooks
 from .weights import Weight
 
 if TYPE_CHECKING:  # a checker of types compares what a row may name with the protocols
@@ -356,66 +356,6 @@ def delta_weight_kernels(A: Tensor) -> Kernels:
 
 def has_delta_weight_kernel(A: Tensor) -> bool:
     return A.is_cuda and A.dtype == torch.float32 and _row_of(A).kernels != "batched"
-
-
-@torch.compiler.assume_constant_result  # it could not be traced: it imports, and launches
-def _compiler_has_kernels(is_cuda: bool, device: int, dtype: torch.dtype) -> bool:
-    """Whether torch.compile is to see kernels: they are there, and a GPU has run them.
-
-    The compiler compiles a graph's kernels itself, after it has made the graph. One that fails there fails the step.
-    """
-    if is_cuda:
-        _try_kernels(device, dtype)
-    return (architecture(device) if is_cuda else CPU).kernels != "batched"
-
-
-@functools.cache
-def _try_kernels(device: int, dtype: torch.dtype) -> None:
-    """Launch what a compiled layer's graph launches, with the widest tiles; give it up if that cannot be compiled."""
-    row, n = architecture(device), 128
-    if row.kernels == "batched":
-        return
-    kernels: Kernels = _module(row.kernels)
-    x, factor = (torch.zeros(size, dtype=dtype, device=torch.device("cuda", device)) for size in ((1, n), (1, n, n)))
-    try:
-        g = kernels.down(x, factor, 0, 1.0)
-        kernels.up(g, factor, x)
-        kernels.factor_gradients(x, x, g, g, factor, factor, factor, x)
-    except KernelUnavailable as error:
-        give_up(error)
-
-
-@torch.compiler.assume_constant_result
-def _called_features(is_cuda: bool, device: int) -> float:
-    return (architecture(device) if is_cuda else CPU).called_features
-
-
-def compiled_as(x: Tensor, weight: Tensor, p: float) -> str:
-    """What an adapted layer is in the graph of torch.compile.
-
-    How many tokens x has does not matter, so that graphs for any number can be compiled.
-
-    Args:
-        x: its input, `[..., I]`.
-        weight: `[O, I]`.
-        p: probability of dropout.
-
-    Returns:
-        "kernels": an operator whose kernels the compiler sees and launches itself, except where `is_called`.
-        "operator": one that it calls, of torch's kernels.
-        "operations": those of the definition, which it fuses; `torch.export` can save these.
-    """
-    if x.dtype in HALF and not is_exporting() and _compiler_has_kernels(x.is_cuda, x.device.index, x.dtype):
-        return "kernels"
-    return "operator" if is_called(x, weight, p) else "operations"
-
-
-def is_called(x: Tensor, weight: Tensor, p: float) -> bool:
-    """Whether the compiler calls an operator where it could fuse or launch; arguments as in `compiled_as`.
-
-    That saves more time than the call takes; with dropout it saves memory, since the mask is drawn again.
-    """
-    return p > 0 or max(weight.shape) >= _called_features(x.is_cuda, x.device.index)
 
 
 def describe(device: torch.device | str | None = None) -> str:

@@ -18,7 +18,7 @@ from .reference import Factors
 
 @functools.wraps(compiled.linear_op)  # the operator's signature
 def _linear(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed):  # type: ignore[no-untyped-def]
-    if not plans.is_called(x, weight, p):
+    if not compiled.is_called(x, weight, p):
         return compiled.linear_op(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed)
     packed, seen = fused.pack(Factors(A, B, hybrid_A, hybrid_B, scaling)), contiguous_or_rows(x)
     how = plans.plan(seen, weight, packed.A, packed.B, packed.h, p)
@@ -28,7 +28,7 @@ def _linear(x, weight, bias, A, B, hybrid_A, hybrid_B, scaling, p, seed):  # typ
 
 @functools.wraps(compiled.linear_backward_op)
 def _linear_backward(dy, x, weight, A, B, hybrid_A, hybrid_B, scaling, g, p, seed, needs):  # type: ignore[no-untyped-def]
-    backward = compiled.linear_backward if plans.is_called(x, weight, p) else compiled.linear_backward_op
+    backward = compiled.linear_backward if compiled.is_called(x, weight, p) else compiled.linear_backward_op
     return backward(dy, x, weight, A, B, hybrid_A, hybrid_B, scaling, g, p, seed, needs)
 
 
