@@ -2,9 +2,12 @@
 
 import collections
 import contextlib
+import errno
+import fcntl
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -12,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -498,11 +502,11 @@ def test_finetune_into_a_folder_that_is_being_written(tmp_path: Path, tiny_model
     args = finetune_arguments(tmp_path, tiny_model)
     out = tmp_path / "out"
     with (
-        files.locked(out / ".lock", out),
+        files.locked(tmp_path / ".out.lock", out),
         pytest.raises(BlockingIOError, match=f"out' is being written by process {os.getpid()} "),
     ):
         finetune(args)
-    assert list(out.iterdir()) == []
+    assert not out.exists()
 
 
 @pytest.mark.slow
@@ -604,6 +608,62 @@ def test_read_only_folder(inputs: Path, operation: str, mount: Callable[..., Pat
     assert contents(folder) == {"precious": b"kept"}
 
 
+def test_finetune_looks_at_the_space_first(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first step; the adapter is needed once more where there are to be checkpoints."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 8191))
+    with pytest.raises(OSError, match=r"it needs 8,192 bytes, and .* has 8,191 free") as error:
+        finetune(finetune_arguments(tmp_path, tiny_model))
+    assert error.value.errno == errno.ENOSPC and not list((tmp_path / "out").glob("*"))
+    finetune(finetune_arguments(tmp_path, tiny_model, trainer={"save_strategy": "no"}))
+
+
+@pytest.mark.parametrize(
+    "size, strategy, said",
+    [
+        ("32k", "steps", "No checkpoint is complete: free some space, and repeat the command with --overwrite."),
+        ("16k", "no", "No checkpoint is complete: free some space, and repeat the command."),
+        ("200k", "steps", r"Free some space, and go on from step \d with --resume_from_checkpoint latest\."),
+    ],
+    ids=["checkpoint", "adapter", "later checkpoint"],
+)
+def test_finetune_on_a_full_disk(
+    tmp_path: Path, tiny_model: Path, mount: Callable[..., Path], size: str, strategy: str, said: str
+) -> None:
+    """It says that the disk is full and how to go on, whoever's write failed; with room, that is what goes on."""
+    out = mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs")
+    fields = {"output_dir": str(out), "trainer": {"save_strategy": strategy}, "overwrite": False}
+    with pytest.raises(OSError, match="No space left on device: ") as error:
+        finetune(finetune_arguments(tmp_path, tiny_model, **fields))
+    assert re.search(f"'{out}' could not be written. {said}", str(error.value))
+    assert not (out / ".probe").exists() and not (tmp_path / ".mounted.lock").exists()
+    subprocess.run(["mount", "-o", "remount,size=10M", str(out)], check=True)
+    advice = {"resume_from_checkpoint": "latest"} if "latest" in said else {"overwrite": "--overwrite" in said}
+    finetune(finetune_arguments(tmp_path, tiny_model, **fields | advice))
+    assert read(out)
+
+
+def test_finetune_whose_chart_finds_no_space(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was trained is there, and said to be."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for overwritten in (False, True):
+        monkeypatch.setattr("gralora.tool.finetune.plot_losses", full)
+        with pytest.raises(OSError, match="The adapter there is trained and complete; a report or chart beside it"):
+            finetune(finetune_arguments(tmp_path, tiny_model, seed=int(overwritten)))
+        assert read(tmp_path / "out")
+    monkeypatch.setattr("gralora.tool.finetune.save", full)
+    with pytest.raises(OSError, match="there is that of an earlier run. Free some space, and go on from step 6"):
+        finetune(finetune_arguments(tmp_path, tiny_model))
+    monkeypatch.setattr("gralora.tool.finetune.train_or_interrupt", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finetune(finetune_arguments(tmp_path, tiny_model))
+    assert read(tmp_path / "out")
+
+
 def test_json_is_whole_or_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     files.write_json(path, {"a": 1})
@@ -628,3 +688,83 @@ def test_adapter_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: 
         (folder / "a").write_bytes(b"1")
         files.write_safetensors(folder / "b", {"x": torch.ones(3)})
     assert order == [set()] and str(tmp_path) in synced
+
+
+# Windows, which has no locks, opens no folders, flushes no file that is open for reading, replaces no folder, and
+# moves and deletes nothing that is open: an imitation on Linux, since the tests run there
+
+
+def in_use(folder: Path) -> list[str]:
+    """What of a folder this process has open or mapped."""
+    descriptors = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+    mapped = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+    return [path for path in {*descriptors, *mapped} if Path(path).is_relative_to(folder)]
+
+
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, replace, fsync, unlink = os.open, os.replace, os.fsync, os.unlink
+
+    def refuse(why: str, path: Any) -> None:
+        raise PermissionError(13, why, str(path))
+
+    def open_(path: Any, flags: int, *others: Any, **options: Any) -> int:
+        if os.path.isdir(path) and "dir_fd" not in options:  # shutil.rmtree's, which does otherwise on Windows
+            refuse("a folder is opened", path)
+        return opened(path, flags, *others, **options)
+
+    def replace_(source: Any, target: Any) -> None:
+        if os.path.isdir(source) and os.path.exists(target):
+            refuse("a folder is replaced", target)
+        if found := in_use(Path(source)) + in_use(Path(target)):
+            refuse("what is open is moved", found)
+        replace(source, target)
+
+    def unlink_(path: Any, **options: Any) -> None:
+        if "dir_fd" not in options and in_use(Path(path)):
+            refuse("what is open is deleted", path)
+        unlink(path, **options)
+
+    def fsync_(descriptor: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(9, "a file is flushed that is open for reading only")
+        fsync(descriptor)
+
+    for name, function in {"open": open_, "replace": replace_, "fsync": fsync_, "unlink": unlink_}.items():
+        monkeypatch.setattr(os, name, function)
+    monkeypatch.setattr(files, "fcntl", None)
+
+
+ALSO_ON_WINDOWS = OPERATIONS | {
+    "export and compare": lambda inputs, out: gralora.to_lora(inputs / "in", out, base=inputs / "base"),
+    "gguf": lambda inputs, out: gralora.to_lora(inputs / "in", out, "llamacpp", base=inputs / "base"),
+}
+
+
+@pytest.mark.parametrize("operation", ALSO_ON_WINDOWS)
+@pytest.mark.parametrize("is_there", [False, True], ids=["absent", "empty"])
+def test_as_on_windows(inputs: Path, operation: str, is_there: bool, windows: None) -> None:
+    """The same files, and a warning in place of the lock; into an empty folder, too."""
+    if is_there:
+        (inputs / "out").mkdir()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        ALSO_ON_WINDOWS[operation](inputs, inputs / "out")
+    said = [str(w.message) for w in warned if "locked" in str(w.message)]
+    assert len(said) == (operation == "merge") and all("do not write one twice at once" in text for text in said)
+    assert sorted(path.name for path in inputs.iterdir()) == ["base", "in", "out"]
+    if operation == "gguf":
+        assert list((inputs / "out").glob("*.gguf"))
+    elif operation == "merge":
+        assert (inputs / "out" / "config.json").exists()
+    else:
+        assert read(inputs / "out")
+
+
+def test_finetune_as_on_windows(tmp_path: Path, tiny_model: Path, windows: None) -> None:
+    """Over an adapter of an earlier run, with checkpoints."""
+    args = finetune_arguments(tmp_path, tiny_model)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="do not write one twice at once"):
+            finetune(args)
+    assert None not in adapter_files(tmp_path / "out").values() and list((tmp_path / "out").glob("checkpoint-*"))

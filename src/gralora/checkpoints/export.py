@@ -220,7 +220,8 @@ def to_lora(
         base_config = read_json(Path(base) / "config.json")
     plain = plain_lora(source_adapter, to.max_rank, max_rank, lossy, to.dtype or dtype)
     with new_folder(out) as folder:
-        read_back = to.write(plain, folder, base_config, extra)
+        # of what is read back nothing stays open: Windows would not rename the folder
+        compared = parity(plain, to.write(plain, folder, base_config, extra))
         report: dict[str, Any] = {
             "target": target,
             "source": {"adapter": str(adapter), "format": source_adapter.format},
@@ -228,7 +229,7 @@ def to_lora(
             "dtype": str(plain.dtype).removeprefix("torch."),
             "method": plain.method,
             "notices": list(source_adapter.notices),
-            "parity": parity(plain, read_back),
+            "parity": compared,
             "truncation_errors": plain.errors,
             "logits": None,
         }

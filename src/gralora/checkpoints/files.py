@@ -261,6 +261,8 @@ def check_space(path: Path, needed: int) -> None:
 def locked(lock: Path, place: Path) -> Iterator[None]:
     """Keep other processes out of a place during the block; the system releases the lock if this process dies.
 
+    On Windows, which has no such locks, and on file systems without them, this warns and keeps nobody out.
+
     Args:
         lock: the lock file, which is made here and removed after the block.
         place: the place that is locked, for messages.
@@ -269,6 +271,10 @@ def locked(lock: Path, place: Path) -> Iterator[None]:
         BlockingIOError: if another process has the lock; the message says which.
     """
     existing_parent(place)
+    if fcntl is None:
+        _warn_of_no_locks(f"{sys.platform} has no flock")
+        yield
+        return
     lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
@@ -292,16 +298,18 @@ def locked(lock: Path, place: Path) -> Iterator[None]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock an open file; False if another process has locked it. If the system has no locks, warn and go on."""
+    """Lock an open file; False if another process has locked it. If its file system has no locks, warn and go on."""
     try:
-        if fcntl is None:
-            raise OSError(f"{sys.platform} has no flock")
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        warnings.warn(f"outputs cannot be locked here ({error}); do not write one twice at once.", stacklevel=4)
+        _warn_of_no_locks(str(error))
     return True
+
+
+def _warn_of_no_locks(why: str) -> None:
+    warnings.warn(f"outputs cannot be locked here ({why}); do not write one twice at once.", stacklevel=4)
 
 
 @contextmanager
@@ -357,6 +365,8 @@ def publish(folder: Path, path: Path) -> None:
     """
     sync_files(folder)
     try:
+        if path.is_dir():
+            path.rmdir()  # if it is empty; Windows does not replace a folder
         os.replace(folder, path)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
@@ -367,7 +377,7 @@ def publish(folder: Path, path: Path) -> None:
 
 def sync_files(folder: Path) -> None:
     for file in folder.iterdir():
-        with file.open("rb") as opened:
+        with file.open("rb+") as opened:  # Windows flushes none that is open for reading only
             os.fsync(opened.fileno())
     sync_folder(folder)
 
@@ -378,6 +388,8 @@ def sync(file: Any) -> None:
 
 
 def sync_folder(folder: Path) -> None:
+    if fcntl is None:  # Windows opens no folders
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -9,7 +9,6 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from ..checkpoints.files import finish_replacing, locked, read_json, replace_files, write_json
+from ..checkpoints.files import check_space, finish_replacing, locked, read_json, replace_files, write_json
 from ..checkpoints.load import load_adapter
 from ..seam import string_to_bool
 from . import configfile, output
@@ -38,6 +37,7 @@ from .data.packing import check_packing
 from .data.tokens import IGNORED, LEARNT, marked
 from .models import check_length, check_tokens, load_config, load_model, load_tokenizer, positions
 from .trainer_fields import other_fields, other_flags
+from .training.disk import full_disk_is_said, least_space
 from .training.distributed import AdapterTrainer, holds_share
 from .training.dry_run import dry_run
 from .training.progress import Progress, peak_memory_gib
@@ -141,26 +141,6 @@ class Run(NamedTuple):
     checkpoint: str | None
 
 
-def alone(run: Callable[[FinetuneArguments], dict[str, Any]]) -> Callable[[FinetuneArguments], dict[str, Any]]:
-    """Hold the lock of `output_dir` while a run lasts; of several processes of one run, the first does."""
-
-    @functools.wraps(run)
-    def run_alone(args: FinetuneArguments) -> dict[str, Any]:
-        if os.environ.get("RANK", "0") != "0":
-            return run(args)
-        folder = Path(args.output_dir)
-        is_new = not folder.exists()
-        try:
-            with locked(folder / ".lock", folder):
-                return run(args)
-        finally:
-            if is_new and folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()  # of a run that was refused
-
-    return run_alone
-
-
-@alone
 def finetune(args: FinetuneArguments) -> dict[str, Any]:
     """Fine-tune a causal language model; see `FinetuneArguments`. Progress and results are printed.
 
@@ -169,11 +149,12 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
 
     Raises:
         ValueError: if arguments, model and data do not fit each other, or a loss or weight stops being finite.
-        OSError: if model or data cannot be read.
+        OSError: if model or data cannot be read, or the disk is full; the message says what is kept.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is saved; the message says where.
     """
     out = Path(args.output_dir).resolve()
-    with locked(out.with_name(f".{out.name}.lock"), out) if is_first_process() else contextlib.nullcontext():
+    lock = locked(out.with_name(f".{out.name}.lock"), out) if is_first_process() else contextlib.nullcontext()
+    with lock, full_disk_is_said(out):
         return train(args)
 
 
@@ -187,6 +168,7 @@ def train(args: FinetuneArguments) -> dict[str, Any]:
     started = time.monotonic()
     run = prepare(args)
     trainer, tokenizer, output_dir = run.trainer, run.tokenizer, Path(args.output_dir)
+    check_space(output_dir, least_space(run.model, run.training))
     # before training, a model that will be shared out is on the CPU, and in the first process only
     held_out = run.corpus.held_out
     prompt = prompt_of(held_out[0]) if held_out and not holds_share(trainer) else []
