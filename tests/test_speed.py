@@ -8,7 +8,7 @@ import pytest
 import torch
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import exact, kinds, layers
-from benchmarks.speed.methods import LINEARS, METHODS, methods_of
+from benchmarks.speed.methods import ACCELERATED, LINEARS, METHODS, methods_of
 from benchmarks.speed.report import environment
 from benchmarks.speed.steps import TINY, llama
 from helpers import Case, naive_update, random_factors, random_input
@@ -44,13 +44,22 @@ def test_sections_of_layers(tmp_path: Path, section: str) -> None:
 @pytest.mark.parametrize("section", ["model", "nf4"])
 def test_sections_of_steps(tmp_path: Path, section: str) -> None:
     """With and without checkpointing; each method's loss stands beside the reference's, and the frozen base's."""
-    rows = run(tmp_path, section, "--checkpointing", "--methods", "frozen", "PEFT LoRA", "gralora")
-    assert [row["method"] for row in rows] == ["frozen", "PEFT LoRA", "gralora"] * 2
-    assert [row["checkpointing"] for row in rows] == [False] * 3 + [True] * 3
+    rows = run(tmp_path, section, "--checkpointing", "--methods", "frozen", "PEFT LoRA", ACCELERATED, "gralora")
+    assert [row["method"] for row in rows] == ["frozen", "PEFT LoRA", ACCELERATED, "gralora"] * 2
+    assert [row["checkpointing"] for row in rows] == [False] * 4 + [True] * 4
+    fused = {row["method"]: row["layers"].partition(" run")[0] for row in rows}
+    assert fused == {
+        "frozen": "no LoRA layers",
+        "PEFT LoRA": "0 of 14 LoRA layers",
+        ACCELERATED: "14 of 14 LoRA layers",
+        "gralora": "14 of 14 LoRA layers",
+    }
     for row in rows:
         assert row["loss"] == pytest.approx(row["exact_loss"], rel=1e-4) and row["tokens_per_s"] > 0
         assert row["method"] == "frozen" or 0 < row["error_A"] < 1e-5 and 0 < row["error_B"] < 1e-5
-    assert len({row["exact_loss"] for row in rows}) == 3  # of adapters that change something
+    losses = {row["method"]: row["exact_loss"] for row in rows}
+    assert losses.pop(ACCELERATED) == losses["PEFT LoRA"]
+    assert len(set(losses.values())) == 3  # of adapters that change something
 
 
 @pytest.mark.parametrize("case", kinds.KINDS, ids=lambda case: case.name)
@@ -65,6 +74,7 @@ def test_kinds_agree_with_their_reference(case: kinds.KindCase) -> None:
     found = {name: step.outcome() for name, step in steps.items()}
     errors = {name: exact.errors_of(own, case.reference(steps[name])) for name, own in found.items()}
     exact.check(errors, case.dtype or torch.float32)
+    assert found.keys() == {"frozen", "PEFT LoRA", ACCELERATED, "gralora"}
     assert not torch.allclose(found["gralora"]["y"][0], found["frozen"]["y"][0])
     assert all(grad.any() for name in ("A", "B") for grad in found["gralora"][name])
 

@@ -1,4 +1,5 @@
-"""Speed and memory of GraLoRA beside the frozen base, PEFT's LoRA, PEFT's own GRALORA and Unsloth's functions.
+"""Speed and memory of GraLoRA beside the frozen base, PEFT's LoRA as it is and accelerated, PEFT's own GRALORA and
+Unsloth's functions.
 
     python -m benchmarks.speed linear model short nf4 kinds decode merge --out results.json
     python -m benchmarks.speed liger --liger liger_kernel.whl --unsloth unsloth.whl

@@ -9,9 +9,11 @@ import peft
 import torch
 from torch import Tensor, nn
 
+import gralora
+
 from . import exact
 from .layers import LayerStep, compare, dtype_of, exact_outcome, size
-from .methods import lora_config, randomize
+from .methods import ACCELERATED, lora_config, randomize
 from .report import Row, report
 from .timing import measure
 
@@ -59,11 +61,11 @@ class KindCase:
     dtype: torch.dtype | None = None
 
     def steps(self, args: argparse.Namespace) -> dict[str, LayerStep]:
-        """The frozen layer, and the layer with PEFT's LoRA and with GraLoRA."""
+        """The frozen layer, and the layer with PEFT's LoRA, with the same accelerated, and with GraLoRA."""
         base, x = self.make(args)
         base.requires_grad_(False)
         steps = {"frozen": LayerStep(copy.deepcopy(base), x)}
-        for name in ("PEFT LoRA", "gralora"):
+        for name in ("PEFT LoRA", ACCELERATED, "gralora"):
             config = lora_config(name, self.r, self.k, **self.targets, **self.fields)
             for key, value in self.grid.items() if name == "gralora" else ():
                 setattr(config, key, value)
@@ -73,6 +75,8 @@ class KindCase:
             if self.adapters > 1:
                 module.base_model.set_adapter(list(module.peft_config))
             randomize(module)
+            if name == ACCELERATED:
+                gralora.accelerate(module)
             steps[name] = LayerStep(module, x)
         return steps
 
@@ -189,7 +193,8 @@ def kinds(args: argparse.Namespace) -> list[Row]:
             found = report("kinds", case.name, timed, "frozen", kind=case.name)
         else:
             found = compare("kinds", case.name, steps, case.reference, args, case.dtype, kind=case.name)
-        ours, lora = (next(r["time_ms"] for r in found if r["method"] == name) for name in ("gralora", "PEFT LoRA"))
-        print(f"  {ours / lora:6.3f}x of PEFT LoRA's time", flush=True)
+        times = {row["method"]: row["time_ms"] for row in found}
+        for name in (ACCELERATED, "gralora"):
+            print(f"  {name}: {times[name] / times['PEFT LoRA']:.3f}x of PEFT LoRA's time", flush=True)
         rows += found
     return rows

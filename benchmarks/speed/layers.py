@@ -1,6 +1,7 @@
 """Sections that measure one adapted linear layer: forward and backward, and dW."""
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import exact
-from .methods import UNSLOTH, methods_of
+from .methods import ACCELERATED, UNSLOTH, methods_of
 from .report import Row, report
 from .timing import interleave, measure, on_gpu
 
@@ -95,11 +96,11 @@ def linear(args: argparse.Namespace) -> list[Row]:
                 words = words if dtype is BF16 else "fp32"
                 setting = f"{in_features}->{out_features}, r={r}, k=4, {words}"
                 rows += compare("linear", setting, steps, exact_outcome, args, r=r, fp32=fp32)
-    for fp32 in (False, True):
-        ours = [row for row in rows if row["method"] == "gralora" and row["fp32"] == fp32]
+    for fp32, method in itertools.product((False, True), ("gralora", ACCELERATED)):
+        ours = [row for row in rows if row["method"] == method and row["fp32"] == fp32]
         if ours:
             mean = statistics.mean(row["ratio_to_frozen"] for row in ours)
-            print(f"\nlinear: gralora, {'fp32 adapters + autocast' if fp32 else 'one dtype'}: {mean:.3f}x on average")
+            print(f"\nlinear: {method}, {'fp32 adapters + autocast' if fp32 else 'one dtype'}: {mean:.3f}x on average")
     return rows
 
 
@@ -116,7 +117,7 @@ def size(n: int, args: argparse.Namespace) -> int:
 def merge(args: argparse.Namespace) -> list[Row]:
     """The delta weight of one 4096 -> 14336 layer, r = 64, k = 4, in float32; compared with its formula in float64."""
     base = nn.Sequential(nn.Linear(size(4096, args), size(14336, args), bias=False, device=args.device))
-    names = [name for name in args.methods if name not in ("frozen", UNSLOTH)]
+    names = [name for name in args.methods if name not in ("frozen", ACCELERATED, UNSLOTH)]
     layers = {m.name: m.adapt(base, True).base_model.model[0] for m in methods_of(names, 64, 4, ["0"])}
     steps = {name: (lambda layer=layer: layer.get_delta_weight("default")) for name, layer in layers.items()}
     with torch.no_grad():

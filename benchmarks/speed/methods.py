@@ -11,7 +11,8 @@ from torch import nn
 import gralora
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-METHODS = ("frozen", "PEFT LoRA", "PEFT GRALORA", "gralora")
+ACCELERATED = "PEFT LoRA, accelerated"  # PEFT's LoRA computed by gralora's operations
+METHODS = ("frozen", "PEFT LoRA", ACCELERATED, "PEFT GRALORA", "gralora")
 UNSLOTH = "Unsloth"  # PEFT's LoRA computed by Unsloth's functions: only where a wheel of it is given
 
 
@@ -27,7 +28,7 @@ class Method:
 
     name: str
     config: peft.PeftConfig | None
-    patch: Callable[[nn.Module], None] | None = None
+    patch: Callable[[nn.Module], object] | None = None
 
     def adapt(self, model: nn.Module, fp32_adapters: bool) -> nn.Module:
         """A copy of `model` that shares its weights, with the adapter, whose factors are random and not zero."""
@@ -66,12 +67,13 @@ def methods_of(
     r: int,
     k: int,
     targets: list[str],
-    patches: dict[str, Callable[[nn.Module], None]] | None = None,
+    patches: dict[str, Callable[[nn.Module], object]] | None = None,
 ) -> list[Method]:
     """The methods of these names with adapters on the modules `targets`.
 
     Args:
         names: of METHODS, or UNSLOTH.
-        patches: name of a method -> its `patch`.
+        patches: name of a method -> its `patch`; that of ACCELERATED is known.
     """
-    return [Method(name, lora_config(name, r, k, target_modules=targets), (patches or {}).get(name)) for name in names]
+    patches = {ACCELERATED: gralora.accelerate} | (patches or {})
+    return [Method(name, lora_config(name, r, k, target_modules=targets), patches.get(name)) for name in names]

@@ -32,7 +32,7 @@ def report(
         gpu = "".join(f"  GPU {ratio:.3f}x" for name, ratio in ratios.items() if name.startswith("gpu"))
         spread = f"{row['time_ms']:9.3f} ms [{row['p20_ms']:.3f}, {row['p80_ms']:.3f}]"
         more = "".join("  " + words.format(row[key]) for key, words in SHOWN.items() if key in row)
-        print(f"  {ratios[f'ratio_to_{base}']:6.3f}x{gpu}  {method:14s} {spread}{more}", flush=True)
+        print(f"  {ratios[f'ratio_to_{base}']:6.3f}x{gpu}  {method:22s} {spread}{more}", flush=True)
         rows.append({"section": section, "setting": setting, "method": method} | ratios | dict(row) | facts)
     return rows
 

@@ -3,12 +3,14 @@
 import argparse
 import gc
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import transformers
 from torch import Tensor, nn
+
+import gralora
 
 from . import exact, programs
 from .methods import LINEARS, UNSLOTH, Method, methods_of
@@ -61,9 +63,17 @@ class TrainingStep:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.forward = torch.compile(model) if setting.compiled else model
 
+    def _dtypes(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.setting.device, BF16) if self.setting.fp32_adapters else nullcontext()
+
+    def describe(self) -> str:
+        """How many of the model's adapted layers run which way."""
+        with self._dtypes():
+            return gralora.describe(self.model)
+
     def backward(self) -> Tensor:
         """Forward and backward; returns the loss."""
-        with torch.autocast(self.setting.device, BF16) if self.setting.fp32_adapters else nullcontext():
+        with self._dtypes():
             loss = self.forward(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss
         loss.backward()
         return loss.detach()
@@ -98,6 +108,7 @@ def train(
         steps[method.name] = TrainingStep(model, tokens, setting)
         own, wanted = steps[method.name].outcome(), exact.exact_loss(plain, model, tokens)
         found[method.name] = {"loss": float(own["loss"][0]), "exact_loss": float(wanted["loss"][0])}
+        found[method.name]["layers"] = steps[method.name].describe()
         found[method.name]["errors"] = exact.errors_of(own, wanted)
         del own, wanted
         gc.collect()
