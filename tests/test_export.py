@@ -24,6 +24,7 @@ from gralora.checkpoints.files import LazyTensors, read_adapter_folder
 from gralora.checkpoints.plain import plain_lora
 from gralora.checkpoints.targets import GGUF_TARGETS, VLLM_RANKS
 from gralora.checkpoints.targets import TARGETS as PROGRAMS
+from gralora.tool import cli
 
 PREFIX = "base_model.model."
 LLAMA = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -372,6 +373,58 @@ def test_not_finite_and_existing_outputs(tmp_path: Path) -> None:
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == before
     with pytest.raises(ValueError, match="target 'tgi' is not known; use one of peft, vllm"):
         gralora.to_lora(tmp_path / "in", tmp_path / "tgi", "tgi")
+
+
+IGNORED = {  # target, option of to_lora -> its value, and the command's flags
+    ("peft", "base_config"): (LLAMA, ["--arch", "llama"]),
+    ("vllm", "base_config"): (LLAMA, ["--heads", "2"]),
+    ("sglang", "base_config"): (LLAMA, ["--kv-heads", "1"]),
+    ("mlx", "base_config"): (LLAMA, ["--arch", "llama", "--heads", "2"]),
+    ("llamacpp", "dtype"): (torch.bfloat16, ["--dtype", "bfloat16"]),
+    ("ollama", "dtype"): (torch.float16, ["--dtype", "float16"]),
+}
+
+
+@pytest.mark.parametrize("case", IGNORED, ids="-".join)
+def test_options_that_a_target_would_ignore_are_refused(tmp_path: Path, capsys, case: tuple[str, str]) -> None:
+    """By name, from the command line and from Python; without the option the export is written, as advised."""
+    (target, option), (value, flags) = case, IGNORED[case]
+    save_gralora(tmp_path / "in", target_modules=["q_proj", "k_proj", "v_proj"])
+    gguf_needs = {"base_config": LLAMA} if target in GGUF_TARGETS else {}
+    with pytest.raises(ValueError, match=rf"{option} \(.*{flags[0]}.*target '{target}' does not use it.*leave it out"):
+        gralora.to_lora(tmp_path / "in", tmp_path / "out", target, **gguf_needs | {option: value})
+    command = ["export", str(tmp_path / "in"), str(tmp_path / "out"), "--for", target]
+    needed = ["--arch", "llama", "--heads", "2", "--kv-heads", "1"] if gguf_needs else []
+    assert cli.main([*command, *needed, *flags]) == 2
+    assert f"target '{target}' does not use it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert cli.main([*command, *needed]) == 0
+
+
+def test_one_source_of_the_bases_architecture(tmp_path: Path) -> None:
+    save_gralora(tmp_path / "in")
+    tiny_llama().config.save_pretrained(tmp_path / "base")
+    options = {"base": tmp_path / "base", "base_config": LLAMA}
+    with pytest.raises(ValueError, match="base_config.*and base .*config.json.*give one of the two"):
+        gralora.to_lora(tmp_path / "in", tmp_path / "out", "llamacpp", **options)
+    for i, name in enumerate(options):
+        gralora.to_lora(tmp_path / "in", tmp_path / f"out{i}", "llamacpp", **{name: options[name]})
+
+
+def test_options_of_the_other_kind_of_source_are_refused(tmp_path: Path) -> None:
+    """A model in memory has a name for its adapter, and no format; a folder has a format, and no name."""
+    save_gralora(tmp_path / "in")
+    model = gralora.load_adapter(tiny_llama(), tmp_path / "in")
+    with pytest.raises(ValueError, match=r"source \(--from\) is 'gralora', but a model in memory does not use it"):
+        gralora.to_lora(model, tmp_path / "out", source="gralora")
+    with pytest.raises(ValueError, match="adapter_name is 'default2', but the folder .* holds one adapter"):
+        gralora.to_lora(tmp_path / "in", tmp_path / "out", adapter_name="default2")
+    report = gralora.to_lora(model, tmp_path / "out")
+    assert report["source"]["adapter"] == "PeftModel in memory"
+    gralora.to_lora(tmp_path / "in", tmp_path / "out2")
+    assert torch.equal(
+        *(read(tmp_path / out)[1][PREFIX + "model.layers.0.self_attn.q_proj.lora_B.weight"] for out in ("out", "out2"))
+    )
 
 
 def test_source_is_passed_on(tmp_path: Path) -> None:

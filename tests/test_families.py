@@ -16,6 +16,8 @@ from peft import PeftModel
 from torch import nn
 
 import gralora
+from gralora.checkpoints import merge
+from gralora.checkpoints.adapter import NotByFiles
 
 TEXT = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "pad_token_id": 0}
@@ -247,6 +249,50 @@ def test_another_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="size mismatch"):
         gralora.merge_adapter(tmp_path / "adapter", tmp_path / "merged", tmp_path / "wider")
     assert not (tmp_path / "merged").exists()
+
+
+# In memory a weight is rounded once, too, and what that loses is reported
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "MixtralForCausalLM"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_merged_in_memory_as_file_by_file(name, dtype, tmp_path, monkeypatch):
+    """Of one adapter of linear layers: the same bits, and the same losses by layer, both ways."""
+    model = make_model(name).to(torch.float32 if dtype else torch.bfloat16)
+    saved_adapter(model, tmp_path, target_modules=["q_proj", "o_proj"])
+    by_files = gralora.merge_adapter(tmp_path / "adapter", tmp_path / "files", dtype=dtype)
+    monkeypatch.setattr(merge.Merges, "check_shared", lambda self: (_ for _ in ()).throw(NotByFiles("a test asks so")))
+    in_memory = gralora.merge_adapter(tmp_path / "adapter", tmp_path / "memory", dtype=dtype)
+    assert in_memory["notices"] == ["merged in memory, not file by file: a test asks so."] != by_files["notices"]
+    one, other = (
+        type(model).from_pretrained(tmp_path / out, dtype="auto").state_dict() for out in ("files", "memory")
+    )
+    assert one.keys() == other.keys() and all(
+        torch.equal(one[n], other[n]) and one[n].dtype == other[n].dtype for n in one
+    )
+    assert in_memory["rounding"].keys() == by_files["rounding"].keys() and len(by_files["rounding"]) == 4
+    for layer, losses in by_files["rounding"].items():
+        assert losses["of_weight"] > 1e-5 and losses["of_update"] > 1e-5
+        assert in_memory["rounding"][layer] == pytest.approx(losses, rel=1e-3)
+
+
+def test_losses_of_experts_are_reported_with_a_warning(tmp_path):
+    """An update that is small beside its weight's precision: experts, in bfloat16."""
+    model = make_model("MixtralForCausalLM").bfloat16()
+    targets = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    adapted = saved_adapter(model, tmp_path, **targets)
+    with torch.no_grad():
+        for parameter_name, p in adapted.named_parameters():
+            if "lora_B" in parameter_name:
+                p.mul_(1e-4)
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.warns(
+        UserWarning, match="rounding the merged weights lost more than 10% of the update in 4 of 4 layers"
+    ):
+        report = gralora.merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    layers = {f"model.layers.{i}.mlp.experts.{name}" for i in (0, 1) for name in ("gate_up_proj", "down_proj")}
+    assert set(report["rounding"]) == layers
+    assert "linear layers only" in report["notices"][0] and "gralora merge" not in report["notices"][0]
 
 
 # The base's own embedding and output layer, which PEFT saves with the adapter

@@ -31,7 +31,16 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class NotByFiles(ValueError):
-    """What an adapter has cannot be merged into a base model's files one by one; the message says why."""
+    """What an adapter has cannot be merged into a base model's files one by one.
+
+    Attributes:
+        reason: why, without a full stop.
+    """
+
+    def __init__(self, reason: str, advice: str = "") -> None:
+        """Take the reason, and what else to do, in sentences of their own."""
+        super().__init__(f"{reason}. {advice}".strip())
+        self.reason = reason
 
 
 class Factors(NamedTuple):
@@ -180,9 +189,9 @@ def _check_linear(adapter: Adapter) -> None:
             problem = problem or f"{words} in layer {layer_and_suffix(name)[0]!r}"
     if problem:
         raise NotByFiles(
-            f"the adapter has {problem}, and gralora's tools for saved adapters read those of linear layers only. "
+            f"the adapter has {problem}, and gralora's tools for saved adapters read those of linear layers only",
             "`gralora merge` merges it into a base model that transformers can load; peft.PeftModel.from_pretrained "
-            "loads it into any model."
+            "loads it into any model.",
         )
 
 

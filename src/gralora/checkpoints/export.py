@@ -7,7 +7,7 @@ computed, and no base model is needed. Layers are read, rewritten, written and t
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,7 +33,8 @@ from .untrusted import listed
 
 REPORT = "export_report.json"
 DIFFUSERS = "diffusers"  # the target that takes several adapters of a pipeline, and convolutions
-NOT_FOR_DIFFUSERS = {  # options of the other targets -> why diffusers has none
+# options of `to_lora`, with the command's flags, that a target does not use -> why it has none
+NOT_FOR_DIFFUSERS = {
     "max_rank (--max-rank)": "each layer keeps its exact rank, which diffusers takes",
     "lossy (--lossy)": "each layer keeps its exact rank, which diffusers takes",
     "source (--from)": "adapters of other programs are first converted, with `gralora convert ADAPTER OUT --from ...`",
@@ -178,11 +179,12 @@ def to_lora(
         target: a name in `gralora.checkpoints.targets.TARGETS`, or diffusers.
         base: folder of the base model. Its config.json is read for GGUF files. Its weights, if there, are loaded to
             compare logits if PEFT can load what is written. Not for diffusers.
-        base_config: instead of `base`'s config.json: `model_type`, `num_attention_heads`, `num_key_value_heads`. Not
-            for diffusers.
-        source: format of `adapter`, needed only if its config leaves that open. Not for diffusers.
+        base_config: instead of `base`'s config.json: `model_type`, `num_attention_heads`, `num_key_value_heads`. For
+            GGUF files only.
+        source: format of `adapter`, needed only if its config leaves that open. Not for diffusers, nor for models in
+            memory.
         max_rank, lossy: see `plain_lora`. Not for diffusers, which takes any rank.
-        dtype: see `plain_lora`.
+        dtype: see `plain_lora`. Not for GGUF files, which are in float32.
         adapter_name: of the adapter, in a model that is in memory.
 
     Returns:
@@ -193,21 +195,34 @@ def to_lora(
         OSError, ValueError: if the input is not there, is not valid, or the target cannot take it. `out` is then not
             made.
     """
+    given = {
+        "max_rank (--max-rank)": max_rank,
+        "lossy (--lossy)": lossy or None,
+        "source (--from)": source,
+        "base (--base)": None if base is None else str(base),
+        "base_config (--arch, --heads, --kv-heads)": base_config,
+        "dtype (--dtype)": None if dtype is None else str(dtype).removeprefix("torch."),
+    }
     if target == DIFFUSERS:
-        given = (max_rank, lossy or None, source, None if base is None else str(base), base_config)
-        for (option, reason), value in zip(NOT_FOR_DIFFUSERS.items(), given, strict=True):
-            if value is not None:
-                raise ValueError(
-                    f"{option} is {value!r}, but target 'diffusers' does not use it: {reason}; leave it out."
-                )
+        check_used(given, NOT_FOR_DIFFUSERS, "target 'diffusers'")
         return export_pipeline(adapter, out, dtype, adapter_name)
     if target not in TARGETS:
         raise ValueError(f"target {target!r} is not known; use one of {', '.join([*TARGETS, DIFFUSERS])}.")
+    check_used(given, TARGETS[target].ignores, f"target {target!r}")
     if not isinstance(adapter, str | os.PathLike):
+        check_used(given, {"source (--from)": "it has an adapter of gralora's own"}, "a model in memory")
         options: dict[str, Any] = {"base": base, "base_config": base_config, "max_rank": max_rank, "lossy": lossy}
         with TemporaryDirectory() as folder:
             save_adapter(adapter, Path(folder), adapter_name)
-            return to_lora(folder, out, target, dtype=dtype, **options)
+            report = to_lora(folder, out, target, dtype=dtype, **options)
+        report["source"]["adapter"] = f"{type(adapter).__name__} in memory"
+        write_json(Path(out) / REPORT, report)
+        return report
+    if adapter_name != "default":
+        raise ValueError(
+            f"adapter_name is {adapter_name!r}, but the folder {str(adapter)!r} holds one adapter, which needs no "
+            "name; leave it out."
+        )
     to, out = TARGETS[target], Path(out)
     source_adapter = formats.read(*read_adapter_folder(adapter), source=source)
     base_name = str(base or source_adapter.config.base_model_name_or_path or "BASE_MODEL")
@@ -216,7 +231,12 @@ def to_lora(
     if source_adapter.others and not to.keeps:
         source_adapter = without_base_weights(source_adapter, base)
     extra = check_exportable(source_adapter, target, to.keeps)
-    if base is not None and base_config is None and (Path(base) / "config.json").is_file():
+    if base is not None and (Path(base) / "config.json").is_file():
+        if base_config is not None:
+            raise ValueError(
+                f"base_config (--arch, --heads, --kv-heads) is {base_config!r}, and base (--base) has a config.json, "
+                f"{str(Path(base) / 'config.json')!r}; give one of the two."
+            )
         base_config = read_json(Path(base) / "config.json")
     plain = plain_lora(source_adapter, to.max_rank, max_rank, lossy, to.dtype or dtype)
     with new_folder(out) as folder:
@@ -242,6 +262,19 @@ def to_lora(
         report["command"] = prompting.command(to.command(base_name, out, plain), words)
         write_json(folder / REPORT, report)
     return report
+
+
+def check_used(given: Mapping[str, Any], ignored: Mapping[str, str], what: str) -> None:
+    """Raise ValueError, by name, if an option is given that would be ignored.
+
+    Args:
+        given: option -> its value, None if it is not given.
+        ignored: option -> why it is not used.
+        what: what does not use it.
+    """
+    for option, reason in ignored.items():
+        if given[option] is not None:
+            raise ValueError(f"{option} is {given[option]!r}, but {what} does not use it: {reason}; leave it out.")
 
 
 def save_adapter(model: Any, folder: Path, adapter_name: str) -> None:

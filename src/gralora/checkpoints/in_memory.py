@@ -9,7 +9,9 @@ change experts, embeddings or convolutions.
 import hashlib
 import re
 import shutil
+import warnings
 from collections import defaultdict
+from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,7 +28,8 @@ from .convert import convert_adapter
 from .files import LazyTensors, new_folder
 from .load import expected_tensors
 from .prompting import copy_prompting
-from .untrusted import check_finite, listed
+from .rounding import loss
+from .untrusted import check_finite, is_finite, listed
 
 
 def model_class(folder: Path, layers: list[str]) -> Any:
@@ -101,12 +104,12 @@ def merge_in_memory(
         adapter, out: folders.
         folder: of the base model.
         tensors: of the adapter, as they are in its file.
-        dtype: of the model while it is merged, and of what is written; by default the base's.
+        dtype: of what is written; by default the base's.
         device: where.
         source: format of `adapter`, needed only if its config leaves that open.
 
     Returns:
-        `layers` and `replaced`, as `merge_adapter`; `verified` counts the tensors that were read back.
+        `layers`, `replaced` and `rounding`, as `merge_adapter`; `verified` counts the tensors that were read back.
 
     Raises:
         ValueError: if adapter and base do not fit together, or a merged weight would have NaN or infinite values.
@@ -117,7 +120,7 @@ def merge_in_memory(
             convert_adapter(adapter, Path(converted) / "adapter", source=source)
             adapter = Path(converted) / "adapter"
         cls = model_class(folder, adapted_modules(tensors))
-        base = cls.from_pretrained(folder, dtype=dtype or "auto", trust_remote_code=False).to(device)
+        base = cls.from_pretrained(folder, dtype="auto", trust_remote_code=False).to(device)
         resize_vocabulary(base, tensors)
         try:
             loaded = PeftModel.from_pretrained(base, str(adapter))
@@ -126,7 +129,12 @@ def merge_in_memory(
     check_loaded(loaded, tensors)
     untied = untie(loaded)
     layers = [module for module in loaded.modules() if isinstance(module, BaseTunerLayer)]
-    merged = loaded.merge_and_unload(safe_merge=True)
+    rounding = merge_layers(loaded, dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All adapters are already merged")  # by `merge_layers`
+        merged = loaded.merge_and_unload(safe_merge=True)
+    if dtype is not None:
+        convert_weights(merged, dtype)
     said = None
     if untied or not still_tied(merged):
         said = outputs(merged)
@@ -140,7 +148,53 @@ def merge_in_memory(
         copy_prompting(adapter, written)
         verified = check_written(merged, cls, written, said)
     replaced = sorted(name for name in tensors if ".lora_" not in name)
-    return {"layers": len(layers), "replaced": replaced, "verified": verified}
+    return {"layers": len(layers), "replaced": replaced, "verified": verified, "rounding": rounding}
+
+
+def merge_layers(model: PeftModel, dtype: torch.dtype | None) -> dict[str, dict[str, float]]:
+    """Merge the adapter of every layer, one after the other: W + dW is computed in float32 and rounded once.
+
+    Args:
+        model: with the adapter, active.
+        dtype: of the merged weights; None for the dtype that each has.
+
+    Returns:
+        Name of each merged weight, without ".weight" -> its `rounding.loss`.
+
+    Raises:
+        ValueError: if an adapter cannot be merged, or a merged weight would have NaN or infinite values.
+    """
+    base_model: Any = model.base_model
+    base_model._check_merge_allowed()
+    losses = {}
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, BaseTunerLayer) or layer.merged:
+            continue
+        base = layer.get_base_layer()
+        before = {own: p.data for own, p in base.named_parameters() if p.is_floating_point()}
+        for own, p in base.named_parameters():
+            if own in before:
+                p.data = p.data.to(torch.promote_types(p.dtype, torch.float32), copy=True)
+        layer.merge(safe_merge=True)  # type: ignore[operator]
+        for own, weight in before.items():
+            merged = attrgetter(own)(base)  # not always the parameter that it was
+            exact = merged.data
+            is_changed = not torch.equal(exact, weight.to(exact))
+            merged.data = exact.to(dtype if is_changed and dtype is not None else weight.dtype)
+            if is_changed and not is_finite(merged.data):
+                raise ValueError(f"merged {name!r} would have NaN or infinite values in {merged.dtype}.")
+            if is_changed and weight.ndim > 1:
+                full = f"{name}.{own}".replace(".base_layer", "").removesuffix(".weight")
+                losses[full] = loss(weight, exact, merged.data)
+    return losses
+
+
+def convert_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert all floating-point tensors that the model saves."""
+    saved = model.state_dict().keys()
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        if name in saved and t.is_floating_point():
+            t.data = t.data.to(dtype)
 
 
 def resize_vocabulary(model: Any, tensors: LazyTensors) -> None:

@@ -7,7 +7,6 @@ an interrupted merge resumes where it stopped. The output folder appears once al
 import hashlib
 import os
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,10 +36,10 @@ from .files import (
     write_safetensors,
 )
 from .in_memory import merge_in_memory, shared_parameters, skeleton
+from .rounding import loss, warn_of_losses
 from .untrusted import check_finite, is_finite, listed
 
 STATE = "merge_state.json"
-LOST = 0.1  # share of a layer's update lost by rounding, above which a merge warns
 VERIFIED = 8  # number of layers that are checked after writing
 MERGEABLE = names(lambda facts: facts.mergeable or not facts.beside_factors)
 
@@ -59,7 +58,7 @@ def merge_adapter(
 
     Peak memory is one layer: its weight and its update in float32. After an interruption, a second call resumes the
     merge. If a merge by files is not possible (see in_memory.py), the whole model is loaded, merged and saved, and a
-    notice says so.
+    notice says so; such a merge writes nothing before it is complete, so an interrupted one starts anew.
 
     Args:
         adapter: folder of the adapter, in any GraLoRA format.
@@ -72,9 +71,8 @@ def merge_adapter(
 
     Returns:
         `layers` merged, `replaced` tensors (modules_to_save), `verified` layers, `resumed` files, `notices`, and
-        `rounding`: for each layer the loss by storing the merged weight in its dtype, |stored - (W + dW)| in the
-        Frobenius norm, relative to the merged weight (`of_weight`) and to the update |dW| (`of_update`). A warning is
-        given if the loss exceeds the share LOST of a layer's update.
+        `rounding`: for each layer the loss by storing the merged weight in its dtype (see rounding.py). A warning is
+        given if one is large.
 
     Raises:
         OSError: if a file is missing, if `out` exists, cannot be made or has no space, or if another process is
@@ -97,9 +95,10 @@ def merge_adapter(
             try:
                 report = merge_in_memory(adapter, out, folder, saved, dtype=dtype, device=device, source=source)
             except ValueError as error:
-                raise ValueError(f"{error} (Not merged file by file either: {reason})") from error
-        notice = f"merged in memory, not file by file: {reason}"
-        return report | {"resumed": [], "rounding": {}, "notices": [notice]}
+                raise ValueError(f"{error} (Not merged file by file either: {reason.reason}.)") from error
+        warn_of_losses(report["rounding"])
+        notice = f"merged in memory, not file by file: {reason.reason}."
+        return report | {"resumed": [], "notices": [notice]}
     check_finite(read.tensors)
     fingerprint = fingerprint_of(adapter, model, dtype)
     with locked(lock, out):
@@ -161,7 +160,7 @@ def write_merged(
     (partial / STATE).unlink()
     publish(partial, out)
     rounding = {layer: error for layers in state["rounding"].values() for layer, error in layers.items()}
-    warn_of_rounding(rounding)
+    warn_of_losses(rounding)
     return {
         "layers": len(read.layers),
         "replaced": sorted(merges.replaced),
@@ -183,19 +182,6 @@ def check_device(device: str) -> None:
 def stored_dtype(t: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """Return the dtype in which a tensor of the base is stored: the given one if it has floats, else its own."""
     return dtype if dtype is not None and t.dtype.is_floating_point else t.dtype
-
-
-def warn_of_rounding(rounding: dict[str, dict[str, float]]) -> None:
-    """Warn, once, if rounding merged weights to their dtype lost more than the share LOST of a layer's update."""
-    lost = {layer: error["of_update"] for layer, error in rounding.items() if error["of_update"] > LOST}
-    if lost:
-        worst = max(lost, key=lost.__getitem__)
-        warnings.warn(
-            f"rounding the merged weights lost more than {LOST:.0%} of the update in {len(lost)} of {len(rounding)} "
-            f"layers, the most in {worst!r}: {lost[worst]:.0%}. The update is small beside the weights' precision; "
-            "merge into float32 (--dtype float32), or serve the adapter unmerged.",
-            stacklevel=3,
-        )
 
 
 def _progress_bar(model: "BaseModel", resumed: list[str], show: bool) -> Any:
@@ -222,14 +208,14 @@ class Merges:
         if missing:
             raise NotByFiles(
                 f"the base model's files do not have {len(missing)} of the tensors that the adapter changes, or have "
-                f"them under other names: {listed(missing)}."
+                f"them under other names: {listed(missing)}"
             )
         self.transposed = {name: self._is_transposed(name) for name in self.weights}
         for name, source in self.replaced.items():
             if model.spec(name).shape != adapter.tensors.specs[source].shape:
                 raise NotByFiles(
                     f"tensor {name!r} is {tuple(adapter.tensors.specs[source].shape)} in the adapter and "
-                    f"{tuple(model.spec(name).shape)} in the base."
+                    f"{tuple(model.spec(name).shape)} in the base"
                 )
 
     def check_shared(self) -> None:
@@ -240,7 +226,7 @@ class Merges:
         shared = shared_parameters(model)
         names = [name for name in shared if any(name == c or name.endswith(f".{c}") for c in self.changed)]
         if names:
-            raise NotByFiles(f"{names[0]!r} shares its memory with {sorted({*shared[names[0]]} - {names[0]})}.")
+            raise NotByFiles(f"{names[0]!r} shares its memory with {sorted({*shared[names[0]]} - {names[0]})}")
 
     def _prefix_to_strip(self) -> str:
         """Return the prefix of the layers' names that the names in the files lack, e.g. GPT-2's "transformer."."""
@@ -261,7 +247,7 @@ class Merges:
         shape = tuple(self.model.spec(name).shape)
         if shape not in (features, features[::-1]):
             raise NotByFiles(
-                f"weight {name!r} is {shape} in the base model; the adapter has (in, out) features {features}."
+                f"weight {name!r} is {shape} in the base model; the adapter has (in, out) features {features}"
             )
         if features[0] != features[1]:
             return shape == features
@@ -272,7 +258,7 @@ class Merges:
         ):
             raise NotByFiles(
                 f"weight {name!r} is square and the base model's weights are not all stored as the adapter's "
-                f"fan_in_fan_out={self.adapter.config.fan_in_fan_out} says, so the file does not show its orientation."
+                f"fan_in_fan_out={self.adapter.config.fan_in_fan_out} says, so the file does not show its orientation"
             )
         return self.adapter.config.fan_in_fan_out
 
@@ -296,19 +282,11 @@ class Merges:
                     "inspect` shows whether the adapter has."
                 )
             if name in self.weights:
-                rounding[self.weights[name]] = self._rounding(name, exact, stored, tensors)
+                rounding[self.weights[name]] = loss(self._base(name, tensors), exact, stored)
             return stored.cpu()
 
         specs = {name: spec(tuple(t.shape), stored_dtype(t, dtype)) for name, t in tensors.specs.items()}
         return LazyTensors(specs, load)
-
-    def _rounding(self, name: str, exact: Tensor, stored: Tensor, tensors: LazyTensors) -> dict[str, float]:
-        """Compute the loss by storing a weight; overwrites `exact` unless it is `stored` itself."""
-        if stored is exact:
-            return {"of_weight": 0.0, "of_update": 0.0}
-        lost, weight = stored.to(exact).sub_(exact).norm().item(), exact.norm().item()
-        update = exact.sub_(self._base(name, tensors).to(exact)).norm().item()
-        return {"of_weight": _share(lost, weight), "of_update": _share(lost, update)}
 
     def _base(self, name: str, tensors: "Mapping[str, Tensor] | BaseModel") -> Tensor:
         return self.adapter.tensors[self.replaced[name]] if name in self.replaced else tensors[name]
@@ -372,11 +350,6 @@ class Merges:
                     f"{file.name} is deleted, and the same command writes it again and keeps the rest."
                 )
         return len(sample)
-
-
-def _share(part: float, whole: float) -> float:
-    """Return `part / whole`, or 0 if `whole` is 0: a layer without an update has none to lose."""
-    return part / whole if whole else 0.0
 
 
 def fingerprint_of(adapter: Path, model: BaseModel, dtype: torch.dtype | None) -> dict[str, Any]:

@@ -6,8 +6,8 @@ parity report. docs/serving.md describes the targets.
 
 import re
 import shlex
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -280,6 +280,7 @@ class Target:
         finish: adds files that name the base model.
         carry: (prompting, folder, output folder) -> words for `command`; adds files that say how the adapter was
             trained to be asked and where to stop.
+        ignores: options of `export.to_lora`, by its names for them, that mean nothing here -> why.
     """
 
     write: Callable[[PlainLora, Path, dict[str, Any] | None, dict[str, Any]], ReadBack]
@@ -290,15 +291,22 @@ class Target:
     dtype: torch.dtype | None = None
     is_peft: bool = False
     finish: Callable[[Path, str], None] = nothing
+    ignores: Mapping[str, str] = field(default_factory=lambda: NO_BASE_CONFIG)
 
 
+NO_BASE_CONFIG = {
+    "base_config (--arch, --heads, --kv-heads)": "only GGUF files are written by the base's architecture"
+}
+IN_FLOAT32 = {"dtype (--dtype)": "its files are in float32, and the program converts them"}
 PEFT_KEEPS = names(lambda facts: facts.beside_factors and facts.in_lora)
 TARGETS = {
     "peft": Target(write_peft, peft_command, carry_peft, keeps=PEFT_KEEPS, is_peft=True),
     "vllm": Target(write_peft, vllm_command, carry_vllm, max_rank=VLLM_RANKS[-1], is_peft=True),
     "sglang": Target(write_peft, sglang_command, carry_sglang, is_peft=True),
-    "llamacpp": Target(write_gguf, llamacpp_command, carry_llamacpp, dtype=torch.float32),
-    "ollama": Target(write_gguf, ollama_command, carry_ollama, dtype=torch.float32, finish=write_modelfile),
+    "llamacpp": Target(write_gguf, llamacpp_command, carry_llamacpp, dtype=torch.float32, ignores=IN_FLOAT32),
+    "ollama": Target(
+        write_gguf, ollama_command, carry_ollama, dtype=torch.float32, finish=write_modelfile, ignores=IN_FLOAT32
+    ),
     "mlx": Target(write_mlx, mlx_command, carry_mlx),
 }
 GGUF_TARGETS = tuple(name for name, target in TARGETS.items() if target.write is write_gguf)
