@@ -91,13 +91,14 @@ def test_permute_heads_pairs_the_halves() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("target", [name for name, program in PROGRAMS.items() if program.is_peft])
 def test_exported_tensors_are_the_blocks(tmp_path: Path, target: str, dtype: torch.dtype) -> None:
-    save_gralora(tmp_path / "in", target_modules=["q_proj", "k_proj", "down_proj"], r=10, hybrid_r=2, lora_alpha=20)
+    targets = ["q_proj", "k_proj", "v_proj", "down_proj"]  # of what SGLang fuses, all or none
+    save_gralora(tmp_path / "in", target_modules=targets, r=10, hybrid_r=2, lora_alpha=20)
     config, tensors = read(tmp_path / "in")
     write(tmp_path / "in", config, {name: t.to(dtype) for name, t in tensors.items()})
     report = gralora.to_lora(tmp_path / "in", tmp_path / "out", target)
     tensors, exported = read(tmp_path / "in")[1], read(tmp_path / "out")[1]
     layers = {name.split(".lora_")[0] for name in tensors}
-    assert len(exported) == 2 * len(layers) == 12
+    assert len(exported) == 2 * len(layers) == 16
     for layer in layers:
         A, B = blocks_in_place(tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"])
         A = torch.cat([A, tensors[f"{layer}.lora_A.hybrid_weight"]])
@@ -179,7 +180,8 @@ def test_what_targets_cannot_take_is_refused_with_the_reason(tmp_path: Path) -> 
     for name, field in {"saved": "modules_to_save", "tokens": "trainable_token_indices", "bias": "lora_bias"}.items():
         for target in PROGRAMS.keys() - {"peft"}:
             with pytest.raises(ValueError, match=f"{target} takes nothing but A and B.*{field}.*gralora merge"):
-                gralora.to_lora(tmp_path / name, tmp_path / "out", target, base_config=LLAMA)
+                options = {"base_config": LLAMA} if target in GGUF_TARGETS else {}
+                gralora.to_lora(tmp_path / name, tmp_path / "out", target, **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -331,8 +333,11 @@ def test_mlx_refuses_layers_outside_its_list(tmp_path: Path) -> None:
         gralora.to_lora(tmp_path / "in", tmp_path / "out", "mlx")
     config, tensors = read(tmp_path / "in")  # PEFT saves the base's lm_head with it
     write(tmp_path / "in", config, {name: t for name, t in tensors.items() if "base_layer" not in name})
-    with pytest.raises(ValueError, match="'lm_head'"):
-        gralora.to_lora(tmp_path / "in", tmp_path / "out", "mlx")
+    gralora.to_lora(tmp_path / "in", tmp_path / "out", "mlx")  # as advised, and MLX adapts lm_head
+    assert "lm_head.lora_a" in load_file(tmp_path / "out" / "adapters.safetensors")
+    save_gralora(tmp_path / "gpt2", "gpt2")
+    with pytest.raises(ValueError, match=r"what is in model.layers, and lm_head, .*'transformer\.h.*gralora merge"):
+        gralora.to_lora(tmp_path / "gpt2", tmp_path / "no", "mlx")
 
 
 # The report

@@ -337,8 +337,9 @@ def test_characters_that_change_a_file_are_refused(tmp_path: Path, target: str, 
     save_gralora(tmp_path / "in")
     edit(tmp_path / "in", base_model_name_or_path=value)
     heads = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1}
+    options = {"base_config": heads} if target in GGUF_TARGETS else {}
     with pytest.raises(ValueError, match="base_model_name_or_path=.* cannot be printed"):
-        gralora.to_lora(tmp_path / "in", tmp_path / "out", target, base_config=heads)
+        gralora.to_lora(tmp_path / "in", tmp_path / "out", target, **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
@@ -346,11 +347,12 @@ def test_characters_that_change_a_file_are_refused(tmp_path: Path, target: str, 
 @pytest.mark.parametrize("value", QUOTED)
 def test_the_line_that_serves_is_quoted(tmp_path: Path, target: str, value: str) -> None:
     """A shell takes the base's name, and the folder's, as one word each, whatever is in them."""
-    save_gralora(tmp_path / "in")
+    save_gralora(tmp_path / "in", target_modules=["q_proj", "k_proj", "v_proj"])
     edit(tmp_path / "in", base_model_name_or_path=value)
     heads = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1}
     out = tmp_path / "o'ut $(>sprung)"
-    report = gralora.to_lora(tmp_path / "in", out, target, base_config=heads)
+    options = {"base_config": heads} if target in GGUF_TARGETS else {}
+    report = gralora.to_lora(tmp_path / "in", out, target, **options)
     words = shlex.split(report["command"])
     if target not in ("peft", *GGUF_TARGETS):  # which are told of the base by their files
         assert value in words

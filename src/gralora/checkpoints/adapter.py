@@ -21,10 +21,10 @@ from ..kinds import not_linear
 from ..seam import is_targeted
 from .files import LazyTensors
 from .untrusted import listed
+from .views import HYBRID_A, HYBRID_B, A, B, Place
 
 PREFIX = "base_model.model."  # PEFT's, before the name of the layer in the base model
-A, HYBRID_A = ".lora_A.weight", ".lora_A.hybrid_weight"
-B, HYBRID_B, BIAS = ".lora_B.weight", ".lora_B.hybrid_weight", ".lora_B.bias"
+BIAS = ".lora_B.bias"
 MAGNITUDE = ".lora_magnitude_vector"  # as PEFT saves it, without ".weight"
 SUFFIXES = (A, B, HYBRID_A, HYBRID_B, BIAS, MAGNITUDE)  # in the order of Factors
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -68,12 +68,14 @@ class Adapter:
         tensors: named as gralora saves them, with PEFT's prefix.
         format: the format it was read from.
         notices: what was dropped or assumed in reading it; for the user.
+        places: of the layers that are convolutions or experts, seen as linear layers; see views.py.
     """
 
     config: LoraConfig
     tensors: LazyTensors
     format: str = "gralora"
     notices: tuple[str, ...] = field(default=())
+    places: Mapping[str, Place] = field(default_factory=dict)
 
     @cached_property
     def layers(self) -> list[str]:
@@ -85,6 +87,11 @@ class Adapter:
     def others(self) -> list[str]:
         """Tensors that are no factors: modules_to_save, biases of the base, embeddings; as named in the file."""
         return [name for name in self.tensors if not layer_and_suffix(name)[1]]
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """The layers that are modules of the base model, and no experts."""
+        return [layer for layer in self.layers if self.name_in_config(layer) == layer]
 
     def factors(self, layer: str) -> Factors:
         return self._factors(self.tensors, layer)
@@ -110,10 +117,14 @@ class Adapter:
 
     def rank(self, layer: str) -> int:
         """Total rank by the config: its rank_pattern, else its r."""
-        return self.config.of_layer("r", layer)
+        return self.config.of_layer("r", self.name_in_config(layer))
 
     def alpha(self, layer: str) -> float:
-        return self.config.of_layer("lora_alpha", layer)
+        return self.config.of_layer("lora_alpha", self.name_in_config(layer))
+
+    def name_in_config(self, layer: str) -> str:
+        """The name that the config's patterns are matched with: of an expert, its parameter's."""
+        return layer if layer not in self.places else self.places[layer].parameter or layer
 
     def gain(self, layer: str) -> float:
         """Factor of the config's gralora_scaling."""
@@ -181,7 +192,7 @@ def check(adapter: Adapter) -> None:
 def _check_linear(adapter: Adapter) -> None:
     """Raise ValueError, naming field or layer, if the adapter has factors that are not those of a linear layer."""
     problem = ""
-    if adapter.config.target_parameters:
+    if adapter.config.target_parameters and not adapter.places:
         problem = f"target_parameters={plain(adapter.config.target_parameters)!r} in its config"
     for name, t in adapter.tensors.specs.items():
         words = not_linear(name, t.ndim)
@@ -209,7 +220,7 @@ def _check_present(layer: str, f: Factors, config: LoraConfig) -> None:
 
 def _check_shapes(layer: str, f: Factors, adapter: Adapter) -> None:
     config, rank = adapter.config, adapter.rank(layer)
-    k, hybrid_r = config.of_layer("gralora_k", layer), config.hybrid_r
+    k, hybrid_r = config.of_layer("gralora_k", adapter.name_in_config(layer)), config.hybrid_r
     for factor, t in zip(f._fields, f, strict=True):
         if t is not None and (t.dtype not in FLOATS or t.numel() == 0):
             raise ValueError(
@@ -239,7 +250,7 @@ def _check_shapes(layer: str, f: Factors, adapter: Adapter) -> None:
 
 def check_selected(adapter: Adapter) -> None:
     """Raise ValueError, with names, if the file has layers that its config does not select: PEFT would ignore them."""
-    unselected = [layer for layer in adapter.layers if not is_targeted(adapter.config, layer)]
+    unselected = [layer for layer in adapter.modules if not is_targeted(adapter.config, layer)]
     if unselected:
         raise ValueError(
             f"the config does not select {len(unselected)} layers of the file: {listed(unselected)}. It has "

@@ -28,7 +28,7 @@ from .load import load_adapter
 from .pipelines import export_pipeline
 from .plain import PlainLora, plain_lora
 from .prompting import Prompting
-from .targets import TARGETS
+from .targets import TARGETS, Target
 from .untrusted import listed
 
 REPORT = "export_report.json"
@@ -72,11 +72,25 @@ def is_of_base(tensor: Tensor, name: str, model: BaseModel) -> bool:
     return any(torch.equal(model[other].to(tensor), tensor) for other in names)
 
 
-def check_exportable(adapter: Adapter, target: str, kept: frozenset[str]) -> dict[str, Any]:
-    """The fields beside the factors that the target keeps; ValueError, with the reason, for those that it cannot."""
+def check_exportable(adapter: Adapter, target: str, kept: frozenset[str], holds: frozenset[str]) -> dict[str, Any]:
+    """The fields beside the factors that the target keeps; ValueError, with the reason, for what it cannot hold.
+
+    Args:
+        adapter: the adapter, its layers seen as linear ones.
+        target: for messages.
+        kept: names of fields that the target keeps.
+        holds: the kinds of layers, beside linear ones, that it holds.
+    """
+    for layer, place in adapter.places.items():
+        if place.kind not in holds:
+            raise ValueError(
+                f"{target} takes no adapters of {place.kind}, and the adapter has one of {layer!r}; `gralora merge` "
+                "writes it into the model."
+            )
+    held = {"target_parameters"} if adapter.places else set()
     beside = names(lambda facts: facts.beside_factors)
     extra = {name: value for name, value in set_fields(adapter.config).items() if name in beside}
-    for name in sorted(extra.keys() - kept):
+    for name in sorted(extra.keys() - kept - held):
         mergeable = name != "alora_invocation_tokens"
         raise ValueError(
             f"{target} takes nothing but A and B of linear layers, and the adapter has {name}={extra[name]!r}; "
@@ -131,8 +145,27 @@ def relative(difference: float, expected: float) -> float:
     return math.sqrt(difference / expected) if expected else (0.0 if difference == 0 else math.inf)
 
 
-def logits_parity(adapter: Path, exported: Path, base: Path) -> dict[str, float]:
+def is_comparable(adapter: Adapter, to: Target, base: Path) -> bool:
+    """Whether PEFT loads what was written, and the base's weights are there."""
+    one_by_one = adapter.places and to is not TARGETS["peft"]
+    return to.is_peft and not one_by_one and any(base.glob("*.safetensors"))
+
+
+def is_causal(base_config: dict[str, Any] | None) -> bool:
+    """Whether a base's config.json names a class of causal language models."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return not set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).isdisjoint(
+        (base_config or {}).get("architectures") or ()
+    )
+
+
+def logits_parity(adapter: Path, exported: Path, base: Path, is_linear: bool) -> dict[str, float]:
     """Logits of the base model with the GraLoRA adapter and with the exported one, both in float32.
+
+    Args:
+        adapter, exported, base: folders.
+        is_linear: whether all layers are linear, so that `load_adapter` takes them.
 
     Returns:
         The greatest difference, and the greatest logit for scale.
@@ -143,7 +176,8 @@ def logits_parity(adapter: Path, exported: Path, base: Path) -> dict[str, float]
     # False, since the default asks people whether to run the code of a base that has some
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     tokens = torch.randint(model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
-    both = load_adapter(model, adapter, adapter_name="gralora")
+    load = load_adapter if is_linear else peft.PeftModel.from_pretrained
+    both = load(model, str(adapter), adapter_name="gralora")
     both.add_adapter("exported", peft.PeftConfig.from_pretrained(str(exported)))
     both.load_adapter(str(exported), "exported")
     logits = []
@@ -224,20 +258,20 @@ def to_lora(
             "name; leave it out."
         )
     to, out = TARGETS[target], Path(out)
-    source_adapter = formats.read(*read_adapter_folder(adapter), source=source)
+    source_adapter = formats.read(*read_adapter_folder(adapter), source=source, as_linear=True)
     base_name = str(base or source_adapter.config.base_model_name_or_path or "BASE_MODEL")
     check_printable("base_model_name_or_path" if base is None else "base", base_name)
     check_printable("out", str(out))
     if source_adapter.others and not to.keeps:
         source_adapter = without_base_weights(source_adapter, base)
-    extra = check_exportable(source_adapter, target, to.keeps)
-    if base is not None and (Path(base) / "config.json").is_file():
-        if base_config is not None:
-            raise ValueError(
-                f"base_config (--arch, --heads, --kv-heads) is {base_config!r}, and base (--base) has a config.json, "
-                f"{str(Path(base) / 'config.json')!r}; give one of the two."
-            )
-        base_config = read_json(Path(base) / "config.json")
+    extra = check_exportable(source_adapter, target, to.keeps, to.holds)
+    if base_config is None:
+        base_config = config_of_base(base or source_adapter.config.base_model_name_or_path)
+    elif base is not None and (Path(base) / "config.json").is_file():
+        raise ValueError(
+            f"base_config (--arch, --heads, --kv-heads) is {base_config!r}, and base (--base) has a config.json, "
+            f"{str(Path(base) / 'config.json')!r}; give one of the two."
+        )
     plain = plain_lora(source_adapter, to.max_rank, max_rank, lossy, to.dtype or dtype)
     with new_folder(out) as folder:
         # of what is read back nothing stays open: Windows would not rename the folder
@@ -255,13 +289,24 @@ def to_lora(
         }
         if not math.isfinite(report["parity"]["relative_difference"]):
             raise ValueError(f"adapter {str(adapter)!r} has NaN or infinite tensors; see `gralora inspect`.")
-        if to.is_peft and base is not None and any(Path(base).glob("*.safetensors")):
-            report["logits"] = logits_parity(Path(adapter), folder, Path(base))
+        if base is not None and is_comparable(source_adapter, to, Path(base)):
+            if is_causal(base_config):
+                report["logits"] = logits_parity(Path(adapter), folder, Path(base), not source_adapter.places)
+            else:
+                report["notices"].append("no logits are compared, since the base is no causal language model.")
         to.finish(folder, base_name)
         words = to.carry(Prompting.of(adapter), folder, out)
         report["command"] = prompting.command(to.command(base_name, out, plain), words)
         write_json(folder / REPORT, report)
     return report
+
+
+def config_of_base(base: str | os.PathLike[str] | None) -> dict[str, Any] | None:
+    """The content of a base model's config.json; None if the model is not on this machine."""
+    try:
+        return read_json(base_folder(base) / "config.json")
+    except OSError:
+        return None
 
 
 def check_used(given: Mapping[str, Any], ignored: Mapping[str, str], what: str) -> None:

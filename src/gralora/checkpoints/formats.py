@@ -18,9 +18,10 @@ from torch import Tensor
 from ..config import FORMAT, SUPPORTED_VARIANTS, LoraConfig, is_set, names
 from ..fields import plain
 from ..strings import printable
-from .adapter import HYBRID_A, HYBRID_B, A, Adapter, B, check, check_plain, json_config, set_fields
+from .adapter import PREFIX, Adapter, check, check_plain, json_config, set_fields
 from .files import LazyTensors
 from .untrusted import check_fields, check_matching_time, check_rank
+from .views import HYBRID_A, HYBRID_B, A, B, linear_maps
 
 # Reading and writing
 
@@ -62,8 +63,20 @@ def recognise(config: Mapping[str, Any], source: str | None = None) -> str:
     return possible[0]
 
 
-def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str | None = None) -> Adapter:
+def read(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    source: str | None = None,
+    *,
+    as_linear: bool = False,
+) -> Adapter:
     """Read an adapter of any format in FORMATS. Nothing is computed, and nothing loaded from LazyTensors.
+
+    Args:
+        config: content of adapter_config.json.
+        tensors: of the adapter, by their names in its file.
+        source: the format's name if the user knows it; see `recognise`.
+        as_linear: see convolutions and experts as linear layers (views.py), instead of refusing them.
 
     Raises:
         ValueError: if the format is unclear, or tensors and config do not fit together.
@@ -83,10 +96,15 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str |
         raise ValueError(f"tensor {twice!r} is in the file twice, under the names of two formats.")
     ours, more_notices = known.read_config(dict(config))
     notices += more_notices
-    adapter = Adapter(_config(ours), lazy.renamed(sources), name, tuple(notices))
+    lora_config, renamed, places = _config(ours), lazy.renamed(sources), {}
+    if as_linear:
+        renamed, places = linear_maps(renamed, lora_config, PREFIX)
+    adapter = Adapter(lora_config, renamed, name, tuple(notices), places)
     check_matching_time(ours, adapter.layers)
-    if not adapter.config.target_modules or adapter.config.target_modules == "all-linear":
-        adapter.config.target_modules = set(adapter.layers)  # type: ignore[assignment]  # PEFT keeps a set; what the words stood for is no longer known
+    words = adapter.config.target_modules
+    if words == "all-linear" or not (words or adapter.config.target_parameters):
+        # PEFT keeps a set; what the words stood for is no longer known
+        adapter.config.target_modules = set(adapter.modules)  # type: ignore[assignment]
     check(adapter)
     return adapter
 

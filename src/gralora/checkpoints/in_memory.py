@@ -11,6 +11,7 @@ import re
 import shutil
 import warnings
 from collections import defaultdict
+from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,11 +33,23 @@ from .rounding import loss
 from .untrusted import check_finite, is_finite, listed
 
 
-def model_class(folder: Path, layers: list[str]) -> Any:
+def config_of(fields: Mapping[str, Any]) -> Any:
+    """The config of a model that transformers knows, by the content of its config.json.
+
+    Raises:
+        ValueError: if transformers does not know the model.
+    """
+    import transformers
+
+    others = {name: value for name, value in fields.items() if name != "model_type"}
+    return transformers.AutoConfig.for_model(str(fields.get("model_type")), **others)
+
+
+def model_class(config: Any, layers: list[str]) -> Any:
     """The class of transformers that has an adapter's layers: what the base's config names, or its model without head.
 
     Args:
-        folder: of the base model.
+        config: of the base model.
         layers: full names of modules.
 
     Raises:
@@ -45,7 +58,6 @@ def model_class(folder: Path, layers: list[str]) -> Any:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     named = [getattr(transformers, name, None) for name in config.architectures or []]
     candidates = [*filter(None, named), *([MODEL_MAPPING[type(config)]] if type(config) in MODEL_MAPPING else [])]
     for cls in candidates:
@@ -54,8 +66,8 @@ def model_class(folder: Path, layers: list[str]) -> Any:
         if all(layer in modules for layer in layers):
             return cls
     raise ValueError(
-        f"the base model in {str(folder)!r} ({', '.join(cls.__name__ for cls in candidates) or config.model_type}) "
-        f"lacks layers that the adapter has, as {listed(layers)}; was it trained on another model?"
+        f"the base model ({', '.join(cls.__name__ for cls in candidates) or config.model_type}) lacks layers that the "
+        f"adapter has, as {listed(layers)}; was it trained on another model?"
     )
 
 
@@ -65,17 +77,20 @@ def adapted_modules(tensors: LazyTensors) -> list[str]:
     return list(dict.fromkeys(match[1].replace(".base_layer", "") for match in found if match))
 
 
-def skeleton(folder: Path, layers: list[str]) -> nn.Module | None:
-    """The base model on the meta device, with its weights tied; None if transformers does not know it."""
-    import transformers
+def skeleton(config: Any, layers: list[str]) -> nn.Module:
+    """The base model on the meta device, with its weights tied.
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            model = model_class(folder, layers)(config)
-            model.tie_weights()
-    except (ValueError, KeyError, OSError):
-        return None
+    Args:
+        config: of the base model.
+        layers: full names of modules that it must have.
+
+    Raises:
+        ValueError: if it lacks some.
+    """
+    cls = model_class(config, layers)
+    with torch.device("meta"):
+        model = cls(config)
+        model.tie_weights()
     return model
 
 
@@ -114,12 +129,15 @@ def merge_in_memory(
     Raises:
         ValueError: if adapter and base do not fit together, or a merged weight would have NaN or infinite values.
     """
+    import transformers
+
     check_finite(tensors)
     with TemporaryDirectory() as converted:
         if any(".gralora_A" in name for name in tensors):
             convert_adapter(adapter, Path(converted) / "adapter", source=source)
             adapter = Path(converted) / "adapter"
-        cls = model_class(folder, adapted_modules(tensors))
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        cls = model_class(config, adapted_modules(tensors))
         base = cls.from_pretrained(folder, dtype="auto", trust_remote_code=False).to(device)
         resize_vocabulary(base, tensors)
         try:
@@ -180,12 +198,13 @@ def merge_layers(model: PeftModel, dtype: torch.dtype | None) -> dict[str, dict[
             merged = attrgetter(own)(base)  # not always the parameter that it was
             exact = merged.data
             is_changed = not torch.equal(exact, weight.to(exact))
-            merged.data = exact.to(dtype if is_changed and dtype is not None else weight.dtype)
-            if is_changed and not is_finite(merged.data):
-                raise ValueError(f"merged {name!r} would have NaN or infinite values in {merged.dtype}.")
+            stored = exact.to(dtype if is_changed and dtype is not None else weight.dtype)
+            merged.data = stored
+            if is_changed and not is_finite(stored):
+                raise ValueError(f"merged {name!r} would have NaN or infinite values in {stored.dtype}.")
             if is_changed and weight.ndim > 1:
                 full = f"{name}.{own}".replace(".base_layer", "").removesuffix(".weight")
-                losses[full] = loss(weight, exact, merged.data)
+                losses[full] = loss(weight, exact, stored)
     return losses
 
 

@@ -35,7 +35,7 @@ from .files import (
     write_json,
     write_safetensors,
 )
-from .in_memory import merge_in_memory, shared_parameters, skeleton
+from .in_memory import config_of, merge_in_memory, shared_parameters, skeleton
 from .rounding import loss, warn_of_losses
 from .untrusted import check_finite, is_finite, listed
 
@@ -220,8 +220,9 @@ class Merges:
 
     def check_shared(self) -> None:
         """Raise NotByFiles if the adapter changes a tensor whose memory another layer shares once it is loaded."""
-        model = skeleton(self.model.folder, self.adapter.layers)
-        if model is None:
+        try:
+            model = skeleton(config_of(self.model.config), self.adapter.layers)
+        except (ValueError, KeyError, OSError):  # no model of transformers' own
             return
         shared = shared_parameters(model)
         names = [name for name in shared if any(name == c or name.endswith(f".{c}") for c in self.changed)]

@@ -141,9 +141,9 @@ def plain_config(lora: PlainLora, extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def target_modules(adapter: Adapter) -> list[str]:
-    """A list that selects the adapter's layers: the config's own if it is a plain one, else their full names."""
+    """A list that selects the adapter's modules: the config's own if it is a plain one, else their full names."""
     config = adapter.config
     restricted = any(is_set(name, getattr(config, name)) for name in ("layers_to_transform", "exclude_modules"))
     if isinstance(config.target_modules, str) or not config.target_modules or restricted:
-        return sorted(adapter.layers)
+        return sorted(adapter.modules)
     return sorted(config.target_modules)

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ..config import names
-from .adapter import BIAS, MAGNITUDE, PREFIX, A, B
 from .base import base_folder
-from .files import CONFIG, WEIGHTS, LazyTensors, read_safetensors, spec, write_json, write_safetensors
-from .plain import PlainLora, plain_config
+from .files import CONFIG, LazyTensors, read_safetensors, spec, write_json, write_safetensors
+from .peft_files import EXPERTS, ReadBack, model_type, write_peft, write_sglang, write_vllm
+from .plain import PlainLora
 from .prompting import Prompting, carry_llamacpp, carry_mlx, carry_ollama, carry_peft, carry_sglang, carry_vllm
+from .views import EXPERT, KINDS, by_parameter
 
-ReadBack = Callable[[str], tuple[Tensor, Tensor]]
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank takes
 # base model_type -> (architecture in GGUF, whether the rows of q and k are permuted there)
 GGUF_ARCHITECTURES = {
@@ -44,76 +44,76 @@ AUTO_CLASSES = {  # PEFT's task types -> its AutoPeftModelFor...
 }
 
 
-def write_peft(plain: PlainLora, folder: Path, base_config: dict[str, Any] | None, extra: dict[str, Any]) -> ReadBack:
-    """Write PEFT's adapter_config.json and adapter_model.safetensors, which vLLM and SGLang read, too."""
-    adapter = plain.adapter
-    specs: dict[str, Tensor] = {}
-    loads: dict[str, Callable[[], Tensor]] = {}
-    for layer in plain.layers:
-        in_features, out_features = adapter.features(layer)
-        shapes = ((A, (plain.rank, in_features)), (B, (out_features, plain.rank)))
-        for i, (suffix, shape) in enumerate(shapes):
-            name = PREFIX + layer + suffix
-            specs[name], loads[name] = (
-                spec(shape, plain.dtype),
-                partial(lambda layer, i: plain.factors(layer)[i], layer, i),
-            )
-        if adapter.specs(layer).bias is not None:
-            name = PREFIX + layer + BIAS
-            specs[name] = spec((out_features,), plain.dtype)
-            loads[name] = partial(folded_bias, plain, layer)
-        if adapter.specs(layer).magnitude is not None:
-            name = PREFIX + layer + MAGNITUDE
-            specs[name] = spec((out_features,), plain.dtype)
-            loads[name] = partial(magnitude, plain, layer)
-    for name in adapter.others:
-        specs[name], loads[name] = adapter.tensors.specs[name], partial(adapter.tensors.__getitem__, name)
-    write_safetensors(folder / WEIGHTS, LazyTensors(specs, lambda name: loads[name]()))
-    write_json(folder / CONFIG, plain_config(plain, extra))
-    written = read_safetensors(folder / WEIGHTS)
-    return lambda layer: (written[PREFIX + layer + A], written[PREFIX + layer + B])
-
-
-def folded_bias(plain: PlainLora, layer: str) -> Tensor:
-    bias = plain.adapter.factors(layer).bias
-    assert bias is not None  # called only for layers that have one
-    return (bias.double() * plain.adapter.peft_scaling(layer)).to(plain.dtype)
-
-
-def magnitude(plain: PlainLora, layer: str) -> Tensor:
-    m = plain.adapter.factors(layer).magnitude
-    assert m is not None
-    return m.to(plain.dtype)
-
-
 def write_mlx(plain: PlainLora, folder: Path, base_config: dict[str, Any] | None, extra: dict[str, Any]) -> ReadBack:
-    """Write MLX's adapters.safetensors, with lora_a `[I, R]` and lora_b `[R, O]`, and its adapter_config.json."""
+    """Write MLX's adapters.safetensors and its adapter_config.json.
+
+    A linear layer has lora_a `[I, R]` and lora_b `[R, O]`; the experts of one projection have lora_a `[E, R, I]` and
+    lora_b `[E, O, R]`, which is that of MLX's SwitchLinear.
+    """
+    adapter, R = plain.adapter, plain.rank
     keys: dict[str, None] = {}
-    for layer in plain.layers:
-        match = re.fullmatch(r"model\.layers\.\d+\.(.+)", layer)
+    for layer in adapter.modules:
+        match = re.fullmatch(r"(?:model\.layers\.\d+\.)(.+)|(lm_head)", layer)
         if match is None:
-            raise ValueError(f"mlx adapts what is in model.layers only, and the adapter has {layer!r}.")
-        keys[match[1]] = None
+            raise ValueError(
+                f"mlx adapts what is in model.layers, and lm_head, and the adapter has {layer!r}; `gralora merge` "
+                "writes it into the model."
+            )
+        keys[match[1] or match[2]] = None
     specs: dict[str, Tensor] = {}
     loads: dict[str, Callable[[], Tensor]] = {}
-    for layer in plain.layers:
-        in_features, out_features = plain.adapter.features(layer)
-        shapes = ((".lora_a", (in_features, plain.rank)), (".lora_b", (plain.rank, out_features)))
-        for i, (suffix, shape) in enumerate(shapes):
-            name = layer + suffix
-            specs[name], loads[name] = (
-                spec(shape, plain.dtype),
-                partial(lambda layer, i: plain.factors(layer)[i].T, layer, i),
-            )
+    for layer in adapter.modules:
+        in_features, out_features = adapter.features(layer)
+        for i, (suffix, shape) in enumerate(((".lora_a", (in_features, R)), (".lora_b", (R, out_features)))):
+            specs[layer + suffix] = spec(shape, plain.dtype)
+            loads[layer + suffix] = partial(lambda layer, i: plain.factors(layer)[i].T, layer, i)
+    parameters = by_parameter(adapter.places)
+    block = EXPERTS[model_type(base_config, "mlx", tuple(EXPERTS))].block if parameters else ""
+    sources: dict[str, tuple[list[str], int]] = {}  # expert -> layers of its parts, and which of their experts it is
+    for parameter, experts in parameters.items():
+        module, name = switch_mlp(parameter, block)
+        in_features, out_features = adapter.features(experts[0])
+        parts = ("gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
+        rows = out_features // len(parts)
+        for i, part in enumerate(parts):
+            layer = f"{module}.{part}"
+            keys[layer.split(".", 3)[3]] = None
+            specs[f"{layer}.lora_a"] = spec((len(experts), R, in_features), plain.dtype)
+            specs[f"{layer}.lora_b"] = spec((len(experts), rows, R), plain.dtype)
+            loads[f"{layer}.lora_a"] = partial(stacked, plain, experts, 0, slice(None))
+            loads[f"{layer}.lora_b"] = partial(stacked, plain, experts, 1, slice(i * rows, (i + 1) * rows))
+        sources |= {expert: ([f"{module}.{part}" for part in parts], e) for e, expert in enumerate(experts)}
     write_safetensors(folder / "adapters.safetensors", LazyTensors(specs, lambda name: loads[name]()))
     config = {
         "fine_tune_type": "lora",
         "num_layers": -1,  # all layers; those without tensors in the file keep a zero lora_b
-        "lora_parameters": {"rank": plain.rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)},
+        "lora_parameters": {"rank": R, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)},
     }
     write_json(folder / CONFIG, config)
     written = read_safetensors(folder / "adapters.safetensors")
-    return lambda layer: (written[f"{layer}.lora_a"].T, written[f"{layer}.lora_b"].T)
+
+    def read_back(layer: str) -> tuple[Tensor, Tensor]:
+        if layer not in sources:
+            return written[f"{layer}.lora_a"].T, written[f"{layer}.lora_b"].T
+        names, e = sources[layer]
+        return written[f"{names[0]}.lora_a"][e], torch.cat([written[f"{name}.lora_b"][e] for name in names])
+
+    return read_back
+
+
+def switch_mlp(parameter: str, block: str) -> tuple[str, str]:
+    """MLX's name of the module of experts that a parameter belongs to, and the parameter's own name."""
+    match = re.fullmatch(r"(model\.layers\.\d+)\.\w+\.experts\.(gate_up_proj|down_proj)", parameter)
+    if match is None:
+        raise ValueError(
+            f"mlx has no place for the parameter {parameter!r}; `gralora merge` writes it into the model."
+        )
+    return f"{match[1]}.{block}.switch_mlp", match[2]
+
+
+def stacked(plain: PlainLora, experts: list[str], factor: int, rows: slice) -> Tensor:
+    """Rows of one factor of all experts, `[E, ...]`."""
+    return torch.stack([plain.factors(expert)[factor][rows] for expert in experts])
 
 
 def write_gguf(plain: PlainLora, folder: Path, base_config: dict[str, Any] | None, extra: dict[str, Any]) -> ReadBack:
@@ -280,6 +280,7 @@ class Target:
         finish: adds files that name the base model.
         carry: (prompting, folder, output folder) -> words for `command`; adds files that say how the adapter was
             trained to be asked and where to stop.
+        holds: what the program takes beside linear layers, of KINDS in views.py.
         ignores: options of `export.to_lora`, by its names for them, that mean nothing here -> why.
     """
 
@@ -291,6 +292,7 @@ class Target:
     dtype: torch.dtype | None = None
     is_peft: bool = False
     finish: Callable[[Path, str], None] = nothing
+    holds: frozenset[str] = frozenset()
     ignores: Mapping[str, str] = field(default_factory=lambda: NO_BASE_CONFIG)
 
 
@@ -300,13 +302,15 @@ NO_BASE_CONFIG = {
 IN_FLOAT32 = {"dtype (--dtype)": "its files are in float32, and the program converts them"}
 PEFT_KEEPS = names(lambda facts: facts.beside_factors and facts.in_lora)
 TARGETS = {
-    "peft": Target(write_peft, peft_command, carry_peft, keeps=PEFT_KEEPS, is_peft=True),
-    "vllm": Target(write_peft, vllm_command, carry_vllm, max_rank=VLLM_RANKS[-1], is_peft=True),
-    "sglang": Target(write_peft, sglang_command, carry_sglang, is_peft=True),
+    "peft": Target(write_peft, peft_command, carry_peft, keeps=PEFT_KEEPS, is_peft=True, holds=frozenset(KINDS)),
+    "vllm": Target(
+        write_vllm, vllm_command, carry_vllm, max_rank=VLLM_RANKS[-1], is_peft=True, holds=frozenset({EXPERT})
+    ),
+    "sglang": Target(write_sglang, sglang_command, carry_sglang, is_peft=True, holds=frozenset({EXPERT})),
     "llamacpp": Target(write_gguf, llamacpp_command, carry_llamacpp, dtype=torch.float32, ignores=IN_FLOAT32),
     "ollama": Target(
         write_gguf, ollama_command, carry_ollama, dtype=torch.float32, finish=write_modelfile, ignores=IN_FLOAT32
     ),
-    "mlx": Target(write_mlx, mlx_command, carry_mlx),
+    "mlx": Target(write_mlx, mlx_command, carry_mlx, holds=frozenset({EXPERT})),
 }
 GGUF_TARGETS = tuple(name for name, target in TARGETS.items() if target.write is write_gguf)
