@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from gralora.checkpoints.files import locked
 from gralora.tool import cli
 from gralora.tool.side_by_side import load_side_by_side
-from gralora.tool.training.distributed import AdapterTrainer
+from gralora.tool.training.trainer import AdapterTrainer
 
 WEIGHTS = "adapter_model.safetensors"
 CHATML = (
@@ -460,9 +460,3 @@ def test_factors_of_a_quantised_base_stay_in_float32(finetune, tmp_path, monkeyp
     monkeypatch.setattr(AdapterTrainer, "training_step", watched)
     assert finetune("--bf16", quantization="4bit", max_steps=1)[0] == 0
     assert seen == [{torch.float32}]
-
-
-def test_an_adapter_on_the_output_layer_is_refused(finetune, tmp_path):
-    """The SFTTrainer computes losses from that layer's weight alone, so the adapter would never learn."""
-    status, printed = finetune(lora_target_modules="lm_head")
-    assert status == 2 and "Applying a PEFT adapter to `lm_head` is not supported" in printed

@@ -18,7 +18,15 @@ from .data.layouts import RECORD_NAMES
 from .data.readers import READERS
 from .data.tokens import TRUNCATION_MODES
 from .models import EMBEDDED, QUANTIZATIONS
-from .trainer_fields import CHECKPOINTING, OF_DATA, SPLITTING, other_fields, same_names
+from .trainer_fields import (
+    CHECKPOINTING,
+    CHECKPOINTING_OPTIONS,
+    NEEDS_GPU,
+    OF_DATA,
+    SPLITTING,
+    other_fields,
+    same_names,
+)
 
 # the words that the Trainer knows
 KNOWN = {
@@ -229,6 +237,12 @@ class FinetuneArguments(GraloraFlags):
                 )
             if not all(weight > 0 for weight in self.data_weights):
                 raise ValueError(f"data_weights={self.data_weights} must be above 0; leave out a data_path instead.")
+        if "all-linear" in (self.lora_target_modules or ()) and len(self.lora_target_modules) > 1:
+            raise ValueError(
+                f"lora_target_modules={self.lora_target_modules}: all-linear stands alone, for all linear layers but "
+                "the output layer; with others, name each, as in q_proj k_proj v_proj o_proj gate_proj up_proj "
+                "down_proj lm_head."
+            )
         if self.bf16 and self.fp16:
             raise ValueError("bf16=True and fp16=True exclude each other; give one.")
         if self.data_path is None:
@@ -323,14 +337,31 @@ class FinetuneArguments(GraloraFlags):
             fields["target_modules"] = "all-linear"
         return LoraConfig(task_type="CAUSAL_LM", **fields)
 
+    def checkpointing_options(self) -> dict[str, Any] | None:
+        """What is asked for of gradient checkpointing, by either of its names.
+
+        The reentrant kind, torch's default, needs an input with gradients, and a frozen model's has none.
+        """
+        given = next((self.trainer[name] for name in CHECKPOINTING_OPTIONS if self.trainer.get(name)), {})
+        given = json.loads(given) if isinstance(given, str) else given
+        if given and not self.gradient_checkpointing:
+            raise ValueError(f"gradient_checkpointing_kwargs={given!r} needs gradient_checkpointing.")
+        if given.get("selective") and CHECKPOINTING == "activation_checkpointing":
+            raise ValueError(
+                "gradient_checkpointing_kwargs={'selective': True}: this version of TRL does not hand it on to this "
+                "version of transformers, which calls it activation checkpointing; leave it out."
+            )
+        return {"use_reentrant": False} | given if self.gradient_checkpointing else None
+
     def training_arguments(self) -> SFTConfig:
         """What TRL's trainer is asked for; a field that was given by its own name wins.
 
         Examples are cut before the trainer gets them, so it is told a length for packing alone.
         """
         gpu = torch.accelerator.is_available()
-        if self.fp16 and not gpu:
-            raise ValueError("fp16=True needs a GPU, and none is found; use bf16 or neither.")
+        for name, instead in {} if gpu else NEEDS_GPU.items():
+            if self.trainer.get(name, getattr(self, name, False)):
+                raise ValueError(f"{name}=True needs a GPU, and none is found; {instead}.")
         early = self.early_stopping_patience is not None
         settings = {name: getattr(self, name) for name in same_names(type(self)) - {"gradient_checkpointing"}}
         settings |= {
@@ -348,18 +379,15 @@ class FinetuneArguments(GraloraFlags):
             "metric_for_best_model": "eval_loss" if early else None,
             # without padding there is no mask to count by
             "include_num_input_tokens_seen": "all" if self.is_flat else "non_padding",
-            # the reentrant kind needs an input with gradients, and a frozen model's has none
             CHECKPOINTING: self.gradient_checkpointing,
-            f"{CHECKPOINTING}_kwargs": {"use_reentrant": False} if self.gradient_checkpointing else None,
+            f"{CHECKPOINTING}_kwargs": self.checkpointing_options(),
             # of a stream, one process would read batches for all, and answers of different lengths do not fit in one
             "accelerator_config": {"dispatch_batches": False},
             "use_cpu": not gpu,
             "dataloader_pin_memory": gpu,
             "report_to": self.reporters or "none",
         }
-        passed = {name: value for name, value in self.trainer.items() if name not in OF_DATA}
-        if "gradient_checkpointing_kwargs" in passed:
-            passed[f"{CHECKPOINTING}_kwargs"] = passed.pop("gradient_checkpointing_kwargs")
+        passed = {name: value for name, value in self.trainer.items() if name not in OF_DATA | CHECKPOINTING_OPTIONS}
         training = SFTConfig(**settings | passed)
         devices = training.world_size * max(1, training.n_gpu)
         training.gradient_accumulation_steps = self.accumulation(devices)

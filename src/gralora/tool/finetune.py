@@ -38,7 +38,7 @@ from .data.tokens import IGNORED, LEARNT, marked
 from .models import check_length, check_tokens, load_config, load_model, load_tokenizer, positions
 from .trainer_fields import other_fields, other_flags
 from .training.disk import full_disk_is_said, least_space
-from .training.distributed import AdapterTrainer, holds_share
+from .training.distributed import holds_share
 from .training.dry_run import dry_run
 from .training.progress import Progress, peak_memory_gib
 from .training.report import CARD, LOSS_PLOT, METRICS, finite, history, plot_losses, report, summary, write_card
@@ -54,6 +54,7 @@ from .training.resume import (
 )
 from .training.start import continued
 from .training.stopping import StopAtNonFinite, learnt_ends, stop_at
+from .training.trainer import AdapterTrainer
 from .verify import LOGITS, PROBES, record_logits, verify_in_new_process
 
 NEW = ".new"  # where the adapter is written, before it replaces an older one

@@ -11,6 +11,10 @@ OURS |= {"activation_checkpointing": "gradient_checkpointing"}
 CHECKPOINTING = "activation_checkpointing"  # its name in newer transformers
 if CHECKPOINTING not in {field.name for field in dataclasses.fields(SFTConfig)}:
     CHECKPOINTING = "gradient_checkpointing"
+CHECKPOINTING_OPTIONS = {"activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"}
+# fields that only a GPU can do -> what to do without
+NEEDS_GPU = {"fp16": "use bf16 or neither", "activation_offloading": "a CPU's activations are in its memory already"}
+NEEDS_GPU |= {"use_liger_kernel": "leave it out, since Liger's kernels are written in Triton"}
 # fields that say how data become tokens, and which model is trained: both are done before the trainer gets them
 OF_DATA = {"truncation_mode", "completion_only_loss", "assistant_only_loss", "chat_template_path"}
 OF_DATA |= {"dataset_text_field", "model_init_kwargs", "trust_remote_code"}

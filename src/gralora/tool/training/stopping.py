@@ -13,7 +13,8 @@ from transformers import (
 )
 
 from ..data.corpus import Corpus
-from .distributed import AdapterTrainer, any_process
+from .distributed import any_process
+from .trainer import AdapterTrainer
 
 
 def learnt_ends(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> list[int]:
