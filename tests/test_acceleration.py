@@ -168,8 +168,8 @@ def test_compiles_without_graph_breaks() -> None:
 def test_compiled_as_an_operator(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """As large layers are: the operator knows the shapes of a plain LoRA's gradients."""
     torch._dynamo.reset()
-    monkeypatch.setattr(fast_path.plans, "compiled_as", lambda x, weight, p: "operator")
-    monkeypatch.setattr(fast_path.plans, "is_called", lambda x, weight, p: True)
+    monkeypatch.setattr(fast_path.compiled, "form_of", lambda x, weight, p: "operator")
+    monkeypatch.setattr(fast_path.compiled, "is_called", lambda x, weight, p: True)
     model = gralora.accelerate(plain(lora_dropout=dropout)).eval()
     x = random_input(5, SIZES.in_features)
     wanted = results(model, x)

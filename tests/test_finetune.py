@@ -16,6 +16,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, load_peft_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
+from gralora.ops import plans
 from gralora.tool import arguments as arguments_module
 from gralora.tool import cli
 from gralora.tool import finetune as module
@@ -105,6 +106,22 @@ def test_without_use_gralora_it_is_plain_lora_of_the_same_size(arguments, tmp_pa
     granular = finetune(arguments(max_steps=1, val_set_size=0, overwrite=True))
     assert plain["parameters"] == granular["parameters"] and plain["parameters"]["trainable"] > 0
     assert granular["arguments"]["gralora_k"] == 2, "the number that auto stands for"
+
+
+def test_plain_lora_is_accelerated(arguments, capsys, monkeypatch):
+    """As by gralora.accelerate, unless --kernels torch or reference leaves it to PEFT; the losses are the same."""
+    monkeypatch.setattr(plans, "choice", "auto")  # put back at the end
+    losses = {}
+    for kernels in ("auto", "torch", "reference", "portable"):
+        args = arguments(use_gralora=False, max_steps=2, kernels=kernels, overwrite=True)
+        losses[kernels] = finetune(args)["held_out_loss"]["after"]
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training LoRA")]
+        is_ours = kernels in ("auto", "portable")
+        assert (" by PEFT" in line) != is_ours and (f" by {plans.describe('cpu')}" in line) == is_ours, line
+        assert plans.choice == kernels
+    assert all(loss == pytest.approx(losses["torch"], abs=1e-4) for loss in losses.values())
+    with pytest.raises(ValueError, match="kernels='fast' must be one of auto, portable"):
+        arguments(kernels="fast")
 
 
 def test_model_card(arguments, tmp_path):

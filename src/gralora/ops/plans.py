@@ -50,6 +50,14 @@ def read_choice() -> str:
     return value
 
 
+def choose(value: str) -> None:
+    """Restrict what is chosen from now on to one of CHOICES; to be called before models are compiled."""
+    global choice
+    choice = value
+    architecture.cache_clear()
+    _plan.cache_clear()
+
+
 choice = read_choice()  # once: a constant for torch.compile
 HALF = (torch.bfloat16, torch.float16)
 

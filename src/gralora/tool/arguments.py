@@ -13,6 +13,7 @@ from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
 from ..config import FLAGS, SETTINGS, LoraConfig, parse
+from ..ops import plans
 from ..seam import INTEGRATION_TO_CALLBACK, HfArg, OptimizerNames, SchedulerType
 from .data.layouts import RECORD_NAMES
 from .data.readers import READERS
@@ -33,6 +34,7 @@ KNOWN = {
     "optim": [kind.value for kind in OptimizerNames],
     "lr_scheduler_type": [kind.value for kind in SchedulerType],
     "quantization": ["none", *QUANTIZATIONS],
+    "kernels": list(plans.CHOICES),
 }
 LEAST = {"batch_size": 1, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "max_seq_length": 2, "lora_r": 1}
 LEAST |= {"val_set_size": 0, "max_grad_norm": 0, "neftune_noise_alpha": 0, "early_stopping_patience": 1}
@@ -127,6 +129,11 @@ class FinetuneArguments(GraloraFlags):
     )
     attn_implementation: str | None = HfArg(
         default=None, help="The base model's attention, as transformers names it: sdpa, eager, flash_attention_2."
+    )
+    kernels: str = HfArg(
+        default=plans.choice,
+        help="What computes the adapters: auto, portable, torch, triton or reference, as the variable GRALORA_KERNELS "
+        "has it otherwise. With torch and reference, plain LoRA is computed as PEFT does.",
     )
     lora_r: int = HfArg(default=32, help="Total rank.")
     lora_alpha: int = HfArg(default=64, help="Scale of the adapter: it is multiplied by lora_alpha / lora_r.")

@@ -27,8 +27,10 @@ from transformers import (
 )
 from trl import SFTConfig
 
+from ..acceleration import accelerate
 from ..checkpoints.files import check_space, finish_replacing, locked, read_json, replace_files, write_json
 from ..checkpoints.load import load_adapter
+from ..ops import plans
 from ..seam import string_to_bool
 from . import configfile, output
 from .arguments import LENGTH, FinetuneArguments
@@ -234,7 +236,9 @@ def prepare(args: FinetuneArguments) -> Run:
         model = prepare_model_for_kbit_training(model, args.gradient_checkpointing, **kwargs)
     stop_at(model, ends, tokenizer)
     set_seed(args.seed)
+    plans.choose(args.kernels)
     model = get_peft_model(model, lora_config) if trained is None else load_adapter(model, trained, is_trainable=True)
+    accelerate(model, enable=args.kernels not in ("torch", "reference"))
     check_checkpoint(checkpoint, model)
     check_tensors(checkpoint, model)
     check_data(checkpoint, corpus.digest())

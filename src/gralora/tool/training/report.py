@@ -10,6 +10,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Trainer
 
+from ...fast_path import FusedLayer
 from ...ops.plans import describe
 from ..arguments import FinetuneArguments
 from ..models import EMBEDDED
@@ -111,7 +112,8 @@ def summary(args: FinetuneArguments, model: PeftModel, trainer: Trainer, trained
     rows = trainer.train_dataset
     packed = f"; packed into {len(rows)} rows" if args.packing and isinstance(rows, Dataset) else ""
     start = f", going on with {trained}" if trained else ""
-    kernels = f" by {describe(trainer.args.device)}" if config.use_gralora else ""
+    is_ours = any(isinstance(layer, FusedLayer) for layer in model.modules())
+    kernels = f" by {describe(trainer.args.device)}" if is_ours else " by PEFT"
     return (
         f"training {ranks}, alpha {config.lora_alpha}, {layers} layers, {trainable:,} parameters{start}, on {base}; "
         f"{str(args.dtype).removeprefix('torch.')} on {trainer.args.device}{kernels}{packed}"
