@@ -37,6 +37,10 @@ def test_qlora(run: Any) -> None:
     assert merged < first
 
 
+def test_faster_lora(run: Any) -> None:
+    assert run("faster_lora") < 1e-4
+
+
 def test_hybrid_sweep_compares_equal_numbers_of_parameters(run: Any) -> None:
     parameters = run("hybrid_sweep")
     assert len(parameters) == 5 and len(set(parameters.values())) == 1

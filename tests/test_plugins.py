@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import gralora.plugins
 from gralora import LoraConfig
+from gralora.ops import plans
 
 FOLDER = Path(gralora.plugins.__path__[0])
 
@@ -143,6 +144,23 @@ def test_axolotl_settings(axolotl, model):
             plugin.load_adapter(model, Settings(SETTINGS, **{refused: True}))
 
 
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+def test_axolotl_accelerates_plain_lora(axolotl, model, adapter, monkeypatch):
+    """Unless its own kernels compute it, or GRALORA_KERNELS leaves it to PEFT; other adapters are left alone."""
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    plugin = axolotl.GraloraPlugin()
+
+    def layers(**settings):
+        plugin.post_lora_load(Settings(settings), adapted)
+        return gralora.describe(adapted).partition(" of")[0]
+
+    assert layers(adapter=adapter, lora_mlp_kernel=True) == layers(adapter="ia3") == layers() == "0"
+    monkeypatch.setattr(plans, "choice", "torch")
+    assert layers(adapter=adapter) == "0"
+    monkeypatch.setattr(plans, "choice", "portable")
+    assert layers(adapter=adapter) == "2"
+
+
 # ---- ms-swift
 
 
@@ -157,7 +175,7 @@ class Tuner:
 
 
 @pytest.fixture
-def swift(load):
+def swift_tuners(load):
     functions = {
         "get_target_modules": lambda args, model: args.target_modules,
         "get_modules_to_save": lambda args, model, task_type=None: [
@@ -168,13 +186,18 @@ def swift(load):
     tuners = {"PeftTuner": Tuner, "tuners_map": {}}
     modules = {"swift": {}, "swift.pipelines": {}, "swift.pipelines.train": {}, "swift.tuner_plugin": tuners}
     load("ms_swift", **modules, **{"swift.pipelines.train.tuner": functions})
-    return tuners["tuners_map"]["gralora"]
+    return tuners["tuners_map"]
+
+
+@pytest.fixture
+def swift(swift_tuners):
+    return swift_tuners["gralora"]
 
 
 ARGS = {"task_type": "causal_lm", "lora_rank": 8, "lora_alpha": 24, "lora_dropout": 0.1, "use_rslora": True}
 ARGS |= {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["lm_head"], "lora_bias": "none"}
 ARGS |= {"init_weights": True, "lora_dtype": None, "use_dora": False, "lorap_lr_ratio": None}
-ARGS |= {"target_parameters": None}
+ARGS |= {"target_parameters": None, "tuner_type": "gralora"}
 
 
 def test_ms_swift_builds_saves_and_loads_the_adapter(swift, model, tiny_model, tmp_path, monkeypatch):
@@ -217,6 +240,23 @@ def test_ms_swift_target_parameters(swift, model, monkeypatch):
     monkeypatch.setattr(sys.modules[swift.__module__], "get_peft_model", lambda model, config: made.append(config))
     swift.prepare_model(SimpleNamespace(**ARGS | {"target_parameters": ["q_proj.weight"]}), model)
     assert made[0].target_parameters == ["q_proj.weight"]
+
+
+def test_ms_swift_accelerates_plain_lora(swift_tuners, model, tiny_model, tmp_path, monkeypatch):
+    """PEFT's LoRA, with PEFT's config and tensors, also when it is loaded to go on."""
+    monkeypatch.delenv("GRALORA_K", raising=False)
+    tuner = swift_tuners["accelerated_lora"]
+    adapted = tuner.prepare_model(SimpleNamespace(**ARGS | {"tuner_type": "accelerated_lora"}), model)
+    randomise(adapted)
+    tuner.save_pretrained(adapted, str(tmp_path))
+    assert type(peft.PeftConfig.from_pretrained(tmp_path)) is LoraConfig
+    assert "gralora" not in (tmp_path / "adapter_config.json").read_text()
+    again = tuner.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(tmp_path))
+    for one in (adapted, again):
+        assert gralora.describe(one).startswith("4 of 4 LoRA layers run as one operation")
+    assert torch.equal(logits(again), logits(adapted))
+    with pytest.raises(ValueError, match="cannot be combined with --tuner_type accelerated_lora"):
+        tuner.prepare_model(SimpleNamespace(**ARGS | {"lorap_lr_ratio": 2.0, "tuner_type": "accelerated_lora"}), model)
 
 
 def test_ms_swift_settings(swift, model, monkeypatch):

@@ -63,6 +63,11 @@ def accelerate(model: Model, enable: bool = True) -> Model:
     return model
 
 
+def is_default() -> bool:
+    """Whether programs that accelerate unasked are to: GRALORA_KERNELS is neither torch nor reference."""
+    return plans.choice not in ("torch", "reference")
+
+
 def cover(model: nn.Module, config: Any, layer: nn.Module) -> None:
     """Accelerate a layer that has just got an adapter, if its model or the adapter's config asks for it.
 

@@ -13,6 +13,8 @@ hybrid_r: 0
 
 Axolotl's `lora_` and `peft_` settings mean the same as for `adapter: lora`. Axolotl saves the adapter; merge it with
 `gralora merge`, since Axolotl's own merge command reads plain LoRA only.
+
+With `adapter: lora` or `qlora` the plugin accelerates PEFT's layers, unless Axolotl's own LoRA kernels are on.
 """
 
 import dataclasses
@@ -23,16 +25,18 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from axolotl.loaders.adapter import load_lora
 from peft import PeftConfig, PeftModel, get_peft_model
 from pydantic import Field, create_model
+from torch import nn
 from transformers import PreTrainedModel
 
-from gralora import LoraConfig
+from gralora import LoraConfig, accelerate
+from gralora.acceleration import is_default
 from gralora.config import SETTINGS
 from gralora.fields import is_set
 
 NAME = "gralora"
 # Axolotl's fused kernels read lora_A and lora_B as plain matrices; it quantises the base for `lora` and `qlora` only
-REFUSED: tuple[str, ...] = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
-REFUSED += ("load_in_4bit", "load_in_8bit", "gptq")
+KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+REFUSED = (*KERNELS, "load_in_4bit", "load_in_8bit", "gptq")
 
 
 SETTING_FIELDS: dict[str, Any] = {
@@ -80,6 +84,11 @@ class GraloraPlugin(BasePlugin):
             model = get_peft_model(model, config, **options)
         model.print_trainable_parameters()
         return model, config
+
+    def post_lora_load(self, cfg: Any, model: nn.Module) -> None:
+        """Compute plain LoRA layers by gralora's operations."""
+        if cfg.adapter in ("lora", "qlora") and not any(cfg[name] for name in KERNELS) and is_default():
+            accelerate(model)
 
 
 def granular(plain: peft.LoraConfig, **settings: Any) -> LoraConfig:

@@ -1,4 +1,4 @@
-"""ms-swift plugin: `--tuner_type gralora`.
+"""ms-swift plugin: `--tuner_type gralora`, and `--tuner_type accelerated_lora`, PEFT's plain LoRA at its speed.
 
 ```
 swift sft --external_plugins "$(python -c 'import gralora.plugins as p; print(p.__path__[0])')/ms_swift.py" \
@@ -19,10 +19,9 @@ from swift.pipelines.train.tuner import get_modules_to_save, get_target_modules
 from swift.tuner_plugin import PeftTuner, tuners_map
 from torch import nn
 
-from gralora import LoraConfig
+from gralora import LoraConfig, accelerate
 from gralora.config import SETTINGS, parse
 
-NAME = "gralora"
 REFUSED = ("lorap_lr_ratio",)  # arguments of ms-swift that mean another optimizer
 TASK_TYPES = {"EMBEDDING": None, "RERANKER": "SEQ_CLS", "GENERATIVE_RERANKER": "CAUSAL_LM", "DECISION": "CAUSAL_LM"}
 
@@ -30,11 +29,15 @@ TASK_TYPES = {"EMBEDDING": None, "RERANKER": "SEQ_CLS", "GENERATIVE_RERANKER": "
 class GraloraTuner(PeftTuner):
     """A tuner that adds a GraLoRA adapter, and saves and loads it as PEFT does."""
 
-    @staticmethod
-    def prepare_model(args: Any, model: nn.Module) -> nn.Module:
+    adapter = {"use_gralora": True}
+
+    @classmethod
+    def prepare_model(cls, args: Any, model: nn.Module) -> nn.Module:
         for name in REFUSED:
             if getattr(args, name, None):
-                raise ValueError(f"--{name} {getattr(args, name)} cannot be combined with --tuner_type {NAME}.")
+                raise ValueError(
+                    f"--{name} {getattr(args, name)} cannot be combined with --tuner_type {args.tuner_type}."
+                )
         # --model_kwargs '{"gralora_hybrid_r": 2}' is the variable GRALORA_HYBRID_R
         variables = {name: f"GRALORA_{name.removeprefix('gralora_').upper()}" for name in SETTINGS}
         settings = {n: parse(n, os.environ[variable]) for n, variable in variables.items() if variable in os.environ}
@@ -52,7 +55,7 @@ class GraloraTuner(PeftTuner):
             use_rslora=args.use_rslora,
             use_dora=args.use_dora,
             init_lora_weights=args.init_weights,
-            **settings | {"use_gralora": True},
+            **settings | cls.adapter,
         )
         model = get_peft_model(model, config)
         if args.lora_dtype:
@@ -62,4 +65,17 @@ class GraloraTuner(PeftTuner):
         return model
 
 
-tuners_map[NAME] = GraloraTuner
+class AcceleratedTuner(GraloraTuner):
+    """A tuner that adds PEFT's plain LoRA, and computes it by gralora's operations.
+
+    ms-swift's own `--tuner_type lora` gives each factor a forward of its own, which these would leave out.
+    """
+
+    adapter = {"use_gralora": False, "accelerate": True}
+
+    @staticmethod
+    def from_pretrained(model: nn.Module, model_id: str, **kwargs: Any) -> nn.Module:
+        return accelerate(PeftTuner.from_pretrained(model, model_id, **kwargs))
+
+
+tuners_map |= {"gralora": GraloraTuner, "accelerated_lora": AcceleratedTuner}

@@ -27,7 +27,7 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from ..acceleration import accelerate
+from ..acceleration import accelerate, is_default
 from ..checkpoints.files import check_space, finish_replacing, locked, read_json, replace_files, write_json
 from ..checkpoints.load import load_adapter
 from ..ops import plans
@@ -238,7 +238,7 @@ def prepare(args: FinetuneArguments) -> Run:
     set_seed(args.seed)
     plans.choose(args.kernels)
     model = get_peft_model(model, lora_config) if trained is None else load_adapter(model, trained, is_trainable=True)
-    accelerate(model, enable=args.kernels not in ("torch", "reference"))
+    accelerate(model, enable=is_default())
     check_checkpoint(checkpoint, model)
     check_tensors(checkpoint, model)
     check_data(checkpoint, corpus.digest())
