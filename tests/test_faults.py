@@ -642,22 +642,30 @@ def test_finetune_on_a_full_disk(
     assert read(out)
 
 
-def test_finetune_whose_chart_finds_no_space(
+def test_finetune_whose_report_finds_no_space(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was trained is there, and said to be."""
+    """What was trained is there, and said to be; no report stands beside an adapter of another run."""
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     for overwritten in (False, True):
-        monkeypatch.setattr("gralora.tool.finetune.plot_losses", full)
-        with pytest.raises(OSError, match="The adapter there is trained and complete; a report or chart beside it"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(OSError, match="The adapter there is trained and complete; a report or chart beside it"),
+        ):
+            patch.setattr("gralora.tool.finetune.write_json", full)
             finetune(finetune_arguments(tmp_path, tiny_model, seed=int(overwritten)))
-        assert read(tmp_path / "out")
-    monkeypatch.setattr("gralora.tool.finetune.save", full)
+        assert read(tmp_path / "out") and not (tmp_path / "out" / "metrics.json").exists()
+        finetune(finetune_arguments(tmp_path, tiny_model))
+        assert (tmp_path / "out" / "metrics.json").exists()
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr("gralora.tool.finetune.AdapterTrainer.save_model", full)
     with pytest.raises(OSError, match="there is that of an earlier run. Free some space, and go on from step 6"):
         finetune(finetune_arguments(tmp_path, tiny_model))
+    after = contents(tmp_path / "out")
+    assert [n for n in before if before[n] != after[n] and not n.startswith("checkpoint-")] == []
     monkeypatch.setattr("gralora.tool.finetune.train_or_interrupt", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         finetune(finetune_arguments(tmp_path, tiny_model))

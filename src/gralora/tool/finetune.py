@@ -43,7 +43,7 @@ from .training.disk import full_disk_is_said, least_space
 from .training.distributed import holds_share
 from .training.dry_run import dry_run
 from .training.progress import Progress, peak_memory_gib
-from .training.report import CARD, LOSS_PLOT, METRICS, finite, history, plot_losses, report, summary, write_card
+from .training.report import LOSS_PLOT, METRICS, finite, history, plot_losses, report, summary, write_card
 from .training.resume import (
     check_checkpoint,
     check_data,
@@ -282,17 +282,21 @@ def show(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, args: FinetuneArgum
 
 
 def save(run: Run, loss: dict[str, float] | None, output_dir: Path) -> None:
-    """Write adapter, tokenizer, generation config and card, in the place of those of an earlier run."""
+    """Write adapter, tokenizer, generation config and card, in the place of those of an earlier run.
+
+    What that run reported goes with its adapter, so that no report ever stands beside another one.
+    """
     trainer, new = run.trainer, output_dir / NEW
     if trainer.is_world_process_zero():
-        write_card(run.args, run.model, loss)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
-        shutil.copyfile(output_dir / CARD, new / CARD)
+        write_card(run.args, run.model, loss, new)
     trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(new), _internal_call=True)  # PEFT adds to the card what it knows; not yet to the hub
     if trainer.is_world_process_zero():
         run.model.get_base_model().generation_config.save_pretrained(new)
+        for name in (METRICS, LOSS_PLOT, LOGITS):
+            (output_dir / name).unlink(missing_ok=True)
         replace_files(new, output_dir)
 
 

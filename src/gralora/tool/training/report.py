@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,11 @@ def plot_losses(losses: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def write_card(args: FinetuneArguments, model: PeftModel, loss: dict[str, float] | None) -> None:
-    """Write the adapter's model card into `output_dir`, unless there is one that `write_card` did not write."""
-    path = Path(args.output_dir, CARD)
-    if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8"):
+def write_card(args: FinetuneArguments, model: PeftModel, loss: dict[str, float] | None, folder: Path) -> None:
+    """Write the adapter's model card into `folder`; if `output_dir` has one of the user's, copy that."""
+    existing = Path(args.output_dir, CARD)
+    if existing.exists() and CARD_MARK not in existing.read_text(encoding="utf-8"):
+        shutil.copyfile(existing, folder / CARD)
         return
     config = model.peft_config["default"]
     base = "SmolLM2-135M-Instruct" if args.base_model == EMBEDDED else args.base_model
@@ -83,8 +85,7 @@ tokenizer = AutoTokenizer.from_pretrained({args.output_dir!r})
 | --- | --- |
 """
     text += "".join(f"| {name} | {value} |\n" for name, value in settings.items()) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def finite(value: Any) -> Any:
