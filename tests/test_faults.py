@@ -661,7 +661,7 @@ def test_finetune_whose_report_finds_no_space(
         finetune(finetune_arguments(tmp_path, tiny_model))
         assert (tmp_path / "out" / "metrics.json").exists()
     before = contents(tmp_path / "out")
-    monkeypatch.setattr("gralora.tool.finetune.AdapterTrainer.save_model", full)
+    monkeypatch.setattr("transformers.GenerationConfig.save_pretrained", full)
     with pytest.raises(OSError, match="there is that of an earlier run. Free some space, and go on from step 6"):
         finetune(finetune_arguments(tmp_path, tiny_model))
     after = contents(tmp_path / "out")
