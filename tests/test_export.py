@@ -438,3 +438,21 @@ def test_source_is_passed_on(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--from peft"):
         gralora.to_lora(tmp_path / "in", tmp_path / "out")
     assert gralora.to_lora(tmp_path / "in", tmp_path / "out", source="peft")["source"]["format"] == "peft"
+
+
+@pytest.mark.parametrize("name", ["self_attn", "q_proj", "model", "layers"])
+def test_adapters_named_like_layers_are_not_cut(tmp_path: Path, name: str) -> None:
+    """PEFT (0.21, its issue 3584) leaves out what it takes for another adapter's, or adds that: never silently."""
+    fields = {"r": 4, "use_gralora": True, "gralora_k": 2, "init_lora_weights": False}
+    config = gralora.LoraConfig(target_modules=["q_proj", "gate_proj"], **fields)
+    model = peft.get_peft_model(tiny_llama(), config)
+    model.add_adapter(name, config)
+    with pytest.raises(ValueError, match=f"saves other tensors for the adapter 'default' .*'{name}'"):
+        gralora.to_lora(model, tmp_path / "out")
+    model.save_pretrained(tmp_path)
+    refused = pytest.raises(ValueError, match=r"has no GraLoRA tensors|no tensors of|none of this adapter")
+    with refused:
+        gralora.load_adapter(tiny_llama(), tmp_path)
+    assert gralora.load_adapter(tiny_llama(), tmp_path / name)
+    model.delete_adapter(name)
+    gralora.to_lora(model, tmp_path / "out")

@@ -553,7 +553,7 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         return folder
 
     yield do
-    subprocess.run(["umount", str(folder)], capture_output=True)
+    subprocess.run(["umount", "--lazy", str(folder)], capture_output=True)  # a file there may still be mapped
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -5,6 +5,7 @@ Whatever format an adapter was saved in (see formats.py), its tensors have gralo
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ PREFIX = "base_model.model."  # PEFT's, before the name of the layer in the base
 BIAS = ".lora_B.bias"
 MAGNITUDE = ".lora_magnitude_vector"  # as PEFT saves it, without ".weight"
 SUFFIXES = (A, B, HYBRID_A, HYBRID_B, BIAS, MAGNITUDE)  # in the order of Factors
+FACTOR = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b")  # in what PEFT names of any LoRA
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -186,6 +188,11 @@ def check(adapter: Adapter) -> None:
         f = adapter.specs(layer)
         _check_present(layer, f, config)
         _check_shapes(layer, f, adapter)
+    if strange := [name for name in adapter.others if FACTOR.search(name)]:
+        raise ValueError(
+            f"{len(strange)} tensors of the file are named like factors, and are none of this adapter: "
+            f"{listed(strange)}. PEFT saves such where a model has an adapter whose name is part of layers' names."
+        )
     check_selected(adapter)
 
 

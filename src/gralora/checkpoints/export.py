@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ from . import formats, prompting
 from .adapter import PREFIX, Adapter, set_fields
 from .base import BaseModel, base_folder
 from .files import WEIGHTS, new_folder, read_adapter_folder, read_json, write_json
-from .load import load_adapter
+from .load import expected_tensors, load_adapter
 from .pipelines import export_pipeline
 from .plain import PlainLora, plain_lora
 from .prompting import Prompting
@@ -248,10 +247,10 @@ def to_lora(
         options: dict[str, Any] = {"base": base, "base_config": base_config, "max_rank": max_rank, "lossy": lossy}
         with TemporaryDirectory() as folder:
             save_adapter(adapter, Path(folder), adapter_name)
-            report = to_lora(folder, out, target, dtype=dtype, **options)
-        report["source"]["adapter"] = f"{type(adapter).__name__} in memory"
-        write_json(Path(out) / REPORT, report)
-        return report
+            written = to_lora(folder, out, target, dtype=dtype, **options)
+        written["source"]["adapter"] = f"{type(adapter).__name__} in memory"
+        write_json(Path(out) / REPORT, written)
+        return written
     if adapter_name != "default":
         raise ValueError(
             f"adapter_name is {adapter_name!r}, but the folder {str(adapter)!r} holds one adapter, which needs no "
@@ -326,7 +325,7 @@ def save_adapter(model: Any, folder: Path, adapter_name: str) -> None:
     """Write the adapter of a model in memory as PEFT does, also of a model that is no PeftModel."""
     if adapter_name not in (getattr(model, "peft_config", None) or {}):
         raise ValueError(f"{type(model).__name__} has no adapter {adapter_name!r}.")
-    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    tensors = expected_tensors(model, adapter_name)
     tensors = {f"{PREFIX}{name.removeprefix(PREFIX)}": t.detach().cpu().contiguous() for name, t in tensors.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     model.peft_config[adapter_name].save_pretrained(str(folder))

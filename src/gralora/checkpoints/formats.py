@@ -21,7 +21,7 @@ from ..strings import printable
 from .adapter import PREFIX, Adapter, check, check_plain, json_config, set_fields
 from .files import LazyTensors
 from .untrusted import check_fields, check_matching_time, check_rank
-from .views import HYBRID_A, HYBRID_B, A, B, linear_maps
+from .views import HYBRID_A, HYBRID_B, A, B, Place, linear_maps
 
 # Reading and writing
 
@@ -96,7 +96,8 @@ def read(
         raise ValueError(f"tensor {twice!r} is in the file twice, under the names of two formats.")
     ours, more_notices = known.read_config(dict(config))
     notices += more_notices
-    lora_config, renamed, places = _config(ours), lazy.renamed(sources), {}
+    lora_config, renamed = _config(ours), lazy.renamed(sources)
+    places: Mapping[str, Place] = {}
     if as_linear:
         renamed, places = linear_maps(renamed, lora_config, PREFIX)
     adapter = Adapter(lora_config, renamed, name, tuple(notices), places)

@@ -5,9 +5,11 @@ An adapter with NaN values, or with all B zero, is an error, too. After an error
 
 import copy
 import os
+import re
 import reprlib
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
+from typing import Any
 
 import peft
 import torch
@@ -21,7 +23,7 @@ from ..config import LoraConfig, is_set
 from ..kinds import base_layer, check_kind
 from ..seam import Conv1D
 from . import formats
-from .adapter import PREFIX, Adapter
+from .adapter import FACTOR, PREFIX, Adapter
 from .files import read_adapter_folder
 from .untrusted import check_finite, check_matching_time, listed
 
@@ -144,8 +146,23 @@ def check_not_zero(adapter: Adapter) -> None:
     raise ValueError("all B factors of the adapter are zero: it was not trained, and does nothing.")
 
 
-def expected_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
-    return get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+def expected_tensors(model: Any, adapter_name: str) -> dict[str, Tensor]:
+    """What PEFT saves of one adapter of a model.
+
+    Raises:
+        ValueError: if PEFT would leave out layers, or add tensors of another adapter: it takes every tensor with
+            ".NAME." in its name for one of the adapter NAME, also where that is part of a layer's name.
+    """
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    factor = re.compile(rf"\.lora_\w+\.{re.escape(adapter_name)}(\.|$)")
+    own = [name for name, _ in model.named_parameters() if factor.search(name)]
+    if len(own) != sum(bool(FACTOR.search(name)) for name in tensors):
+        raise ValueError(
+            f"PEFT saves other tensors for the adapter {adapter_name!r} than it has, {own[0]} for one: the name of an "
+            f"adapter ({', '.join(map(repr, model.peft_config))}) is also part of the names of layers. Give that one "
+            "another name, or delete it first."
+        )
+    return tensors
 
 
 def base_weights(model: PeftModel, names: Set[str]) -> dict[str, Tensor]:

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .adapter import BIAS, MAGNITUDE, PREFIX, A, B
+from .adapter import BIAS, MAGNITUDE, PREFIX
 from .files import CONFIG, WEIGHTS, LazyTensors, read_safetensors, spec, write_json, write_safetensors
 from .in_memory import config_of, skeleton
 from .plain import PlainLora, plain_config
-from .views import by_parameter
+from .views import A, B, by_parameter
 
 ReadBack = Callable[[str], tuple[Tensor, Tensor]]
 Pair = tuple[Tensor, Tensor]
@@ -299,7 +299,7 @@ def missing_partners(plain: PlainLora, base_config: dict[str, Any] | None) -> It
     model = skeleton(config_of(base_config), modules)
     for name in wanted:
         try:
-            layer = model.get_submodule(name)
+            linear: Any = model.get_submodule(name)
         except AttributeError:  # this model has none
             continue
-        yield name, (layer.in_features, layer.out_features)  # type: ignore[misc]
+        yield name, (linear.in_features, linear.out_features)

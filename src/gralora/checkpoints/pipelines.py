@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import peft
 import torch
-from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,6 +24,7 @@ from ..ops import reference
 from ..seam import LORA_METADATA
 from .adapter import PREFIX
 from .files import CONFIG, WEIGHTS, new_folder, write_json
+from .load import expected_tensors
 from .plain import fold
 from .untrusted import check_finite
 
@@ -75,7 +75,7 @@ def components(source: Any, adapter_name: str = "default") -> list[Component]:
     found = []
     for place, model in models.items():
         if adapter_name in (getattr(model, "peft_config", None) or {}):
-            tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
+            tensors = expected_tensors(model, adapter_name)
             tensors = {name.removeprefix(PREFIX): t.detach().cpu() for name, t in tensors.items()}
             found.append(Component(place or _place(tensors), model.peft_config[adapter_name], tensors))
     if not found:

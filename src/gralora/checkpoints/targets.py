@@ -266,6 +266,11 @@ def nothing(folder: Path, base: str) -> None:
     pass
 
 
+NO_BASE_CONFIG = {
+    "base_config (--arch, --heads, --kv-heads)": "only GGUF files are written by the base's architecture"
+}
+
+
 @dataclass(frozen=True)
 class Target:
     """How one program takes a plain LoRA.
@@ -296,9 +301,6 @@ class Target:
     ignores: Mapping[str, str] = field(default_factory=lambda: NO_BASE_CONFIG)
 
 
-NO_BASE_CONFIG = {
-    "base_config (--arch, --heads, --kv-heads)": "only GGUF files are written by the base's architecture"
-}
 IN_FLOAT32 = {"dtype (--dtype)": "its files are in float32, and the program converts them"}
 PEFT_KEEPS = names(lambda facts: facts.beside_factors and facts.in_lora)
 TARGETS = {

@@ -105,7 +105,7 @@ def _parameters(layers: list[str], config: LoraConfig) -> dict[str, str]:
     wrapped: dict[str, list[str]] = {}
     for layer in layers:
         wrapped.setdefault(layer.replace(".base_layer", ""), []).append(layer)
-    found = {}
+    found: dict[str, str] = {}
     for module, wrappers in wrapped.items():
         names = [t.rpartition(".")[2] for t in config.target_parameters or [] if holds(module, t)]
         names = list(dict.fromkeys(names))
