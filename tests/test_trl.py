@@ -8,6 +8,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import gralora
 from gralora import LoraConfig
 
 trl = pytest.importorskip("trl")
@@ -99,3 +100,26 @@ def test_one_block_is_plain_lora(tiny_model, tokenizer, tmp_path):
         trainer.train()
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(set(losses[0])) > 1
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("way", ["model", "config"])
+def test_plain_lora_accelerated(name, way, tiny_model, tokenizer, tmp_path):
+    """The losses, and what is trained, are those without: DPO and GRPO also run the base by disabling adapters."""
+    losses, trained = [], []
+    for accelerate in (False, True):
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(tiny_model)
+        config = LoraConfig(**CONFIG, accelerate=accelerate and way == "config")
+        trainer = TRAINERS[name](base, tokenizer, config, str(tmp_path))
+        if accelerate and way == "model":
+            gralora.accelerate(trainer.model)
+        count = 4 if accelerate else 0
+        assert gralora.describe(trainer.model).startswith(f"{count} of 4 LoRA layers run as one operation")
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        trained.append([p.detach() for p in trainer.model.parameters() if p.requires_grad])
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert name == "grpo" or len(set(losses[0])) > 1
+    for own, wanted in zip(*trained, strict=True):
+        torch.testing.assert_close(own, wanted, rtol=1e-3, atol=1e-4)
