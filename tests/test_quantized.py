@@ -256,6 +256,35 @@ def test_base_layer_is_computed_by_its_own_library(name, monkeypatch):
     model.train()(random_input(3, CASE.in_features, dtype=torch.float32))
 
 
+@backends
+@dtypes
+def test_plain_lora_accelerated(name, dtype):
+    """Output, gradients and the merged weight are those of PEFT's layer, which `accelerate` leaves as it is stored."""
+    backend, config = backend_of(name), peft.LoraConfig(r=8, lora_alpha=24, target_modules=["layer"])
+    x = random_input(2, 7, CASE.in_features, dtype=dtype)
+    dy = random_input(2, 7, CASE.out_features, dtype=dtype, seed=9)
+    outcomes = []
+    for accelerated in (False, True):
+        model = adapted(quantized_layer(name, dtype), config, autocast_adapter_dtype=False).to(dtype=dtype).train()
+        layer = only_layer(model)
+        if accelerated:
+            gralora.accelerate(model)
+            assert layer.fused_call(x) is not None and gralora.describe(model).startswith("1 of 1")
+        inputs = [x.clone().requires_grad_(), layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        y = model(inputs[0])
+        outcomes.append([y, *torch.autograd.grad(y, inputs, dy)])
+        model.merge_adapter()
+        outcomes[-1].append(backend.dequantize(layer.get_base_layer()))
+    for own, wanted in zip(*reversed(outcomes), strict=True):
+        assert own.dtype == wanted.dtype
+        torch.testing.assert_close(
+            own,
+            wanted,
+            rtol=2**-6 if dtype is torch.bfloat16 else 1e-4,
+            atol=wanted.abs().max().item() * (2**-6 if dtype is torch.bfloat16 else 1e-5),
+        )
+
+
 @one_of_each
 def test_global_hooks_see_the_factors(name):
     """A hook on all modules sees the base layer and the factors called, once each."""
