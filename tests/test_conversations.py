@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -322,3 +323,37 @@ def test_arguments_of_calls_stay_those_of_their_row(tokenizer, tmp_path):
     )
     written = [learnt(tokenizer, row) for row in encode(tokenizer, file_examples(path, tokenizer).examples, None)]
     assert written == ['<call>move {"x": 1}</call><end>\n', '<call>say {"text": "hi"}</call><end>\n']
+
+
+@pytest.mark.parametrize("form", ["parquet", "saved by datasets"])
+def test_arguments_of_calls_have_no_keys_of_other_rows(tokenizer, tmp_path, form):
+    """Arrow gives an object the keys that it has in any row, and null where it had none."""
+    tokenizer.chat_template = FULL
+    rows = []
+    for name, arguments in (("move", {"x": 1, "to": {"y": 2}}), ("say", {"to": {"z": 3}, "text": "hi"})):
+        properties = {key: {"type": "string"} for key in arguments}
+        call = {"function": {"name": name, "arguments": arguments}}
+        tools = [{"type": "function", "function": {"name": name, "parameters": {"properties": properties}}}]
+        rows.append({"messages": [MESSAGES[0], {"role": "assistant", "tool_calls": [call]}], "tools": tools})
+    table = datasets.Dataset.from_list(rows)
+    assert table[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["text"] is None
+    path = tmp_path / "a.parquet"
+    if form == "parquet":
+        table.to_parquet(path)
+    else:
+        table.save_to_disk(path)
+    found = file_examples(path, tokenizer)
+    rendered = [tokenizer.decode(row["input_ids"]) for row in encode(tokenizer, found.examples, None)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    own = encode(tokenizer, file_examples(path, tokenizer).examples, None)
+    assert rendered == [tokenizer.decode(row["input_ids"]) for row in own]
+    assert "nulls among tools or arguments, taken for keys of other rows and left out: in 2 rows" in str(found)
+
+
+def test_nulls_that_a_json_file_gives_are_learnt(tokenizer, read):
+    tokenizer.chat_template = FULL
+    call = {"function": {"name": "move", "arguments": {"x": None}}}
+    found = read(tokenizer, {"messages": [MESSAGES[0], {"role": "assistant", "tool_calls": [call]}]})
+    assert learnt(tokenizer, row_of(tokenizer, found)) == '<call>move {"x": null}</call><end>\n'
+    assert "nulls among" not in str(found)

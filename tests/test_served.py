@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import adapted, gralora_config
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from gralora.tool import cli, served
 from gralora.tool.side_by_side import load_side_by_side
@@ -128,3 +130,15 @@ def test_a_server_that_cannot_be_asked(adapter, serve, capsys):
     assert "does not answer in OpenAI's form" in capsys.readouterr().err
     assert cli.main(["verify", str(adapter), "--served", "http://127.0.0.1:9"]) == cli.USER_ERROR
     assert "--served needs --model" in capsys.readouterr().err
+
+
+def test_a_server_puts_the_beginning_in_front_itself():
+    """A text that is asked with begins with no token that the server's tokenizer adds, or there would be two."""
+    made = ByteLevelBPETokenizer()
+    made.train_from_iterator(["a b"], vocab_size=270, special_tokens=["<s>", "</s>"])
+    made._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, bos_token="<s>", eos_token="</s>")
+    ids = tokenizer("a b").input_ids
+    assert ids[0] == 0 and served.asked_text(tokenizer, ids) == "a b"
+    assert tokenizer(served.asked_text(tokenizer, ids)).input_ids == ids
+    assert served.asked_text(tokenizer, ids[1:]) == "a b"

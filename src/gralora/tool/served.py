@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .data.tokens import beginning
 from .generation import chat_or_plain_ids, generation_config
 from .side_by_side import SideBySide, load_side_by_side
 
@@ -76,13 +77,19 @@ def compare(loaded: SideBySide, url: str, model: str, prompt: str) -> dict[str, 
     has_template = tokenizer.chat_template is not None
     ids = chat_or_plain_ids(tokenizer, prompt, has_template)
     own = own_answer(loaded, ids)
-    text = served(url, "completions", model, prompt=tokenizer.decode(ids))
+    text = served(url, "completions", model, prompt=asked_text(tokenizer, ids))
     chat = text
     if has_template:
         chat = served(url, "chat/completions", model, messages=[{"role": "user", "content": prompt}])
     agreeing = {name: agreement(tokenizer, own, other) for name, other in (("chat", chat), ("text", text))}
     row = {"prompt": prompt, "own": own.text, "chat": chat.text, "text": text.text, "agreeing_tokens": agreeing}
     return row | {"faults": faults_of(tokenizer, own, chat, text)}
+
+
+def asked_text(tokenizer: Any, ids: list[int]) -> str:
+    """Decode a prompt without the beginning-of-text token that a server's tokenizer puts in front by itself."""
+    start = beginning(tokenizer)
+    return tokenizer.decode(ids[len(start) :] if ids[: len(start)] == start else ids)
 
 
 def faults_of(tokenizer: Any, own: Answer, chat: Answer, text: Answer) -> list[str]:

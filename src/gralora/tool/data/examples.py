@@ -42,6 +42,8 @@ class Found:
         parts = [f"{self.source}: rows with something to train on: {kinds}"]
         parts += [f"left out with nothing to train on: {self.empty}"] if self.empty else []
         parts += [f"left out as broken: {self.broken}, the first: {self.first_broken}"] if self.broken else []
+        if nulls := self.source.without_nulls:
+            parts += [f"nulls among tools or arguments, taken for keys of other rows and left out: in {nulls} rows"]
         if self.unused:
             names = ", ".join(
                 f"{name} ({count} row{'s' * (count != 1)})" for name, count in sorted(self.unused.items())

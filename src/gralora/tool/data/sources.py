@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ class Source:
         preferred: the split to take if none is named; if no file of a folder belongs to it, all are taken.
         config: configuration of a data set of the hub that has several.
         streaming: read a data set of the hub row by row instead of downloading it first.
+        without_nulls: rows of the last pass in which nulls among tools or arguments of calls were left out.
     """
 
     path: str
@@ -29,6 +31,7 @@ class Source:
     preferred: str = "train"
     config: str | None = None
     streaming: bool = False
+    without_nulls: int = 0
 
     def __post_init__(self) -> None:
         path = Path(self.path)
@@ -48,11 +51,24 @@ class Source:
 
     def rows(self) -> Rows:
         """Yield place and value of each row; the value of an unreadable row is a ValueError."""
+        self.without_nulls = 0
         for file in self.files:
             check_contents(file)
-            yield from ((f"{file}, {place}", row) for place, row in READERS[file.suffix.lower()](file))
+            read = self.with_own_keys if file.suffix.lower() == ".parquet" else lambda row: row
+            yield from ((f"{file}, {place}", read(row)) for place, row in READERS[file.suffix.lower()](file))
         if not self.files:
-            yield from ((f"{self}, row {number}", row) for number, row in enumerate(self.dataset, start=1))
+            rows = enumerate(self.dataset, start=1)
+            yield from ((f"{self}, row {number}", self.with_own_keys(row)) for number, row in rows)
+
+    def with_own_keys(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Leave out the nulls inside the fields of a row, and count the rows whose tools or arguments had some.
+
+        Arrow and parquet give an object the keys of the same object in all rows, and null where it had none: tool
+        calls would be learnt with the arguments of other tools.
+        """
+        kept = {name: without_nulls(value) for name, value in row.items()}
+        self.without_nulls += any(map(has_null, (row.get("tools"), *arguments(row))))
+        return kept
 
     def load_saved(self) -> Any:
         datasets = import_datasets(self.path)
@@ -76,6 +92,30 @@ class Source:
                 f"data_path={self.path!r} is no file or folder here, and no data set that could be loaded from the "
                 f"hub or its cache (HF_HUB_OFFLINE=1 allows only the cache): {error}"
             ) from error
+
+
+def without_nulls(value: Any) -> Any:
+    """Copy a JSON value without the keys of its objects that are null."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def has_null(value: Any) -> bool:
+    """Tell whether a key of an object inside a JSON value is null."""
+    if isinstance(value, dict):
+        return any(inner is None or has_null(inner) for inner in value.values())
+    return isinstance(value, list) and any(map(has_null, value))
+
+
+def arguments(value: Any) -> Iterator[Any]:
+    """Yield the arguments of all tool calls in a row."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from [inner] if key == "arguments" else arguments(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from arguments(inner)
 
 
 def import_datasets(path: str) -> Any:
