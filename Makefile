@@ -37,7 +37,7 @@ probe: $(STAMP)
 # Adapters served by other programs, each in an environment of its own; llama.cpp compiles for minutes
 test-llamacpp: $(STAMP)
 	test -d .venv-llamacpp || $(PYTHON) -m venv .venv-llamacpp
-	.venv-llamacpp/bin/python -m pip install --quiet llama-cpp-python==0.3.36
+	.venv-llamacpp/bin/python -m pip install --quiet 'llama-cpp-python[server]==0.3.36'
 	GRALORA_LLAMACPP_PYTHON=$(CURDIR)/.venv-llamacpp/bin/python \
 		$(VENV)/bin/python -m pytest -m slow -k llamacpp tests/test_serving.py
 

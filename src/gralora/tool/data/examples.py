@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .conversations import Chat
-from .layouts import Example, record_example, unused_fields
+from .layouts import Example, record_example, roles_of, unused_fields
 from .sources import Source
 
 
@@ -24,7 +24,7 @@ class Found:
         examples: the examples; only `file_examples` fills it.
         kinds: rows with something to train on, by layout.
         unused: rows that have a field that nothing reads, by the field's name.
-        empty: rows with nothing to train on.
+        empty: rows with nothing to train on; `roles` are those of their messages.
         broken: rows that were skipped; `first_broken` describes the first one.
     """
 
@@ -34,13 +34,16 @@ class Found:
     kinds: Counter[str] = field(default_factory=Counter)
     unused: Counter[str] = field(default_factory=Counter)
     empty: int = 0
+    roles: set[str] = field(default_factory=set)
     broken: int = 0
     first_broken: str = ""
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} of {kind}" for kind, count in self.kinds.items()) or "none"
         parts = [f"{self.source}: rows with something to train on: {kinds}"]
-        parts += [f"left out with nothing to train on: {self.empty}"] if self.empty else []
+        if self.empty:
+            roles = f" (their roles: {', '.join(sorted(self.roles))}; only assistant is learnt)" if self.roles else ""
+            parts += [f"left out with nothing to train on: {self.empty}{roles}"]
         parts += [f"left out as broken: {self.broken}, the first: {self.first_broken}"] if self.broken else []
         if nulls := self.source.without_nulls:
             parts += [f"nulls among tools or arguments, taken for keys of other rows and left out: in {nulls} rows"]
@@ -57,7 +60,7 @@ class Found:
         Raises:
             ValueError: for a broken row, unless `skip_bad_rows`, and for a source with nothing to train on.
         """
-        self.kinds, self.unused, self.empty, self.broken = Counter(), Counter(), 0, 0
+        self.kinds, self.unused, self.empty, self.roles, self.broken = Counter(), Counter(), 0, set(), 0
         for place, row in self.source.rows():
             if isinstance(row, dict) and self.text_field in row and self.text_field != "text":
                 row = {key: value for key, value in row.items() if key != self.text_field} | {
@@ -71,12 +74,13 @@ class Found:
                 self.first_broken = self.first_broken if self.broken else f"{place}: {error}"
                 self.broken += 1
                 continue
-            self.unused.update(unused_fields(row, kind))
+            self.unused.update(unused_fields(row, kind, tokenizer))
             if example.texts if isinstance(example, Chat) else example.completion.strip():
                 self.kinds["+".join(kind)] += 1
                 yield example
             else:
                 self.empty += 1
+                self.roles |= roles_of(row, kind)
         if not self.kinds:
             raise ValueError(f"data_path={self.source.path!r} has no records to train on. {self}")
 

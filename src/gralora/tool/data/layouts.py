@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from .conversations import MESSAGE_FIELDS, RECORD_FIELDS, Chat, chat_example, parsed
+from .conversations import MESSAGE_FIELDS, RECORD_FIELDS, Chat, chat_example, is_read, parsed
 
 INSTRUCTION = "### Instruction:"  # begins every prompt; a model without an end token goes on to write the next one
 
@@ -101,6 +101,9 @@ def prompt_example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | 
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         return chat_example("prompt and completion", prompt + completion, record, tokenizer, given=len(prompt))
+    if isinstance(prompt, list) or isinstance(completion, list):
+        listed, other = ("prompt", "completion") if isinstance(prompt, list) else ("completion", "prompt")
+        raise ValueError(f"field {listed!r} must be text, as {other!r} is, or both must be lists of messages.")
     return Example(text(record, "prompt"), text(record, "completion"))
 
 
@@ -141,11 +144,20 @@ def record_example(
     return kind, LAYOUTS[kind].example(record, tokenizer)
 
 
-def unused_fields(record: dict[str, Any], kind: tuple[str, ...]) -> Iterator[str]:
+def unused_fields(
+    record: dict[str, Any], kind: tuple[str, ...], tokenizer: PreTrainedTokenizerBase | None = None
+) -> Iterator[str]:
     """Yield the names of fields that have a value but are not read; a message's field is `messages[].NAME`."""
     known = {*kind, *LAYOUTS[kind].others}
     yield from (name for name, value in record.items() if name not in known and value not in (None, "", []))
     for name in kind:
         if isinstance(record[name], list):
             keys = {key for turn in record[name] if isinstance(turn, dict) for key in turn if turn[key] is not None}
-            yield from (f"{name}[].{key}" for key in sorted(keys - MESSAGE_FIELDS - {"from", "value"}))
+            unknown = sorted(keys - MESSAGE_FIELDS - {"from", "value"})
+            yield from (f"{name}[].{key}" for key in unknown if not is_read(tokenizer, key))
+
+
+def roles_of(record: dict[str, Any], kind: tuple[str, ...]) -> set[str]:
+    """Return the roles of the messages in a record; there are none in rows of texts."""
+    turns = [turn for name in kind if isinstance(record[name], list) for turn in record[name]]
+    return {str(turn.get("role", turn.get("from"))) for turn in turns if isinstance(turn, dict)}

@@ -76,7 +76,8 @@ def pair_tokens(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[l
 def texts(tokenizer: PreTrainedTokenizerBase, example: Example | Chat) -> Iterator[tuple[list[int], list[bool]]]:
     """Yield the token ids of each text of an example, and which of them are learnt.
 
-    A pair begins and ends with the tokenizer's special tokens, a conversation as its template writes it.
+    A pair begins and ends with the tokenizer's special tokens, also if its text has them already, as text that a
+    template has written does. A conversation begins and ends as its template writes it.
     """
     if isinstance(example, Example):
         rows = [pair_tokens(tokenizer, example)]
@@ -84,9 +85,12 @@ def texts(tokenizer: PreTrainedTokenizerBase, example: Example | Chat) -> Iterat
         rows = [piece_tokens(tokenizer, pieces) for pieces in example.texts]
     for ids, learnt in rows:
         if isinstance(example, Example) or example.plain:
-            start = beginning(tokenizer)
+            start, end = beginning(tokenizer), [tokenizer.eos_token_id]
+            start = [] if ids[: len(start)] == start else start
+            end = [] if ends_with(tokenizer, ids, tokenizer.eos_token_id) else end
             # the last turn of a history may not be learnt
-            yield [*start, *ids, tokenizer.eos_token_id], [False] * len(start) + [*learnt, not learnt or learnt[-1]]
+            flags = [False] * len(start) + learnt + [not learnt or learnt[-1]] * len(end)
+            yield [*start, *ids, *end], flags
         else:
             yield ids, learnt
 
@@ -109,6 +113,12 @@ def encode_example(
         row["labels"][:1] = [IGNORED] * len(row["labels"][:1])
         rows.append((row, len(ids)))
     return rows
+
+
+def ends_with(tokenizer: PreTrainedTokenizerBase, ids: list[int], end: int | None) -> bool:
+    """Tell whether a token is the last one of a text; spaces after it do not count."""
+    last = next((token for token in reversed(ids) if token == end or tokenizer.decode([token]).strip()), None)
+    return last is not None and last == end
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase, row: Row) -> int | None:
