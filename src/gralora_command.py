@@ -12,6 +12,7 @@ from types import ModuleType
 # name -> (module, function, what it does); the function takes the command's own arguments, a list of strings
 COMMANDS = {
     "finetune": ("gralora.tool.finetune", "main", "fine-tune a causal language model with GraLoRA or plain LoRA"),
+    "tune": ("gralora.tool.tune", "main", "find the learning rate, rank and k, candidates side by side"),
     "data": ("gralora.tool.preview", "main", "show what training data become: layouts, lengths, what is learnt"),
     "evaluate": ("gralora.tool.evaluate", "main", "measure adapters and their base model side by side"),
     "chat": ("gralora.tool.chat", "main", "talk to a model, with adapters switched on and off"),

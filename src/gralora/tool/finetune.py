@@ -30,6 +30,7 @@ from trl import SFTConfig
 from ..acceleration import accelerate, is_default
 from ..checkpoints.files import check_space, finish_replacing, locked, read_json, replace_files, write_json
 from ..checkpoints.load import load_adapter
+from ..config import LoraConfig
 from ..ops import plans
 from ..seam import string_to_bool
 from . import configfile, output
@@ -115,16 +116,21 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows defaults, and the examples as they are written."""
 
 
-def main(argv: list[str]) -> None:
-    """The command `gralora finetune`."""
+def read_arguments(argv: list[str]) -> tuple[FinetuneArguments, dict[str, bool]]:
+    """Read a command line: what to train, and the flags that say what to do with it and how to print."""
     call = vars(configfile.parse(make_parser(), argv))
-    quiet, as_json, print_config = call.pop("quiet"), call.pop("json"), call.pop("print_config")
+    how = {name: call.pop(name) for name in ("quiet", "json", "print_config", "dry_run")}
     del call["config"]
-    dry = call.pop("dry_run")
     ours = {field.name for field in dataclasses.fields(FinetuneArguments)}
     trainer = {name: call.pop(name) for name in list(call) if name not in ours}
-    args = FinetuneArguments(**call, trainer=trainer)
-    if print_config:
+    return FinetuneArguments(**call, trainer=trainer), how
+
+
+def main(argv: list[str]) -> None:
+    """The command `gralora finetune`."""
+    args, how = read_arguments(argv)
+    quiet, as_json, dry = how["quiet"], how["json"], how["dry_run"]
+    if how["print_config"]:
         print(configfile.dump(args, args.trainer), end="")
         return
     of_many = not is_first_process()  # of several processes one speaks
@@ -209,13 +215,24 @@ def plan(args: FinetuneArguments) -> dict[str, Any]:
         return finite(dry_run(run.args, run.trainer, run.model, run.corpus))
 
 
-def prepare(args: FinetuneArguments) -> Run:
-    """Load data and model, and check that they fit each other and the arguments."""
-    training = args.training_arguments()
-    with training.main_process_first():
-        finish_replacing(Path(args.output_dir))
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    check_output(args.output_dir, checkpoint, args.overwrite)
+class Loaded(NamedTuple):
+    """Data, and a base model that is ready for adapters.
+
+    Attributes:
+        lora_config: of the adapter.
+        trained: folder of the adapter that training goes on with; None: a new one.
+    """
+
+    args: FinetuneArguments
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+    model: PreTrainedModel
+    lora_config: LoraConfig
+    trained: Path | None
+
+
+def load(args: FinetuneArguments, training: SFTConfig) -> Loaded:
+    """Load data and base model, and check that they fit each other and the arguments."""
     args, trained = continued(args)
     lora_config = args.lora_config()
     template, end, hub = (args.trainer.get(name) for name in ("chat_template_path", "eos_token", "trust_remote_code"))
@@ -235,6 +252,17 @@ def prepare(args: FinetuneArguments) -> Run:
         kwargs = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
         model = prepare_model_for_kbit_training(model, args.gradient_checkpointing, **kwargs)
     stop_at(model, ends, tokenizer)
+    return Loaded(args, tokenizer, corpus, model, lora_config, trained)
+
+
+def prepare(args: FinetuneArguments) -> Run:
+    """Load data and model, and put the adapter on it."""
+    training = args.training_arguments()
+    with training.main_process_first():
+        finish_replacing(Path(args.output_dir))
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    check_output(args.output_dir, checkpoint, args.overwrite)
+    args, tokenizer, corpus, model, lora_config, trained = load(args, training)
     set_seed(args.seed)
     plans.choose(args.kernels)
     model = get_peft_model(model, lora_config) if trained is None else load_adapter(model, trained, is_trainable=True)

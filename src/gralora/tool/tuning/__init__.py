@@ -1,0 +1,1 @@
+"""How `gralora tune` finds the settings to train with."""
