@@ -15,7 +15,7 @@ RATES = "1e-4..8e-3"
 SHARE = "GRALORA_TUNE_SHARE"  # "1/2" in the second of two processes
 SEARCHED = {
     "learning_rate": f"such as 1e-4..8e-3, one for each doubling, or 1e-4,3e-4 (default: {RATES})",
-    "lora_r": "total ranks, such as 16,64; lora_alpha / lora_r stays as it is",
+    "lora_r": "total ranks, such as 16,64; lora_alpha / lora_r stays that of the config, or of the defaults",
     "gralora_k": "such as 2,4",
     "hybrid_r": "such as 0,8",
 }

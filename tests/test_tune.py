@@ -1,0 +1,299 @@
+"""`gralora tune`: candidates trained side by side are what they are alone, and the worse ones are stopped."""
+
+import csv
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from gralora.tool import cli
+from gralora.tool.finetune import finetune, read_arguments
+from gralora.tool.tune import main, shares
+from gralora.tool.tuning import run
+from gralora.tool.tuning.lockstep import LockstepTrainer
+from gralora.tool.tuning.report import certainty
+from gralora.tool.tuning.search import Search, values
+
+RATES = "0.002,0.03,0.01,2"
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without use_gralora")
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_model, tmp_path_factory) -> list[str]:
+    """Of a training whose clipping, accumulation and weight decay all have an effect."""
+    words = ["".join(letters) for letters in itertools.product("abcd", repeat=3)]
+    rows = [{"instruction": f"Repeat {word}", "output": word * (1 + i % 5)} for i, word in enumerate(words)]
+    data = tmp_path_factory.mktemp("data") / "words.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--base_model", str(tiny_model), "--data_path", str(data), "--use_gralora", "--gralora_k", "2"]
+    flags += ["--lora_r", "8", "--lora_target_modules", "all-linear", "--max_steps", "10", "--batch_size", "8"]
+    flags += ["--micro_batch_size", "4", "--max_seq_length", "100", "--val_set_size", "12", "--max_grad_norm", "0.2"]
+    return [*flags, "--weight_decay", "0.1", "--disable_tqdm", "true"]
+
+
+def tune(flags: list[str], folder: Path, *more: object) -> dict:
+    main([*flags, "--study_dir", str(folder), *map(str, more)])
+    return json.loads((folder / "tune.json").read_text())
+
+
+def alone(flags: list[str], folder: Path, **settings: object) -> float:
+    """The held-out loss of `gralora finetune` with a candidate's settings."""
+    more = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    args, _ = read_arguments([*flags, *more, "--output_dir", str(folder)])
+    return finetune(args)["held_out_loss"]["after"]
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_a_candidate_is_trained_as_alone(flags, tmp_path, together):
+    """Of different ranks and k, one after the other and several in one pass, with the candidates' own clipping."""
+    more = ("--learning_rate", "0.01,0.03", "--lora_r", "8,16", "--gralora_k", "2,4", "--full_sweep")
+    found = tune(flags, tmp_path / "study", *more, "--together", together)  # alpha / r of the defaults is 2
+    rows = found["candidates"]
+    assert found["together"] == together and len(rows) == 8 and found["share_of_full_sweep"] == 1
+    for row in rows[::3]:
+        settings = {name: row[name] for name in ("learning_rate", "lora_r", "gralora_k")}
+        expected = alone(flags, tmp_path / row["name"], **settings, lora_alpha=2 * row["lora_r"])
+        assert row["held_out_loss"] == pytest.approx(expected, rel=2e-4), settings
+    assert len({round(row["held_out_loss"], 4) for row in rows}) == 8
+
+
+def test_search(flags, tmp_path, tiny_model, capsys):
+    """The worse candidates are stopped, and what is left behind says and loads what was best."""
+    folder = tmp_path / "study"
+    found = tune(flags, folder, "--learning_rate", RATES, "--rungs", "0.2,0.5", "--reduction", 2)
+    full = tune(flags, tmp_path / "full", "--learning_rate", RATES, "--rungs", "0.2,0.5", "--full_sweep")
+    assert found["rungs"] == [2, 5, 10] and sorted(row["steps"] for row in found["candidates"]) == [2, 2, 5, 10]
+    assert found["steps_trained"] == 19 and found["share_of_full_sweep"] == 19 / 40
+    for row, whole in zip(found["candidates"], full["candidates"], strict=True):
+        for step, loss in row["losses"].items():  # the others' end changes nothing for those that go on
+            assert loss == pytest.approx(whole["losses"][step], rel=1e-5)
+    best = found["best"]
+    at_step_2 = {row["name"]: row["losses"]["2"] for row in full["candidates"]}
+    assert best["name"] in sorted(at_step_2, key=at_step_2.get)[:2]
+    assert best["held_out_loss"] < found["base_model_loss"]
+
+    settings = yaml.safe_load((folder / "best.yaml").read_text())
+    assert settings["learning_rate"] == best["learning_rate"] and settings["max_grad_norm"] == 0.2
+    trained = finetune(read_arguments([str(folder / "best.yaml"), "--output_dir", str(tmp_path / "again")])[0])
+    assert trained["held_out_loss"]["after"] == pytest.approx(best["held_out_loss"], rel=1e-5)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = torch.arange(10)[None]
+    logits = []
+    for adapter in (folder / "adapter", tmp_path / "again"):
+        model = PeftModel.from_pretrained(base, adapter).eval()
+        logits.append(model(input_ids=ids).logits)
+        base = model.unload()
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
+
+    with (folder / "candidates.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["learning_rate"]) for row in rows] == [0.002, 0.03, 0.01, 2]
+    assert [row["minus_best"] == "" for row in rows] == [row["name"] == best["name"] for row in rows]
+    assert (folder / "learning_rate.png").read_bytes()[:4] == b"\x89PNG"
+    states = [trial.state.name for trial in Search(folder, 2).study.get_trials()]
+    assert states.count("COMPLETE") == 1 and states.count("PRUNED") == 3
+    printed = capsys.readouterr().out
+    assert "took 48% of the steps of training every candidate to the end" in printed
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **_) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", [1, 4, 8])
+def test_resume(flags, tmp_path, monkeypatch, capsys, step):
+    """A search that goes on finds what one in one piece finds; before the first rung it begins anew."""
+    more = ("--learning_rate", RATES, "--rungs", "0.2,0.5", "--reduction", "2")
+    expected = tune(flags, tmp_path / "whole", *more)
+    folder = tmp_path / "study"
+    with monkeypatch.context() as patched:
+        original = LockstepTrainer.train
+
+        def train(self, **options):
+            self.add_callback(Interrupt(step))
+            return original(self, **options)
+
+        patched.setattr(LockstepTrainer, "train", train)
+        argv = ["tune", *flags, "--study_dir", str(folder), *more]
+        assert cli.main(argv) == cli.INTERRUPTED
+        assert "give --resume, too" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="holds a search; go on with --resume"):
+        tune(flags, folder, *more)
+    with pytest.raises(ValueError, match="the search to go on with had"):
+        tune(flags, folder, *more, "--resume", "--batch_size", 4)
+    found = tune(flags, folder, *more, "--resume")
+    assert (step > 2) == ("going on from" in capsys.readouterr().out)
+    for row, whole in zip(found["candidates"], expected["candidates"], strict=True):
+        assert row["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    assert found["best"]["name"] == expected["best"]["name"]
+
+
+def test_devices_share_the_candidates(flags, tmp_path):
+    """Two processes, here both on the CPU, stop the same candidates as one."""
+    more = ("--learning_rate", RATES, "--rungs", "0.2,0.5", "--reduction", "2")
+    expected = tune(flags, tmp_path / "one", *more)
+    command = [sys.executable, "-m", "gralora.tool.cli", "tune", *flags, "--study_dir", str(tmp_path / "two"), *more]
+    done = subprocess.run([*command, "--devices", "0,1"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "two" / "tune.json").read_text())
+    for row, whole in zip(found["candidates"], expected["candidates"], strict=True):
+        assert row["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    assert (tmp_path / "two" / "adapter" / "adapter_model.safetensors").is_file()
+    failing = subprocess.run([*command, "--devices", "0,1", "--resume", "--seed", "9"], capture_output=True, text=True)
+    assert failing.returncode == cli.USER_ERROR and "the search to go on with had" in failing.stderr
+    assert "a process of the search has failed" in failing.stderr
+
+
+# ---- the rule ------------------------------------------------------------------------------------------------------
+
+
+def studied(folder: Path, losses: dict[str, dict[int, list[float]]], reduction: float = 4) -> Search:
+    """A search with these losses, of each answer."""
+    folder.mkdir(exist_ok=True)
+    search = Search(folder, reduction)
+    made = [run.Candidate(name, {"learning_rate": 1e-4 * (i + 1)}) for i, name in enumerate(losses)]
+    search.begin(made, {})
+    for name, at in losses.items():
+        for step, items in at.items():
+            search.report(name, step, items)
+    return search
+
+
+def test_the_best_go_on(tmp_path):
+    losses = {f"c{i}": {5: [float((i * 3) % 8)]} for i in range(8)}
+    losses["c4"] = {5: [math.nan]}
+    assert studied(tmp_path, losses).stopped([5]) == {name: 5 for name in losses if name not in ("c0", "c3")}
+    assert studied(tmp_path / "half", losses, 2).stopped([5]).keys() == {"c2", "c4", "c5", "c7"} | set()
+
+
+def test_nobody_is_stopped_before_all_are_measured(tmp_path):
+    losses = {"c0": {5: [1.0]}, "c1": {5: [2.0]}, "c2": {}}
+    search = studied(tmp_path, losses, 2)
+    assert search.stopped([5]) == {}
+    search.report("c2", 5, [3.0])
+    assert search.stopped([5]) == {"c2": 5}
+    search.report("c0", 9, [2.0])
+    assert search.stopped([5, 9]) == {"c2": 5}
+    search.report("c1", 9, [1.0])
+    assert search.stopped([5, 9]) == {"c2": 5, "c0": 9}  # by their losses at 9, whoever was better at 5
+    assert search.stopped([5]) == {"c2": 5}
+
+
+def test_first_report_of_a_step_stands(tmp_path):
+    search = studied(tmp_path, {"c0": {5: [1.0, 3.0]}, "c1": {}})
+    search.report("c0", 5, [9.0])
+    assert search.trials()["c0"].intermediate_values == {5: 2.0}
+    again = Search(tmp_path, 4)
+    assert again.trials()["c0"].user_attrs["losses_5"] == [1.0, 3.0]
+    assert optuna.logging.get_verbosity() == optuna.logging.WARNING
+
+
+@pytest.mark.parametrize(
+    "field, text, expected",
+    [
+        ("learning_rate", "1e-4..8e-4", [1e-4, 2e-4, 4e-4, 8e-4]),
+        ("learning_rate", "1e-4..1.2e-4", [1e-4, 1.2e-4]),
+        ("learning_rate", "3e-4,1e-3", [3e-4, 1e-3]),
+        ("gralora_k", "2,4,auto", [2, 4, "auto"]),
+        ("lora_r", "16", [16]),
+    ],
+)
+def test_values(field, text, expected):
+    assert values(field, text) == expected
+
+
+def test_default_range_has_a_rate_for_each_doubling():
+    found = values("learning_rate", "1e-4..8e-3")
+    assert len(found) == 7 and found[0] == 1e-4 and found[-1] == 8e-3
+    assert all(1.9 < after / before < 2.2 for before, after in itertools.pairwise(found))
+
+
+@pytest.mark.parametrize(
+    "field, text",
+    [
+        ("learning_rate", "1e-4.."),
+        ("learning_rate", "8e-3..1e-4"),
+        ("learning_rate", "0..1"),
+        ("learning_rate", "1e-4,1e-4"),
+        ("learning_rate", "-1e-4,1e-4"),
+        ("learning_rate", "nan,1"),
+        ("learning_rate", "fast"),
+        ("lora_r", "8..64"),
+        ("lora_r", "8.5"),
+    ],
+)
+def test_values_that_cannot_be(field, text):
+    with pytest.raises(ValueError, match=f"{field}='.*' must"):
+        values(field, text)
+
+
+def test_shares():
+    assert shares("0.1,0.3") == [0.1, 0.3]
+    for text in ("", "0,0.5", "0.5,1", "0.3,0.1", "x", "0.1,0.1"):
+        with pytest.raises(ValueError, match="rungs="):
+            shares(text)
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--learning_rate", "1e-4"], "is one candidate; a search needs two"),
+        (
+            ["--lora_r", "8,9", "--lora_alpha", "12"],
+            "lora_r=9: lora_alpha would be 3.375, to keep",
+        ),
+        (["--gralora_k", "2,3"], "gralora_k=3"),
+        (["--val_set_size", "0"], "val_set_size=0: candidates are compared by their held-out loss"),
+        (["--fp16"], "fp16=True: a loss scale would be common"),
+        (["--optim", "lomo"], "optim='lomo' does not treat parameters one by one"),
+        (["--resume"], "there is no search in"),
+        (["--reduction", "1"], "reduction=1 must be above 1"),
+        (["--together", "0"], "together='0' must be a number"),
+        (["--together", "2", "--lora_dropout", "0.1"], "need a training without dropout"),
+        (["--devices", "0,0"], "names one twice"),
+        (["--dry_run"], "are flags of `gralora finetune`"),
+        (["--early_stopping_patience", "2"], "the search stops candidates itself"),
+    ],
+)
+def test_searches_that_cannot_be(flags, tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        main([*flags, "--study_dir", str(tmp_path / "study"), *more])
+    assert not (tmp_path / "study" / "tune.json").exists()
+
+
+def found(best: float, tied: list[str] = (), base: float = 3.0) -> dict:
+    rates = (1e-4, 2e-4, 4e-4)
+    rows = [{"name": f"c{i}", "learning_rate": rate, "held_out_loss": 2.0} for i, rate in enumerate(rates)]
+    chosen = next(row for row in rows if row["learning_rate"] == best)
+    return {
+        "best": chosen,
+        "candidates": rows,
+        "tied": list(tied),
+        "base_model_loss": base,
+        "share_of_full_sweep": 0.2,
+    }
+
+
+def test_certainty():
+    said = "\n".join(certainty(found(2e-4), ["learning_rate"]))
+    assert "sure, for this seed" in said and "end of the range" not in said and "took 20%" in said
+    assert "not sure: 1 candidates tie" in "\n".join(certainty(found(2e-4, ["c0"]), ["learning_rate"]))
+    assert "--learning_rate 1.0e-05..2.0e-04" in "\n".join(certainty(found(1e-4), ["learning_rate"]))
+    assert "--learning_rate 2.0e-04..4.0e-03" in "\n".join(certainty(found(4e-4), ["learning_rate"]))
+    assert "no candidate is better than the base" in "\n".join(certainty(found(2e-4, base=1.9), ["learning_rate"]))
