@@ -12,6 +12,7 @@ import optuna
 import pytest
 import torch
 import yaml
+from benchmarks.tuning import judged, picked
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -297,3 +298,29 @@ def test_certainty():
     assert "--learning_rate 1.0e-05..2.0e-04" in "\n".join(certainty(found(1e-4), ["learning_rate"]))
     assert "--learning_rate 2.0e-04..4.0e-03" in "\n".join(certainty(found(4e-4), ["learning_rate"]))
     assert "no candidate is better than the base" in "\n".join(certainty(found(2e-4, base=1.9), ["learning_rate"]))
+
+
+# ---- the benchmark -------------------------------------------------------------------------------------------------
+
+
+def sweep(losses: list[list[float]], tied: tuple[str, ...] = ()) -> dict:
+    """A full sweep with these losses at steps 10, 30 and 100."""
+    rows = [
+        {"name": f"c{i}", "losses": dict(zip(("10", "30", "100"), at, strict=True)), "held_out_loss": at[-1]}
+        for i, at in enumerate(losses)
+    ]
+    return {"candidates": rows, "rungs": [10, 30, 100], "best": min(rows, key=lambda r: r["held_out_loss"])} | {
+        "tied": list(tied)
+    }
+
+
+def test_what_a_rule_would_have_found():
+    """Of four candidates, half go on at step 10, half of them at 30: 4 x 10 + 2 x 20 + 70 of 400 steps."""
+    whole = sweep([[3.0, 2.5, 2.2], [2.9, 2.6, 2.1], [4.0, 2.0, 1.0], [5.0, 5.0, 5.0]])
+    pick, cost = picked(whole, (0.1, 0.3), 2)
+    assert pick["name"] == "c0" and cost == 150 / 400
+    assert picked(whole, (0.1,), 2)[0]["name"] == "c1" and picked(whole, (0.3,), 4)[0]["name"] == "c2"
+    tie = sweep([[1.0, 1.0, 1.0], [2.0, 2.0, 0.9], [3.0, 3.0, 3.0], [4.0, 4.0, 9.0]], ("c0",))
+    found = judged([whole, tie], (0.1, 0.3), 4)
+    assert (found["best"], found["best_or_tie"], found["sweeps"]) == (0, 1, 2)
+    assert found["most_regret"] == pytest.approx(2.1 - 1.0) and found["mean_regret"] == pytest.approx((1.1 + 0.1) / 2)

@@ -31,6 +31,7 @@ class LockstepTrainer(AdapterTrainer):
     Attributes:
         live: names of the candidates that are not stopped.
         together: candidates in one pass through the base model, each with rows of its own (PEFT's mixed batches).
+        step_seconds: what `fastest_together` measured.
     """
 
     def __init__(self, rates: dict[str, float], together: int, clip: float, **options: Any) -> None:
@@ -43,6 +44,7 @@ class LockstepTrainer(AdapterTrainer):
             options: of the SFTTrainer.
         """
         self.rates, self.live, self.together, self.clip = rates, list(rates), together, clip
+        self.step_seconds: dict[int, float] = {}
         super().__init__(**options)
         self.add_callback(Clip(self))
 
@@ -197,28 +199,26 @@ def can_mix(args: FinetuneArguments, model: PeftModel) -> bool:
     return not (drops or args.gradient_checkpointing or args.neftune_noise_alpha or args.is_flat)
 
 
-def fastest_together(args: FinetuneArguments, trainer: LockstepTrainer) -> int:
-    """Return how many candidates in one pass are fastest: one after the other, or all, or as many as fit.
+def fastest_together(args: FinetuneArguments, trainer: LockstepTrainer) -> dict[int, float]:
+    """Let as many candidates go through the base model in one pass as is fastest: one, or all, or as many as fit.
 
-    It measures steps of the longest batch, whose gradients are thrown away.
+    Returns:
+        Candidates in one pass -> seconds of a step of all candidates on the longest batch.
     """
-    count, best = len(trainer.live), 1
-    if not can_mix(args, trainer.model) or count == 1:
-        return best
+    count = len(trainer.live)
     batch = longest_batch(trainer, args.micro_batch_size)
-    fastest = step_seconds(trainer, batch, 1)
-    while count > 1:
+    seconds = {1: step_seconds(trainer, batch, 1)}
+    while count > 1 and len(seconds) == 1 and can_mix(args, trainer.model):
         try:
-            if step_seconds(trainer, batch, count) < fastest:
-                best = count
-            break
+            seconds[count] = step_seconds(trainer, batch, count)
         except torch.OutOfMemoryError:
+            trainer.model.zero_grad()
             count = math.ceil(count / 2)
             gc.collect()
             torch.cuda.empty_cache()
-    trainer.together = best
+    trainer.together = min(seconds, key=seconds.__getitem__)
     trainer.activate()
-    return best
+    return seconds
 
 
 def step_seconds(trainer: LockstepTrainer, batch: dict[str, Any], together: int) -> float:

@@ -75,6 +75,7 @@ def tune(
     search.finish(steps)
     found |= {
         "together": trainer.together,
+        "step_seconds": trainer.step_seconds,
         "time_s": round(time.monotonic() - started, 1),
         "train_s": round(trained - rungs.seconds, 2),
         "measure_s": round(rungs.seconds, 2),
@@ -159,8 +160,8 @@ def prepare(
                 f"together={options.together}: several candidates in one pass need a training without dropout, "
                 "gradient checkpointing, NEFTune noise and packing; give --together 1."
             )
-    elif next(model.parameters()).device.type != "cpu":
-        fastest_together(loaded.args, trainer)
+    elif trainer.args.device.type != "cpu":
+        trainer.step_seconds = fastest_together(loaded.args, trainer)
     print(f"candidates: {len(mine)}, {trainer.together} in one pass through the base model")
     return trainer, rungs
 

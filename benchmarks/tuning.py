@@ -1,0 +1,223 @@
+"""What `gralora tune` costs, and how often it finds what a full sweep finds.
+
+    python -m benchmarks.tuning data --model MODEL --gsm8k gsm8k_train.jsonl --out DATA
+    python -m benchmarks.tuning run --model MODEL --data DATA --out build/tuning --budget_s 280
+    python -m benchmarks.tuning report build/tuning --out build/tuning.json
+
+`run` first makes one search alone, as users do, then full sweeps, several at once, until the time is up. Candidates do
+not know of each other, so what a rule would have stopped can be read from the losses of a full sweep.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .quality.data import default_folders, python_task
+
+RUNGS = "0.05,0.1,0.2,0.3,0.5"  # of full sweeps: more than a search has, to compare rules
+# shares of the steps, and what part goes on; the first is the default of `gralora tune`
+RULES = [
+    ((0.1, 0.3), 4),
+    ((0.05, 0.2), 4),
+    ((0.1,), 4),
+    ((0.2,), 4),
+    ((0.1, 0.3), 2),
+    ((0.2, 0.5), 4),
+    ((0.1, 0.3), 3),
+]
+METHODS = {
+    "gralora": ["--use_gralora", "--gralora_k", "4", "--gralora_scaling", "matched"],
+    "lora": [],
+}
+ROWS = {"python": 8, "python-few": 8, "gsm8k": 16}  # of a batch: about 4096 tokens
+FEW = 300  # rows of python-few: each is read four times in 150 steps
+
+
+def data(args: argparse.Namespace) -> None:
+    """Write the tasks of the quality benchmark as files that `gralora finetune` reads."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    folders = default_folders()
+    task = python_task(
+        folders,
+        lambda text: tokenizer.encode(text, add_special_tokens=False, verbose=False),
+        tokenizer.eos_token_id,
+        513,
+        1600,
+        128,
+        100,
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("python", task.train_tokens), ("python-few", task.train_tokens[::5][:FEW])):
+        write_texts(args.out / f"{name}.jsonl", tokenizer.batch_decode(rows))
+    write_texts(args.out / "python-test.jsonl", tokenizer.batch_decode(task.test_tokens))
+    (args.out / "gsm8k.jsonl").write_bytes(args.gsm8k.read_bytes())
+
+
+def write_texts(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+def command(args: argparse.Namespace, task: str, method: str, seed: int, folder: Path, *more: str) -> list[str]:
+    held_out = ["--eval_data_path", str(args.data / "python-test.jsonl")]
+    if task == "gsm8k":
+        held_out = ["--val_set_size", "128"]
+    flags = ["--base_model", args.model, "--data_path", str(args.data / f"{task}.jsonl"), *held_out]
+    flags += ["--lora_r", "64", "--lora_alpha", "64", "--lora_target_modules", "all-linear", *METHODS[method]]
+    flags += ["--max_steps", str(args.steps), "--batch_size", str(ROWS[task]), "--micro_batch_size", str(ROWS[task])]
+    flags += ["--max_seq_length", "512", "--lr_scheduler_type", "cosine", "--seed", str(seed), "--bf16"]
+    flags += ["--disable_tqdm", "true", "--save_steps", "100000"]
+    # one rank, given as a config's: a flag would make it part of the search
+    config = folder.with_suffix(".yaml")
+    config.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in pairs(flags)), encoding="utf-8")
+    return [sys.executable, "-m", "gralora.tool.cli", "tune", str(config), "--study_dir", str(folder), *more]
+
+
+def pairs(flags: list[str]) -> list[tuple[str, Any]]:
+    """Return the flags as names and values; a flag without a value is true."""
+    found: list[tuple[str, Any]] = []
+    for word in flags:
+        if word.startswith("--"):
+            found.append((word[2:], True))
+        else:
+            found[-1] = (found[-1][0], {"true": True, "false": False}.get(word, word))
+    return found
+
+
+def run(args: argparse.Namespace) -> None:
+    """Search once alone, then sweep until the budget is used up; what is not finished then is ended."""
+    end = time.monotonic() + args.budget_s
+    args.out.mkdir(parents=True, exist_ok=True)
+    jobs = [(task, method, seed) for seed in args.seeds for task in args.tasks for method in METHODS]
+    task, method, seed = jobs[0]
+    started = time.monotonic()
+    done = subprocess.run(command(args, task, method, seed, args.out / "alone"), timeout=args.budget_s)
+    print(f"alone: status {done.returncode}, {time.monotonic() - started:.1f} s", flush=True)
+    running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+    waiting = [(f"{task}-{method}-{seed}", (task, method, seed)) for task, method, seed in jobs]
+    while (waiting or running) and time.monotonic() < end:
+        while waiting and len(running) < args.workers:
+            name, job = waiting.pop(0)
+            log = (args.out / f"{name}.log").open("wb")
+            words = command(args, *job, args.out / name, "--full_sweep", "--rungs", RUNGS)
+            running[name] = subprocess.Popen(words, stdout=log, stderr=log), time.monotonic()
+        for name, (process, began) in list(running.items()):
+            if process.poll() is not None:
+                print(f"{name}: status {process.returncode}, {time.monotonic() - began:.1f} s", flush=True)
+                del running[name]
+        time.sleep(0.5)
+    for name, (process, _) in running.items():
+        process.kill()
+        process.wait()
+        print(f"{name}: not finished", flush=True)
+
+
+def report(args: argparse.Namespace) -> dict[str, Any]:
+    """Say what each rule would have found in each sweep, and write it as JSON."""
+    alone = args.results / "alone" / "tune.json"
+    found: dict[str, Any] = {"alone": json.loads(alone.read_text()) if alone.is_file() else None, "sweeps": {}}
+    for path in sorted(args.results.glob("*/tune.json")):
+        sweep = json.loads(path.read_text())
+        if sweep["share_of_full_sweep"] == 1:
+            found["sweeps"][path.parent.name] = sweep
+    found["rules"] = [judged(list(found["sweeps"].values()), *rule) for rule in RULES]
+    for name, sweep in found["sweeps"].items():
+        losses = "  ".join(
+            f"{row['learning_rate']:.2g}: {row['held_out_loss'] or math.nan:.4f}" for row in sweep["candidates"]
+        )
+        print(f"{name}: best {sweep['best']['learning_rate']:.3g}, ties {len(sweep['tied'])}  |  {losses}")
+    for rule in found["rules"]:
+        print(
+            f"rungs {rule['rungs']} reduction {rule['reduction']}: {rule['cost']:.2f} of the steps; best found in "
+            f"{rule['best']} of {rule['sweeps']}, best or a tie in {rule['best_or_tie']}; loss above the best's: "
+            f"mean {rule['mean_regret']:.4f}, most {rule['most_regret']:.4f}"
+        )
+    if alone := found["alone"]:
+        names = ("train_s", "measure_s", "together", "step_seconds", "peak_memory_gib", "share_of_full_sweep")
+        print("alone: " + ", ".join(f"{name} {alone[name]}" for name in names))
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return found
+
+
+def judged(sweeps: list[dict[str, Any]], shares: tuple[float, ...], reduction: float) -> dict[str, Any]:
+    """Return the cost and the hits of a rule over full sweeps."""
+    costs, regrets, best, tie = [], [], 0, 0
+    for sweep in sweeps:
+        pick, cost = picked(sweep, shares, reduction)
+        regrets.append(pick["held_out_loss"] - sweep["best"]["held_out_loss"])
+        costs.append(cost)
+        best += pick["name"] == sweep["best"]["name"]
+        tie += pick["name"] in (sweep["best"]["name"], *sweep["tied"])
+    count = max(len(sweeps), 1)
+    return {
+        "rungs": shares,
+        "reduction": reduction,
+        "sweeps": len(sweeps),
+        "cost": sum(costs) / count,
+        "best": best,
+        "best_or_tie": tie,
+        "mean_regret": sum(regrets) / count,
+        "most_regret": max(regrets, default=0.0),
+    }
+
+
+def picked(sweep: dict[str, Any], shares: tuple[float, ...], reduction: float) -> tuple[dict[str, Any], float]:
+    """Return the candidate that a rule takes to the end and finds best, and its share of the full sweep's steps."""
+    total = sweep["rungs"][-1]
+    live, before, trained = sweep["candidates"], 0, 0
+    for share in shares:
+        step = min(sweep["rungs"], key=lambda rung: abs(rung - share * total))
+        trained += len(live) * (step - before)
+        before = step
+        ranked = sorted(live, key=lambda row: loss_at(row, step))
+        live = ranked[: math.ceil(len(ranked) / reduction)]
+    trained += len(live) * (total - before)
+    return min(live, key=lambda row: loss_at(row, total)), trained / (len(sweep["candidates"]) * total)
+
+
+def loss_at(row: dict[str, Any], step: int) -> float:
+    loss = row["losses"][str(step)]
+    return math.inf if loss is None else loss
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.tuning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = p.add_subparsers(dest="command", required=True)
+    d = commands.add_parser("data", help="make the tasks' files")
+    d.add_argument("--model", required=True, help="folder of the tokenizer")
+    d.add_argument("--gsm8k", type=Path, required=True, help="GSM8K's train.jsonl")
+    d.add_argument("--out", type=Path, required=True)
+    d.set_defaults(call=data)
+    r = commands.add_parser("run", help="search and sweep")
+    r.add_argument("--model", required=True)
+    r.add_argument("--data", type=Path, required=True, help="folder of `data`")
+    r.add_argument("--out", type=Path, required=True)
+    r.add_argument("--steps", type=int, default=150)
+    r.add_argument("--seeds", type=int, nargs="+", default=[42, 43])
+    r.add_argument("--tasks", nargs="+", default=list(ROWS), choices=list(ROWS))
+    r.add_argument("--workers", type=int, default=4, help="sweeps at once [4]")
+    r.add_argument("--budget_s", type=float, default=float("inf"))
+    r.set_defaults(call=run)
+    t = commands.add_parser("report", help="what each rule would have found")
+    t.add_argument("results", type=Path)
+    t.add_argument("--out", type=Path)
+    t.set_defaults(call=report)
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    args.call(args)
+
+
+if __name__ == "__main__":
+    main()
