@@ -17,8 +17,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from ..arguments import FinetuneArguments
 from ..data.tokens import Row
 from ..evaluation.loss import answer_losses
-from ..training.distributed import AdapterTrainer
 from ..training.dry_run import longest_batch
+from ..training.trainer import AdapterTrainer
 from .search import Search
 
 
