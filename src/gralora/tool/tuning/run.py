@@ -11,7 +11,9 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
+from ...acceleration import accelerate, is_default
 from ...checkpoints.files import write_json
+from ...ops import plans
 from ..arguments import FinetuneArguments
 from ..finetune import Loaded, load
 from ..training.progress import peak_memory_gib
@@ -138,6 +140,8 @@ def prepare(
             model.add_adapter(one.name, config)
         else:
             model = get_peft_model(model, config, one.name)
+    plans.choose(args.kernels)
+    accelerate(model, enable=is_default())
     model.base_model.set_adapter([one.name for one in mine])  # so that the optimizer takes them all
     set_seed(args.seed)
     training = loaded.args.training_arguments()
