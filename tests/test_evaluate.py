@@ -404,6 +404,30 @@ def test_group(models, own_tasks, run, monkeypatch, capsys):
     assert [line.split()[0] for line in lines[3:]].count("both") == 2
 
 
+@pytest.mark.parametrize("by_size", [True, False])
+def test_differences_of_a_group(models, own_tasks, run, monkeypatch, by_size):
+    """Of two tasks of six and three items: weighted by size, or equally, as the group says."""
+    few = (own_tasks / "sums.yaml").read_text().replace("task: sums", "task: few").replace("sums.jsonl", "few.jsonl")
+    (own_tasks / "few.yaml").write_text(few)
+    write_rows(own_tasks.parent / "few.jsonl", [{"q": f"{i} + 1", "a": str(i + 1)} for i in range(3)])
+    rule = f"[{{metric: exact_match, weight_by_size: {str(by_size).lower()}}}]"
+    (own_tasks / "pair.yaml").write_text(f"group: pair\ntask: [sums, few]\naggregate_metric_list: {rule}\n")
+    texts = iter([["1", "2", "0", "0", "5", "6"], ["1", "2", "3", "0", "0", "0"]])  # the base's, the adapter's
+    original = harness.simple_evaluate
+
+    def simple_evaluate(**options):
+        answers(monkeypatch, next(texts))
+        return original(**options)
+
+    monkeypatch.setattr(harness, "simple_evaluate", simple_evaluate)
+    found = run(models["base"], models["plain"], "--tasks", "pair", "--include_path", own_tasks)
+    (change,) = [row for row in found["differences"] if row["task"] == "pair"]
+    # of the six: 4 against 3, of the three: 2 against 3
+    expected = (3 + 3) / 9 - (4 + 2) / 9 if by_size else (3 / 6 + 3 / 3) / 2 - (4 / 6 + 2 / 3) / 2
+    assert change["difference"] == pytest.approx(expected) and change["items"] == 9
+    assert change["low"] < expected < change["high"]
+
+
 def test_the_harness_s_own_command_gives_the_same(models, own_tasks, tmp_path, run):
     """`python -m gralora.plugins.lm_eval`, in a process of its own, as docs/evaluation.md has it."""
     flags = ["--tasks", "sums", "--include_path", str(own_tasks), "--num_fewshot", "1", "--batch_size", "2"]

@@ -7,6 +7,7 @@ models take turns on it, and their differences are computed from the samples tha
 import argparse
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from ..side_by_side import SideBySide, is_adapter
-from .paired import Estimate, difference
+from .paired import Estimate, difference, difference_of_groups, mean
 
 TASKS = Path(__file__).parent / "tasks"  # prompts as `gralora finetune` makes them, for files that the user has
 LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # of the package datasets
@@ -238,6 +239,63 @@ def differences(results: Results, tasks: TaskSet) -> list[dict[str, Any]]:
     return rows
 
 
+def group_differences(results: Results) -> list[dict[str, Any]]:
+    """Return each later model's difference to the first one by group, of metrics that are means over their tasks."""
+    first, *others = results
+    rows = []
+    for name, values in results[first].get("groups", {}).items() if others else ():
+        leaves = leaves_of(name, results[first]["group_subtasks"])
+        for key in values:
+            metric, comma, chosen = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            parts = {  # label -> of each task, item -> score
+                label: [scores(own["samples"][leaf]).get((metric, chosen), {}) for leaf in leaves]
+                for label, own in results.items()
+            }
+            weights = weights_of(list(parts.values()), [own["groups"][name][key] for own in results.values()])
+            if weights is None:
+                continue
+            for label in others:
+                pairs = [
+                    ([after[item] for item in before], list(before.values()))
+                    for after, before in zip(parts[label], parts[first], strict=True)
+                ]
+                row = {"task": name, "metric": metric, "filter": chosen, "model": label, "reference": first}
+                row["items"] = sum(len(before) for before in parts[first])
+                rows.append(row | difference_of_groups(pairs, weights).named("difference"))
+    return rows
+
+
+def leaves_of(group: str, children: dict[str, list[str]]) -> list[str]:
+    """Return the tasks of a group and of the groups in it."""
+    return [
+        leaf for child in children[group] for leaf in (leaves_of(child, children) if children.get(child) else [child])
+    ]
+
+
+def weights_of(models: list[list[dict[int, Any]]], values: list[float]) -> list[float] | None:
+    """Return the weights, by items or equal, with which the tasks' means give each model's value of a group.
+
+    Args:
+        models: of each model, of each task, item -> score.
+        values: of each model, what the harness says of the group.
+
+    Returns:
+        The weights, or None if the group's value is another function of the scores.
+    """
+    sizes = [len(own) for own in models[0]]
+    if not all(isinstance(score, (int, float)) for tasks in models for own in tasks for score in own.values()):
+        return None
+    if not all(sizes):
+        return None
+    for weights in ([size / sum(sizes) for size in sizes], [1 / len(sizes)] * len(sizes)):
+        found = [sum(w * mean(list(own.values())) for w, own in zip(weights, tasks, strict=True)) for tasks in models]
+        if all(math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) for a, b in zip(found, values, strict=True)):
+            return weights
+    return None
+
+
 def scores(samples: list[dict[str, Any]]) -> dict[tuple[str, str], dict[int, Any]]:
     """Return (metric, filter) -> item -> score, of a task's samples."""
     found: dict[tuple[str, str], dict[int, Any]] = {}
@@ -251,7 +309,7 @@ def report(results: Results, tasks: TaskSet) -> dict[str, Any]:
     """Return each model's results as the harness has them, without samples, and the paired differences."""
     left_out = ("samples", "pretty_env_info")
     models = {label: {k: v for k, v in own.items() if k not in left_out} for label, own in results.items()}
-    return {"models": models, "differences": differences(results, tasks)}
+    return {"models": models, "differences": differences(results, tasks) + group_differences(results)}
 
 
 def table(found: dict[str, Any]) -> tuple[str, list[list[str]]]:

@@ -75,6 +75,27 @@ def difference(
     return Estimate(value, *map(float, np.quantile(differences, (0.025, 0.975))))
 
 
+def difference_of_groups(
+    parts: Sequence[tuple[Sequence[float], Sequence[float]]], weights: Sequence[float]
+) -> Estimate:
+    """Return how much higher a model's weighted mean over several tasks is, with the percentile bootstrap's interval.
+
+    Items are drawn within each task, so that each resample has as many of each as there are.
+
+    Args:
+        parts: the model's and the reference's scores of each task's items.
+        weights: of the tasks' means, 1 in all.
+    """
+    generator = np.random.default_rng(0)
+    value, differences = 0.0, np.zeros(RESAMPLES)
+    for (scores, reference), weight in zip(parts, weights, strict=True):
+        changes = np.asarray(scores, float) - np.asarray(reference, float)
+        value += weight * float(changes.mean())
+        draws = generator.integers(0, len(changes), (RESAMPLES, len(changes)))
+        differences += weight * changes[draws].mean(axis=1)
+    return Estimate(value, *map(float, np.quantile(differences, (0.025, 0.975))))
+
+
 def adjusted_wald(scores: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:
     """Return the ends of Bonett and Price's interval for a difference of paired proportions.
 
