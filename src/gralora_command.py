@@ -5,8 +5,10 @@ It stands beside the package because importing anything of the package imports t
 
 import argparse
 import importlib
+import importlib.util
 import sys
 import traceback
+from pathlib import Path
 from types import ModuleType
 
 # name -> (module, function, what it does); the function takes the command's own arguments, a list of strings
@@ -27,6 +29,9 @@ COMMANDS = {
     ),
     "run": ("gralora.tool.run", "main", "start another trainer (TRL, LLaMA-Factory, torchrun), its LoRA made GraLoRA"),
 }
+
+# commands whose modules import only Python's own when they are imported, so that their help needs no torch
+LIGHT = ("evaluate", "tune")
 
 USER_ERROR = 2  # as argparse
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
@@ -54,6 +59,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def load_light(module: str) -> ModuleType:
+    """Load a command's module by its file, since importing it from its package would import torch."""
+    package = importlib.util.find_spec("gralora")
+    assert package is not None and package.submodule_search_locations is not None
+    path = Path(package.submodule_search_locations[0], *module.split(".")[1:]).with_suffix(".py")
+    spec = importlib.util.spec_from_file_location(module, path)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
 def load(module: str, command: str) -> ModuleType:
     """A command's module; ImportError with what to install where a package is missing."""
     try:
@@ -79,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in argv
     call = make_parser().parse_args([argument for argument in argv if argument != "--debug"])
     module, function, _ = COMMANDS[call.command]
+    if call.command in LIGHT and {"-h", "--help"} & set(call.arguments):
+        load_light(module).make_parser().parse_args(["--help"])
     try:
         getattr(load(module, call.command), function)(call.arguments)
     except KeyboardInterrupt as stop:

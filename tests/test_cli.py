@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gralora.tool import cli
+from gralora_command import LIGHT
 
 EXAMPLE = Path(__file__).parents[1] / "example_gralora_finetuning.py"
 
@@ -58,6 +59,14 @@ def test_help_imports_no_command():
     code = "import sys, gralora.tool.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
     code += "assert not {m for m, _, _ in c.COMMANDS.values()} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_help_of_light_commands_needs_no_torch(name):
+    code = f"import sys, gralora_command as c\ntry: c.main([{name!r}, '--help'])\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'transformers', 'peft', 'gralora'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+    assert f"usage: gralora {name}" in done.stdout
 
 
 @pytest.mark.parametrize("argv", [[], ["nonsense"], ["finetune", "--no_such_flag", "1"], ["finetune", "--seed", "x"]])

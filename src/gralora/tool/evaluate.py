@@ -45,8 +45,9 @@ instruction_choice and instruction_choice_generate, with the prompts of `gralora
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gralora evaluate",
-        description="Measure adapters, and the base model where it is listed too, side by side: on tasks of "
-        "lm-evaluation-harness, or by the loss on your own data. Differences are to the first model listed.",
+        description="Measure adapters, and the base model where it is listed too, side by side:\n"
+        "on tasks of lm-evaluation-harness, or by the loss on your own data.\n"
+        "Differences are to the first model listed.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

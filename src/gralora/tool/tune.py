@@ -32,8 +32,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gralora tune",
         usage="gralora tune [CONFIG.yaml] [--learning_rate LOW..HIGH] [flags of gralora finetune]",
-        description="Find the settings with the lowest held-out loss. Candidates are trained side by side on one base "
-        "model and the same batches; at each rung the worse ones are stopped.",
+        description="Find the settings with the lowest held-out loss.\n"
+        "Candidates are trained side by side on one base model and the same batches; at each rung the worse ones are\n"
+        "stopped.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
