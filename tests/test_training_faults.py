@@ -306,8 +306,12 @@ class Malicious:
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_pickle_with_code_is_refused_without_a_trace(finetune, tmp_path, name):
+@pytest.mark.parametrize("is_allowed", [False, True], ids=["", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"])
+def test_a_pickle_with_code_is_refused_without_a_trace(finetune, tmp_path, monkeypatch, name, is_allowed):
+    """Also where the environment lets torch.load run code by default (CVE-2026-1839 was such a call)."""
     finetune(save_steps=1)
+    if is_allowed:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     checkpoint = tmp_path / "out" / "checkpoint-2"
     torch.save({"state": Malicious()}, checkpoint / name)
     (checkpoint / "gralora_checkpoint.json").unlink()
@@ -324,6 +328,16 @@ def test_an_absurd_step_is_not_believed(finetune, tmp_path, step):
     (state.parent / "gralora_checkpoint.json").unlink()
     status, printed = finetune(resume_from_checkpoint=state.parent)
     assert status == 2 and f"global_step={step!r}" in printed
+
+
+def test_an_adapter_is_trained_on_in_its_own_folder(finetune, tmp_path):
+    """Its file is still open while the new one is written (transformers' issue 37713): never a mixture of the two."""
+    finetune()
+    first = load_file(tmp_path / "out" / WEIGHTS)
+    status, printed = finetune("--overwrite", base_model=tmp_path / "out", learning_rate=1e-2)
+    assert status == 0, printed
+    second = load_file(tmp_path / "out" / WEIGHTS)
+    assert first.keys() == second.keys() and any(not first[name].equal(second[name]) for name in first)
 
 
 # ---- what SFTConfig and the Trainer offer, by its own name
