@@ -1,13 +1,17 @@
-"""What MkDocs adds to the pages: README.md before the list of pages, and the names of `gralora.__all__` to the API."""
+"""What MkDocs adds to the pages: README.md before the list of pages, to the API
+the fields of `LoraConfig` and the names of `gralora.__all__`."""
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
 import gralora
+from gralora.config import GRALORA_FIELDS
 
 ROOT = Path(__file__).parents[1]
 MARK = "<!-- the other names of gralora.__all__ -->"
+FIELDS = "<!-- the fields of gralora.LoraConfig -->"
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
@@ -24,7 +28,10 @@ def front(readme: str) -> str:
 
 
 def with_references(markdown: str) -> str:
-    """A page with a reference, in place of MARK, of each public name that it has none of."""
+    """A page with the fields in place of FIELDS, and of MARK a reference of each public name that it has none of."""
     there = {found.rpartition(".")[2] for found in re.findall(r"^::: (\S+)$", markdown, re.M)}
     missing = (name for name in gralora.__all__ if name not in there)
+    fields = {f.name: f.metadata["help"] for f in dataclasses.fields(gralora.LoraConfig)}
+    rows = "\n".join(f"| `{name}` | {fields[name].replace('|', '&#124;')} |" for name in GRALORA_FIELDS)
+    markdown = markdown.replace(FIELDS, f"| field, besides PEFT's | |\n| --- | --- |\n{rows}")
     return markdown.replace(MARK, "\n".join(f"::: {getattr(gralora, name).__module__}.{name}" for name in missing))

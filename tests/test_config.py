@@ -2,9 +2,12 @@
 
 import copy
 import dataclasses
+import importlib.util
+import inspect
 import json
 import re
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -503,3 +506,54 @@ def test_text_that_no_field_takes(name, text, message):
     """The error names the field and what it takes."""
     with pytest.raises(ValueError, match=re.escape(message)):
         parse(name, text)
+
+
+# What a newcomer sees
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("gralora_K", "gralora_k"),
+        ("use_gralra", "use_gralora"),
+        ("alpha", "lora_alpha"),
+        ("dropout", "lora_dropout"),
+        ("target_module", "target_modules"),
+        ("rank", "r"),
+        ("k", "gralora_k"),
+    ],
+)
+def test_a_name_that_is_no_field_gets_a_suggestion(name, meant):
+    with pytest.raises(TypeError, match=rf"got an unexpected keyword argument '{name}'; did you mean {meant}\?"):
+        LoraConfig(**{name: 1})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'zzzzzzz'$"):
+        LoraConfig(zzzzzzz=1)
+
+
+def test_every_field_is_documented():
+    """In help(), and on the page of the API."""
+    sections = inspect.getdoc(LoraConfig).split("\n\n")
+    listed = next(section for section in sections if section.startswith("Attributes"))
+    assert re.findall(r"^    (\w+): \S", listed, re.M) == list(GRALORA_FIELDS)
+    docs = Path(__file__).parents[1] / "docs"
+    spec = importlib.util.spec_from_file_location("hooks", docs / "hooks.py")
+    spec.loader.exec_module(hooks := importlib.util.module_from_spec(spec))
+    page = hooks.with_references((docs / "api.md").read_text())
+    assert re.findall(r"^\| `(\w+)` \| \S", page, re.M) == list(GRALORA_FIELDS)
+
+
+def test_dir_lists_what_is_public():
+    import gralora
+
+    names = [name for name in dir(gralora) if not name.startswith("__")]
+    assert names == sorted(gralora.__all__) and all(getattr(gralora, name).__doc__ for name in names)
+    assert {"__doc__", "__name__", "__path__"} <= set(dir(gralora))
+
+
+def test_constructor_is_still_that_of_the_dataclass():
+    """PEFT reads its signature, to leave out the fields of a newer version."""
+    parameters = list(inspect.signature(LoraConfig.__init__).parameters)
+    assert parameters == ["self", *(f.name for f in dataclasses.fields(LoraConfig) if f.init)]
+    with pytest.warns(UserWarning, match="'of_a_newer_peft'"):
+        config = PeftConfig.from_peft_type(peft_type="LORA", of_a_newer_peft=1, use_gralora=True, gralora_format=1)
+    assert config.use_gralora

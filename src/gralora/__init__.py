@@ -46,4 +46,9 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    """What is public: no module that happens to be imported."""
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
+
+
 install()

@@ -243,7 +243,7 @@ class LoraConfig(peft.LoraConfig):
         given = {name: value for name in settable if is_set(name, value := getattr(self, name))}
         if given:
             names = ", ".join(f"{name}={value!r}" for name, value in given.items())
-            warnings.warn(f"{names} has no effect without use_gralora=True: this is a plain LoRA.", stacklevel=4)
+            warnings.warn(f"{names} has no effect without use_gralora=True: this is a plain LoRA.", stacklevel=5)
 
     def _check_format(self) -> None:
         if self.gralora_format is None:
@@ -326,3 +326,6 @@ parse = functools.partial(fields.parse, LoraConfig)
 FLAGS = {f.name: found for f in dataclasses.fields(LoraConfig) if (found := fields.facts(f).flag)}
 # GraLoRA's fields that are flags, and settings in other programs
 SETTINGS = {f.name: f for f in dataclasses.fields(LoraConfig) if f.name in FLAGS and f.name in GRALORA_FIELDS}
+
+fields.document(LoraConfig, GRALORA_FIELDS)
+fields.suggest_names(LoraConfig)

@@ -5,8 +5,11 @@ Every list of fields elsewhere is derived from them with `names`.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -163,3 +166,32 @@ def parse(config_class: type[peft.LoraConfig], name: str, text: str) -> Any:
             also = "".join(f" or {word!r}" for word in words)
             raise ValueError(f"{name}={text!r} must be a whole number{also}.") from None
     raise ValueError(f"{name}={text!r} must be one of {', '.join(words or ['true', 'false'])}.")
+
+
+def document(config_class: type[peft.LoraConfig], own: Iterable[str]) -> None:
+    """Add the fields `own`, and the help in their metadata, to a config's docstring, before what it raises."""
+    helps = {f.name: f.metadata["help"] for f in dataclasses.fields(config_class) if f.name in own}
+    indents: Any = {"width": 112, "initial_indent": 8 * " ", "subsequent_indent": 12 * " "}
+    listed = "\n".join(textwrap.fill(f"{name}: {text}", **indents) for name, text in helps.items())
+    text, raises, raised = (config_class.__doc__ or "").partition("    Raises:")
+    config_class.__doc__ = f"{text}    Attributes, besides PEFT's:\n{listed}\n\n{raises}{raised}"
+
+
+# Words of other programs, and of speech, that are spelt like none of the fields that they mean
+OTHER_WORDS = {"k": "gralora_k", "rank": "r", "lora_rank": "r", "lora_r": "r"}
+
+
+def suggest_names(config_class: type[peft.LoraConfig]) -> None:
+    """Have a config's constructor suggest a field where it is given a name that it does not know."""
+    construct, known = config_class.__init__, [f.name for f in dataclasses.fields(config_class)]
+
+    @functools.wraps(construct)
+    def __init__(self: peft.LoraConfig, *args: Any, **values: Any) -> None:
+        for name in values.keys() - known:
+            near = [OTHER_WORDS[name]] if name in OTHER_WORDS else get_close_matches(name.lower(), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            # in Python's words, by which PEFT knows a config that a newer version has written
+            raise TypeError(f"{config_class.__name__}.__init__() got an unexpected keyword argument {name!r}{hint}")
+        construct(self, *args, **values)
+
+    config_class.__init__ = __init__  # type: ignore[method-assign]

@@ -349,7 +349,7 @@ class FinetuneArguments(GraloraFlags):
 
         The reentrant kind, torch's default, needs an input with gradients, and a frozen model's has none.
         """
-        given = next((self.trainer[name] for name in CHECKPOINTING_OPTIONS if self.trainer.get(name)), {})
+        given: Any = next((self.trainer[name] for name in CHECKPOINTING_OPTIONS if self.trainer.get(name)), {})
         given = json.loads(given) if isinstance(given, str) else given
         if given and not self.gradient_checkpointing:
             raise ValueError(f"gradient_checkpointing_kwargs={given!r} needs gradient_checkpointing.")
