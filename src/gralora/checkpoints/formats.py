@@ -141,7 +141,10 @@ def _config(fields: dict[str, Any]) -> LoraConfig:
     left_out = {*unknown, *empty} - {"target_modules"}  # where [] and None mean different things
     fields = {name: value for name, value in fields.items() if name in known and name not in left_out}
     check_fields(fields)
-    return LoraConfig(**fields)
+    try:
+        return LoraConfig(**fields)
+    except (TypeError, AttributeError) as error:  # of a class in PEFT's that a field's dict is given to
+        raise ValueError(f"the config cannot be read by this version of PEFT: {error}.") from error
 
 
 def write(adapter: Adapter, target: str) -> tuple[dict[str, Any], LazyTensors]:
