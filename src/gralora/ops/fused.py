@@ -21,7 +21,7 @@ from .interface import Conversion, FactorGradients
 from .layout import chunks, contiguous_or_rows, rows
 from .plans import Plan, falls_back, plan
 from .reference import Factors
-from .torch_seam import unsafe_view
+from .torch_seam import is_traced, unsafe_view
 from .weights import Weight, dense
 
 
@@ -41,7 +41,9 @@ class Packed(NamedTuple):
 
 
 def pack(factors: Factors) -> Packed:
-    A, B, hybrid_A, hybrid_B, scaling = factors.as_grid()
+    A, B, hybrid_A, hybrid_B, scaling = factors
+    if factors.is_plain:
+        return Packed(_grid(A), _grid(B), 0, scaling)
     if hybrid_A is None or hybrid_B is None:
         return Packed(A, B, 0, scaling)
     k = A.shape[0]
@@ -54,7 +56,7 @@ def unpack(dA: Tensor | None, dB: Tensor | None, h: int, is_plain: bool) -> list
     """Gradients of packed factors -> those of A, B, hybrid_A and hybrid_B, or of a plain LoRA's A and B."""
     d_hybrid_A = d_hybrid_B = None
     if is_plain:
-        return [None if d is None else d.squeeze(0).mT for d in (dA, dB)] + [None, None]
+        return [None if d is None else _matrix(d) for d in (dA, dB)] + [None, None]
     if h and dA is not None:
         dA, tail = dA.split([dA.shape[2] - h, h], dim=2)
         d_hybrid_A = tail.permute(2, 0, 1).flatten(1)
@@ -64,11 +66,26 @@ def unpack(dA: Tensor | None, dB: Tensor | None, h: int, is_plain: bool) -> list
     return [dA, dB, d_hybrid_A, d_hybrid_B]
 
 
+def _grid(factor: Tensor) -> Tensor:
+    """A plain LoRA's factor `[m, n]` as that of one block, `[1, n, m]`: by one call of torch, since each costs."""
+    if is_traced(factor):
+        return factor.mT.unsqueeze(0)
+    (m, n), (stride_m, stride_n) = factor.shape, factor.stride()
+    return factor.as_strided((1, n, m), (m * n, stride_n, stride_m))
+
+
+def _matrix(grid: Tensor) -> Tensor:
+    """The inverse of `_grid`."""
+    if is_traced(grid):
+        return grid.squeeze(0).mT
+    (_, n, m), (_, stride_n, stride_m) = grid.shape, grid.stride()
+    return grid.as_strided((m, n), (stride_m, stride_n))
+
+
 def _gradient_of(factor: Tensor) -> Tensor:
-    """Memory for a factor's gradient, contiguous, or transposed as the factor is: so that it need not be copied."""
-    transposed = factor.mT
-    if transposed.is_contiguous() and not factor.is_contiguous():
-        return transposed.new_empty(transposed.shape).mT
+    """Memory for a factor's gradient: contiguous, or transposed where a plain LoRA is, so that it is not copied."""
+    if factor.shape[0] == 1 and factor.stride()[1] == 1:
+        return torch.empty_like(factor)
     return factor.new_empty(factor.shape)
 
 
