@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import gralora_config, randomize
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -118,6 +119,40 @@ def test_pipelines(name, hybrid_r, tmp_path):
     torch.testing.assert_close(output(name, getattr(pipeline, part)), half, rtol=1e-4, atol=1e-4)
     pipeline.unload_lora_weights()
     torch.testing.assert_close(output(name, getattr(pipeline, part)), base, rtol=1e-4, atol=1e-4)
+
+
+@places
+@torch.no_grad()
+def test_plain_lora_accelerated(place, tmp_path):
+    """Outputs and files are those without: of an adapter that is added, scaled, saved, read, fused and unloaded."""
+    found = []
+    for accelerated in (False, True):
+        model, folder = make(place.model), tmp_path / str(accelerated)
+        model.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=place.targets))
+        model = randomize(model).eval()
+        read = make(place.model)
+        for one in (model, read) if accelerated else ():
+            gralora.accelerate(one)
+        model.save_lora_adapter(folder)
+        read.load_lora_adapter(folder, prefix=None, weight_name=FILE, adapter_name="style")
+        linears = sum(isinstance(layer, peft.tuners.lora.Linear) for layer in read.modules())
+        assert linears and gralora.describe(read).startswith(f"{linears if accelerated else 0} of ")
+        outputs = [output(place.model, model), output(place.model, read)]
+        read.set_adapters(["style"], [0.5])
+        outputs.append(output(place.model, read))
+        read.fuse_lora()
+        outputs.append(output(place.model, read))
+        read.unfuse_lora()
+        read.unload_lora()
+        read.load_lora_adapter(folder, prefix=None, weight_name=FILE, adapter_name="again")
+        assert gralora.describe(read).startswith(f"{linears if accelerated else 0} of ")
+        found.append([*outputs, output(place.model, read)])
+    files = [safe_open(tmp_path / which / FILE, "pt") for which in ("True", "False")]
+    names = sorted(files[0].keys())
+    assert names == sorted(files[1].keys()) and files[0].metadata() == files[1].metadata()
+    assert all(torch.equal(*(file.get_tensor(name) for file in files)) for name in names)
+    for own, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
