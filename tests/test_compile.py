@@ -15,6 +15,7 @@ from triton.experimental.gluon.language import shared_memory_descriptor  # noqa:
 
 from gralora import ops  # noqa: E402
 from gralora.ops import hopper, kernels, launch, plans  # noqa: E402
+from gralora.ops.activations import ACTIVATIONS  # noqa: E402
 from gralora.ops.interface import Conversion, FactorGradients  # noqa: E402
 
 SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a program may take
@@ -61,13 +62,18 @@ def test_portable_kernels_compile(capability, r, dtype, factors, compiled):
     x, dy, g = (torch.empty(*size, dtype=dtype) for size in [(64, 2048), (64, 4096), (2, 64, r)])
     A, B = torch.empty(2, 1024, r, dtype=factors), torch.empty(2, r, 2048, dtype=factors)
     kernels.down(x, A, 0, 1.0, Conversion(B, B.half()))
+    for activation in ACTIVATIONS:
+        kernels.gated(x, x, activation, x)
+        kernels.gated_backward(x, x, x, activation, x, x)
+        check(compiled)
+    kernels.downs(x, [A, A], 0, [1.0, 1.0], [Conversion(B, B.half()), None])
     kernels.up(g, B, dy)
     kernels.factor_gradients(x, dy, g, g, A, B, A, x)
     kernels.dropout(x, 0.5, torch.tensor(0))
     kernels.delta_weight(A.float(), B.float(), 1.0)
     code, packed, w = torch.empty(16), torch.empty(2**15, dtype=torch.uint8), torch.empty(2**16, dtype=dtype)
     kernels.dequantize_4bit(packed, torch.empty(1024, dtype=torch.uint8), code, 64, w, (code, code, code[0]))
-    assert len(compiled.made) == 6
+    assert len(compiled.made) == 9
     check(compiled)
 
 
@@ -78,6 +84,7 @@ def test_hopper_kernel_compiles(w_transposed, b_transposed, block_r, compiled):
     compiled.target = 90
     T, n_in, n_out, k, r = 256, 256, 512, 2, block_r or 64
     dtype, has_bias = torch.float16 if w_transposed else torch.bfloat16, w_transposed != b_transposed
+    adds = bool(block_r) and not has_bias
 
     def draw(*size, transposed=False):
         t = torch.empty(size, dtype=dtype)
@@ -93,8 +100,12 @@ def test_hopper_kernel_compiles(w_transposed, b_transposed, block_r, compiled):
         FactorGradients(draw(T, n_out), draw(k, T, r), torch.empty(k, n_out // k, r), torch.empty(k, r, n_in // k).mT)
         if block_r
         else None,
+        adds=adds,
     )
     check(compiled)
+    assert ("cp.reduce.async.bulk.tensor" in compiled.made["linear_kernel"].asm["ptx"]) == (
+        bool(block_r) and not has_bias
+    )
     assert "wgmma.mma_async" in compiled.made["linear_kernel"].asm["ptx"]
 
 

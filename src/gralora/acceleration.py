@@ -14,6 +14,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from . import parents
 from .dora import FusedDora
 from .experts import FusedExperts
 from .fast_path import FusedLayer
@@ -60,6 +61,7 @@ def accelerate(model: Model, enable: bool = True) -> Model:
     for module in list(model.modules()):
         if isinstance(module, lora.LoraLayer):
             _set(module, enable)
+    parents.adapt_all(model)
     return model
 
 

@@ -8,6 +8,7 @@ modules' dictionaries instead of attributes.
 GraLoRA adapters by its subclass in layers.py.
 """
 
+import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import Dropout, Identity, Linear, Parameter
 
 from .blocks import GranularDown, GranularUp, scaling_gain
-from .ops import Factors, PackedWeight, add_update, compiled, gralora_linear, plans
+from .ops import AdaptedLinear, Factors, PackedWeight, add_update, compiled, gralora_linear, plans
 from .ops.torch_seam import (
     children_of,
     has_global_hooks,
@@ -46,6 +47,13 @@ else:
     Stock = object
 
 
+class _Sharing(threading.local):
+    group: Any = None
+
+
+sharing = _Sharing()
+"""`siblings.Siblings` of the module whose forward runs, in `group`; None outside of such modules."""
+
 TENSORS = (Parameter, Tensor)  # the latter with torch.func.functional_call
 
 
@@ -69,16 +77,21 @@ class FusedCall(NamedTuple):
     p: float
     dtype: torch.dtype
 
+    def operands(self) -> AdaptedLinear:
+        """The tensors of a call with a weight, in the dtype that is computed in."""
+        _, weight, bias, factors, _, dtype = self
+        assert weight is not None
+        if isinstance(weight, Tensor) and weight.dtype != dtype:
+            weight = weight.to(dtype)
+        return AdaptedLinear(weight, bias if bias is None or bias.dtype == dtype else bias.to(dtype), factors)
+
     def __call__(self, x: Tensor) -> Tensor:
-        base, weight, bias, factors, p, dtype = self
+        base, weight, _, factors, p, dtype = self
         if weight is not None:
-            seen = x if x.dtype == dtype else x.to(dtype)
-            bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)
-            if isinstance(weight, Tensor):
-                weight = weight if weight.dtype == dtype else weight.to(dtype)
-                return gralora_linear(seen, weight, bias, factors, p)
-            y = gralora_linear(seen, weight, bias, factors, p)
-            return y if y.dtype == x.dtype else y.to(x.dtype)  # as bitsandbytes' layers do, also under autocast
+            y = gralora_linear(x if x.dtype == dtype else x.to(dtype), *self.operands(), p)
+            if isinstance(weight, Tensor) or y.dtype == x.dtype:
+                return y
+            return y.to(x.dtype)  # as bitsandbytes' layers do, also under autocast
         y = base(x)
         quantised = type(parameters_of(base).get("weight")) is not Parameter
         if not quantised or is_view(y) or not y.is_contiguous() or has_hooks(base):
@@ -189,7 +202,17 @@ class FusedLayer(Transparent, Stock):
     fused_call = fused_call
     """The operation that computes this layer's output for an input, or None where PEFT's forward is needed."""
 
+    def has_fused(self) -> bool:
+        """Whether any adapter that this layer has now may be computed so."""
+        return bool(self.lora_A)
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's forward, or one operation that computes the same."""
-        call = self.fused_call(*args) if len(args) == 1 and not kwargs else None
-        return super().forward(*args, **kwargs) if call is None else call(*args)
+        if len(args) != 1 or kwargs:
+            return super().forward(*args, **kwargs)
+        if not torch.compiler.is_compiling() and sharing.group is not None:
+            y = sharing.group.output_of(self, *args)
+            if y is not None:
+                return y
+        call = self.fused_call(*args)
+        return super().forward(*args) if call is None else call(*args)

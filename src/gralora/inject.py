@@ -24,7 +24,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from . import acceleration, diffusion
+from . import acceleration, diffusion, parents
 from .config import SUPPORTED_VARIANTS, LoraConfig, auto_k, names
 from .dora import GranularDora
 from .experts import TargetParameter, param_wrapper, targeted_parameters
@@ -73,6 +73,7 @@ def _with_gralora(stock: Callable[..., None]) -> Callable[..., None]:
         else:
             stock(self, lora_config, adapter_name, *place, **kwargs)
         acceleration.cover(self.model, lora_config, getattr(parent, target_name))
+        parents.adapt(parent)
 
     return _create_and_replace
 

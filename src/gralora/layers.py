@@ -72,6 +72,9 @@ class GraloraLayer(FusedLayer):
         """Whether an adapter of this layer is GraLoRA; False for a plain LoRA, and for an adapter it lacks."""
         return adapter_name in self.lora_B and isinstance(self.lora_B[adapter_name], GranularUp)
 
+    def has_fused(self) -> bool:
+        return bool(self.fuses_plain and self.lora_A) or any(map(self.is_gralora, self.lora_B))
+
     def read_factors(self, adapter_name: str, k: int, hybrid_r: int) -> None:
         """Make a GraLoRA of the plain LoRA that PEFT has just added, with its numbers, dtype and device.
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from peft.tuners import lora
 from torch import Tensor
 
+from . import parents
 from .config import SUPPORTED_VARIANTS
 from .factors import pad_lora
 from .kinds import mixin_of
@@ -117,6 +118,17 @@ class GraloraModel(Promoted, Stock):
     def delete_adapter(self, adapter_name: str) -> None:
         self._gralora_plan = None  # an adapter added under this name next is planned anew
         super().delete_adapter(adapter_name)
+        parents.adapt_all(self.model)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        model = super().merge_and_unload(*args, **kwargs)
+        parents.adapt_all(model)
+        return model
+
+    def unload(self) -> Any:
+        model = super().unload()
+        parents.adapt_all(model)
+        return model
 
     def _add_as_plain_lora(self, adapter_name: str, plain_name: str) -> None:
         """Add a plain LoRA adapter with the delta weights of a GraLoRA adapter, of one rank for all layers."""

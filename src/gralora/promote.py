@@ -56,8 +56,8 @@ def promote(obj: Any, mixin: Any) -> None:
     obj.__class__ = promoted_class(mixin, stock)
 
 
-def demote(obj: Promoted) -> None:
-    """Make `obj` an instance of PEFT's class alone again, with its state kept."""
+def demote(obj: Any) -> None:
+    """Make `obj` an instance of the class that it was of before, alone, with its state kept."""
     stock: Any = type(obj).__bases__[1]
     obj.__class__ = stock
 

@@ -55,6 +55,6 @@ def packed_weight(base: nn.Module, x: Tensor, dtype: torch.dtype) -> PackedWeigh
         return None
     if bias is not None and bias.requires_grad:
         return None
-    if state.shape[1] != x.shape[-1] or weight.numel() % 4 or state.nested and state.state2.blocksize != 256:
+    if state.shape[1] != base.in_features or weight.numel() % 4 or state.nested and state.state2.blocksize != 256:
         return None
     return FourBitWeight(weight)

@@ -207,10 +207,12 @@ OVERRIDES: dict[str, str] = {
     "forward": "the layer's output; adapter_names and aLoRA's offsets are keywords",
     "get_delta_weight": "dW of one adapter in the layout of the base weight; all merging asks it",
     "merge": "add the named adapters' dW to the base weight",
+    "merge_and_unload": "LoraModel: the base model with the adapters merged",
     "resolve_lora_variant": "choose an adapter's variant by its config; called by update_layer",
     "set_adapter": "LoraModel: choose the active adapters",
     "subtract_mutated_init": "LoraModel: called by save_pretrained with path_initial_model_for_weight_conversion",
     "supports_lora_conversion": "whether convert_to_lora may take dW for all that an adapter does",
+    "unload": "LoraModel: the base model without the adapters",
     "unmerge": "subtract the merged adapters' dW from the base weight",
 }
 

@@ -6,11 +6,24 @@ from torch import Tensor
 from . import autograd, compiled, fused, plans
 from . import reference as _reference
 from .dropout import draw_seed, dropout
+from .gated import GatedMlp, gated_mlp
 from .reference import Factors
+from .shared import AdaptedLinear, shared_linear
 from .torch_seam import is_transformed
 from .weights import PackedWeight, Weight
 
-__all__ = ["Factors", "PackedWeight", "add_update", "delta_weight", "dropout", "gralora_linear"]
+__all__ = [
+    "AdaptedLinear",
+    "Factors",
+    "GatedMlp",
+    "PackedWeight",
+    "add_update",
+    "delta_weight",
+    "dropout",
+    "gated_mlp",
+    "gralora_linear",
+    "shared_linear",
+]
 
 
 def gralora_linear(

@@ -118,7 +118,7 @@ def _backward(
                 y = reference.update(x if kept is None else x * kept, factors)
             else:
                 y = reference.linear(x, dense(weight, x.dtype), None, factors, kept)
-        return _differentiable(y, (x, *factors[:4]), needed, dy)
+        return differentiable([y], (x, *factors[:4]), needed, [dy])
     needs = Needs.of(*needed)
     try:
         return fused.linear_backward(dy, x, weight, factors, g, ctx.p, seed, needs, ctx.how)
@@ -127,10 +127,10 @@ def _backward(
     return fused.gradients(dy, x, weight, factors, g, ctx.p, seed, needs)
 
 
-def _differentiable(y: Tensor, inputs: Any, needed: Any, dy: Tensor) -> Grads:
+def differentiable(ys: Any, inputs: Any, needed: Any, dys: Any) -> Grads:
     """Gradients of those inputs that need one, to be differentiated in turn if that is on; None for the others."""
     wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
-    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=torch.is_grad_enabled()))
+    grads = iter(torch.autograd.grad(ys, wanted, dys, create_graph=torch.is_grad_enabled()))
     return [next(grads) if need else None for need in needed]
 
 

@@ -5,10 +5,13 @@ the batched products read and write where they lie. Implements `interface.Kernel
 for arguments.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from . import reference
+from .activations import ACTIVATIONS
 from .interface import Conversion, FactorGradients
 from .layout import Layout, chunks, rows
 
@@ -36,6 +39,24 @@ def down(x: Tensor, A: Tensor, h: int, scaling: float, convert: Conversion | Non
     grid = A[..., : R - h] if h else A
     g = exchange(x.new_empty(k, x.shape[0], R - h).baddbmm_(chunks(x, k), grid, beta=0, alpha=scaling))
     return torch.cat([g, down_plain(x, A[..., R - h :], scaling).expand(k, -1, -1)], dim=2) if h else g
+
+
+def downs(
+    x: Tensor, As: Sequence[Tensor], h: int, scalings: Sequence[float], converts: Sequence[Conversion | None]
+) -> list[Tensor]:
+    return [down(x, A, h, scaling, convert) for A, scaling, convert in zip(As, scalings, converts, strict=True)]
+
+
+def gated(e: Tensor, u: Tensor, activation: str, hidden: Tensor) -> None:
+    with torch.no_grad():
+        torch.mul(ACTIVATIONS[activation].value(e), u, out=hidden)
+
+
+def gated_backward(e: Tensor, u: Tensor, d_hidden: Tensor, activation: str, de: Tensor, du: Tensor) -> None:
+    act = ACTIVATIONS[activation]
+    d_act = d_hidden * u
+    torch.mul(d_hidden, act.value(e), out=du)
+    de.copy_(act.gradient(d_act, e))
 
 
 def up(g: Tensor, B: Tensor, y: Tensor) -> None:
@@ -124,12 +145,13 @@ def linear(
     g: Tensor,
     B: Tensor,
     gradients: FactorGradients | None = None,
+    adds: bool = False,
 ) -> None:
     with torch.no_grad():  # y may be an output that autograd knows already
         x, y = rows(x), rows(y)
         if bias is None:
             # the product with W reads the adapter's output while it multiplies: cheaper than a pass of its own
-            chunks(y, B.shape[0]).baddbmm_(g, B, beta=0)
+            chunks(y, B.shape[0]).baddbmm_(g, B, beta=int(adds))
             y.addmm_(x, weight.t())
         else:
             up(g, B, torch.addmm(bias, x, weight.t(), out=y))

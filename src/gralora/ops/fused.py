@@ -155,6 +155,7 @@ def linear_backward(
     seed: Tensor | None,
     needs: Needs,
     how: Plan,
+    dx_before: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Gradients of x, A, B, hybrid_A and hybrid_B; None for those that are not needed.
 
@@ -167,6 +168,7 @@ def linear_backward(
         p, seed: of dropout.
         needs: which gradients are needed.
         how: the forward's plan.
+        dx_before: what the gradient of x is to be added to: contiguous, shape and dtype of x; changed, and returned.
     """
     shape, (A, B, h, scaling) = x.shape, pack(factors)
     dy, x = contiguous_or_rows(dy), contiguous_or_rows(x)
@@ -187,14 +189,19 @@ def linear_backward(
         chunks(dx, A.shape[0]).baddbmm_(dh, A_up.to(x.dtype), beta=0)
         dx = dx if seed is None else how.down.dropout(dx, p, seed)
         dx = dx if weight is None else dx.addmm_(rows(dy), dense(weight, x.dtype))
+        dx = dx if dx_before is None else rows(dx_before).add_(dx)
     elif needs.x and weight is not None and how.backward is not None:
-        dx = x.new_empty(shape)
+        dx = x.new_empty(shape) if dx_before is None else dx_before
         gradients = None
         if how.gradients_in_product and dA is not None and dB is not None:
             gradients, is_done = FactorGradients(x, g, dA, dB.mT), True
-        how.backward.linear(dx, dy, dense(weight, x.dtype).t(), None, dh, A_up, gradients)
+        adds = dx_before is not None
+        how.backward.linear(dx, dy, dense(weight, x.dtype).t(), None, dh, A_up, gradients, adds)
     elif needs.x and weight is not None:
-        dx = dy @ dense(weight, x.dtype)
+        if dx_before is None:
+            dx = dy @ dense(weight, x.dtype)
+        else:
+            dx = rows(dx_before).addmm_(rows(dy), dense(weight, x.dtype))
         if how.gradients is how.up:
             grown = dx  # in the launch that computes the gradients of A and B
         else:

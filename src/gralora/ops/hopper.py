@@ -129,8 +129,12 @@ def linear(
     g: Tensor,
     B: Tensor,
     gradients: FactorGradients | None = None,
+    adds: bool = False,
 ) -> None:
-    """Compute y = x W^T + bias + up(g, B), summed in float32 and rounded once, of operands that `takes` accepts."""
+    """Compute y = x W^T + bias + up(g, B), summed in float32 and rounded once, of operands that `takes` accepts.
+
+    What is added to y is rounded before, as by the addition of two tensors.
+    """
     (k, T, r), device = g.shape, x.get_device()
     tensors, written, gradient_strides = (x, weight, g, B, y), (y, y), None
     if gradients is not None:
@@ -139,7 +143,7 @@ def linear(
         gradient_strides = row_stride(z.shape, z.stride()), *written[0].stride()[1:], *written[1].stride()[1:]
     sizes = T, weight.shape[0], x.shape[-1], k, r
     strides = row_stride(x.shape, x.stride()), weight.stride(), B.stride()
-    launch = _launch_of(x.dtype, device, sizes, *strides, bias is not None, gradient_strides)
+    launch = _launch_of(x.dtype, device, sizes, *strides, bias is not None, gradient_strides, adds)
     key, grid, numbers, constants, tiling = launch
     pointers = y if bias is None else bias, _counter(device), *written
     _linear(key, grid, pointers, numbers, constants, (tiling, tensors))
@@ -155,6 +159,7 @@ def _launch_of(
     b_strides: tuple[int, int, int],
     has_bias: bool,
     gradient_strides: tuple[int, int, int, int, int] | None,
+    adds: bool,
 ) -> tuple[Hashable, Grid, tuple[int, ...], tuple[Any, ...], Tiling]:
     """Compute what a launch takes besides tensors: key, grid, numbers, constants, and the tiling of the tensors.
 
@@ -168,6 +173,7 @@ def _launch_of(
         has_bias: whether bias is not None.
         gradient_strides: strides of the rows of z, and of columns and ranks of z_grad and x_grad; None if there are no
             gradients.
+        adds: whether y is added to.
     """
     T, N, K, k, r = sizes
     w_transposed, b_transposed = w_strides[1] == 1, b_strides[2] != 1
@@ -199,7 +205,7 @@ def _launch_of(
         order = _order(_tiles(T, N), length, sum(tiles), gradient_length, _processors(device))
         h_layout, z_layout = _layout(h_block, dtype), _layout(z_block, dtype)
     return (
-        (dtype, w_transposed, b_transposed, has_bias, gradient_strides is not None, block_r),
+        (dtype, w_transposed, b_transposed, has_bias, gradient_strides is not None, adds, block_r),
         (_processors(device), 1, 1),
         (*strides, *sizes, *tiles, *order),
         (
@@ -210,6 +216,7 @@ def _launch_of(
             b_transposed,
             has_bias,
             gradient_strides is not None,
+            adds,
             SLOTS,
             GROUP,
             8,

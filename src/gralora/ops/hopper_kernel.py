@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon import async_load, async_store, reinterpret
+from .gluon import async_add, async_load, async_store, reinterpret
 
 TURNS = gl.constexpr(8)  # entries of the queue from the loading warp: more than a program can have begun tiles
 
@@ -225,6 +225,7 @@ def _multiply_tiles(
     B_TRANSPOSED: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     MAKES_GRADIENTS: gl.constexpr,
+    ADDS: gl.constexpr,
     BLOCK_K: gl.constexpr,
     GROUP: gl.constexpr,
     WARPS: gl.constexpr,
@@ -266,7 +267,10 @@ def _multiply_tiles(
             tma.store_wait(pendings=0)
             y_tile.store(acc.to(dtype))
             fence_async_shared()
-            async_store(y_desc, [t, n], y_tile)
+            if ADDS:
+                async_add(y_desc, [t, n], y_tile)
+            else:
+                async_store(y_desc, [t, n], y_tile)
         if MAKES_GRADIENTS:
             z_desc, h_desc, _, _, z_grad_ptr, x_grad_ptr, z_strides, x_strides = gradients
             BLOCK_S: gl.constexpr = z_desc.block_type.shape[0]
@@ -351,6 +355,7 @@ def linear_kernel(
     B_TRANSPOSED: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     MAKES_GRADIENTS: gl.constexpr,
+    ADDS: gl.constexpr,
     SLOTS: gl.constexpr,
     GROUP: gl.constexpr,
     WARPS: gl.constexpr,
@@ -398,6 +403,7 @@ def linear_kernel(
                     B_TRANSPOSED,
                     HAS_BIAS,
                     MAKES_GRADIENTS,
+                    ADDS,
                     BLOCK_K,
                     GROUP,
                     WARPS,

@@ -9,6 +9,7 @@ contiguous `[..., n]` (`layout.contiguous_or_rows`). Factors may have any stride
 is what is computed in. Letters are those of `reference`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -66,6 +67,34 @@ class Kernels(Protocol):
 
         Returns:
             g `[k, T, R]`, contiguous, dtype of x.
+        """
+
+    def downs(
+        self,
+        x: Tensor,
+        As: Sequence[Tensor],
+        h: int,
+        scalings: Sequence[float],
+        converts: Sequence[Conversion | None],
+    ) -> list[Tensor]:
+        """`down` of one x by several factors, with what else to copy for each: as many g."""
+
+    def gated(self, e: Tensor, u: Tensor, activation: str, hidden: Tensor) -> None:
+        """Write hidden = act(e) * u.
+
+        Args:
+            e, u: `[..., F]`, with unit stride along F and one stride from row to row, the same for both.
+            activation: a name of `activations.ACTIVATIONS`.
+            hidden: written: `[..., F]`, contiguous, dtype of e.
+        """
+
+    def gated_backward(self, e: Tensor, u: Tensor, d_hidden: Tensor, activation: str, de: Tensor, du: Tensor) -> None:
+        """Write the gradients of e and u from that of hidden.
+
+        Args:
+            e, u, activation: as of `gated`.
+            d_hidden: `[..., F]`, contiguous, dtype of e.
+            de, du: written: as e and u, with a stride of their own; du may be d_hidden.
         """
 
     def up(self, g: Tensor, B: Tensor, y: Tensor) -> None:
@@ -148,6 +177,7 @@ class Product(Protocol):
         g: Tensor,
         B: Tensor,
         gradients: FactorGradients | None = None,
+        adds: bool = False,
     ) -> None:
         """Write y = x W^T + bias + up(g, B), and `gradients` if they are given.
 
@@ -155,6 +185,7 @@ class Product(Protocol):
             y: written: `[..., O]`, contiguous, dtype of x.
             x: `[T, I]`.
             weight: `[O, I]`, dtype of x.
+            adds: whether all that is added to what y holds, instead of overwriting it; not with a bias.
             bias: `[O]`, any float dtype, or None.
             g: `[k, T, R]`, contiguous, dtype of x.
             B: `[k, R, O/k]`, dtype of x.

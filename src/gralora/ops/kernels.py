@@ -3,6 +3,8 @@
 They implement `interface.Kernels`; see there for the arguments.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,6 +13,59 @@ from .batched import down_plain, dropout_scale
 from .interface import Conversion
 from .launch import Launcher
 from .layout import row_stride, rows
+
+
+@triton.jit
+def _down_tile(
+    tile,
+    x_ptr,
+    A_ptr,
+    g_ptr,
+    scaling,
+    T,
+    CHUNK: tl.constexpr,
+    RANK: tl.constexpr,
+    SUB_RANK: tl.constexpr,
+    STRIDE_XT: tl.constexpr,
+    STRIDE_AK: tl.constexpr,
+    STRIDE_AI: tl.constexpr,
+    STRIDE_AR: tl.constexpr,
+    STRIDE_GT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Multiply one tile of tokens by one tile of A, and store the columns where the exchange puts them."""
+    tiles_r = tl.cdiv(RANK, BLOCK_R)
+    tiles_A = RANK // SUB_RANK * tiles_r
+    i = tile % tiles_A // tiles_r
+    t = tile // tiles_A * BLOCK_T + tl.arange(0, BLOCK_T)
+    n = tile % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.arange(0, BLOCK_C)
+    p_x = x_ptr + t[:, None].to(tl.int64) * STRIDE_XT + i * CHUNK + c[None, :]
+    p_A = A_ptr + i * STRIDE_AK + c[:, None] * STRIDE_AI + n[None, :] * STRIDE_AR
+    b_h = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+    for c0 in range(0, CHUNK, BLOCK_C):
+        b_x = tl.load(p_x, mask=(t[:, None] < T) & (c0 + c[None, :] < CHUNK), other=0.0)
+        b_A = tl.load(p_A, mask=(c0 + c[:, None] < CHUNK) & (n[None, :] < RANK), other=0.0)
+        b_h = tl.dot(b_x, b_A.to(b_x.dtype), b_h)
+        p_x += BLOCK_C
+        p_A += BLOCK_C * STRIDE_AI
+    # column n of block i is place (i, n % q) of output block n // q
+    block, place = n // SUB_RANK, i * SUB_RANK + n % SUB_RANK
+    p_g = g_ptr + (block[None, :].to(tl.int64) * T + t[:, None]) * STRIDE_GT + place[None, :]
+    b_h *= tl.cast(scaling, tl.float32)  # float64 where torch.compile launches
+    tl.store(p_g, b_h.to(g_ptr.dtype.element_ty), mask=(t[:, None] < T) & (n[None, :] < RANK))
+
+
+@triton.jit
+def _convert(source_ptr, target_ptr, SIZE: tl.constexpr):
+    """Copy SIZE elements to another dtype, all programs of the first axis together."""
+    if SIZE:
+        for m0 in range(tl.program_id(0) * 1024, SIZE, tl.num_programs(0) * 1024):
+            m = m0 + tl.arange(0, 1024)
+            b_source = tl.load(source_ptr + m, mask=m < SIZE)
+            tl.store(target_ptr + m, b_source.to(target_ptr.dtype.element_ty), mask=m < SIZE)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -35,35 +90,91 @@ def _down_kernel(
     BLOCK_R: tl.constexpr,
     CONVERTED: tl.constexpr,
 ):
-    """Multiply one tile of tokens by one tile of A, and store the columns where the exchange puts them.
+    """Project down; together, the programs also convert another factor, of CONVERTED elements."""
+    _convert(factor_ptr, converted_ptr, CONVERTED)
+    _down_tile(
+        tl.program_id(0),
+        x_ptr,
+        A_ptr,
+        g_ptr,
+        scaling,
+        T,
+        CHUNK,
+        RANK,
+        SUB_RANK,
+        STRIDE_XT,
+        STRIDE_AK,
+        STRIDE_AI,
+        STRIDE_AR,
+        STRIDE_GT,
+        BLOCK_T,
+        BLOCK_C,
+        BLOCK_R,
+    )
 
-    Together, the programs also convert another factor, of CONVERTED elements.
-    """
-    if CONVERTED:
-        for m0 in range(tl.program_id(0) * 1024, CONVERTED, tl.num_programs(0) * 1024):
-            m = m0 + tl.arange(0, 1024)
-            b_factor = tl.load(factor_ptr + m, mask=m < CONVERTED)
-            tl.store(converted_ptr + m, b_factor.to(converted_ptr.dtype.element_ty), mask=m < CONVERTED)
-    tile, tiles_r = tl.program_id(0), tl.cdiv(RANK, BLOCK_R)
-    tiles_A = RANK // SUB_RANK * tiles_r
-    i = tile % tiles_A // tiles_r
-    t = tile // tiles_A * BLOCK_T + tl.arange(0, BLOCK_T)
-    n = tile % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tl.arange(0, BLOCK_C)
-    p_x = x_ptr + t[:, None].to(tl.int64) * STRIDE_XT + i * CHUNK + c[None, :]
-    p_A = A_ptr + i * STRIDE_AK + c[:, None] * STRIDE_AI + n[None, :] * STRIDE_AR
-    b_h = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
-    for c0 in range(0, CHUNK, BLOCK_C):
-        b_x = tl.load(p_x, mask=(t[:, None] < T) & (c0 + c[None, :] < CHUNK), other=0.0)
-        b_A = tl.load(p_A, mask=(c0 + c[:, None] < CHUNK) & (n[None, :] < RANK), other=0.0)
-        b_h = tl.dot(b_x, b_A.to(b_x.dtype), b_h)
-        p_x += BLOCK_C
-        p_A += BLOCK_C * STRIDE_AI
-    # column n of block i is place (i, n % q) of output block n // q
-    block, place = n // SUB_RANK, i * SUB_RANK + n % SUB_RANK
-    p_g = g_ptr + (block[None, :].to(tl.int64) * T + t[:, None]) * STRIDE_GT + place[None, :]
-    b_h *= tl.cast(scaling, tl.float32)  # float64 where torch.compile launches
-    tl.store(p_g, b_h.to(g_ptr.dtype.element_ty), mask=(t[:, None] < T) & (n[None, :] < RANK))
+
+@triton.jit(do_not_specialize=["T"])
+def _downs_kernel(
+    x_ptr,
+    A_0_ptr,
+    A_1_ptr,
+    A_2_ptr,
+    g_ptr,
+    factor_0_ptr,
+    factor_1_ptr,
+    factor_2_ptr,
+    converted_0_ptr,
+    converted_1_ptr,
+    converted_2_ptr,
+    scaling_0,
+    scaling_1,
+    scaling_2,
+    T,
+    CHUNK: tl.constexpr,
+    RANK: tl.constexpr,
+    SUB_RANK: tl.constexpr,
+    STRIDE_XT: tl.constexpr,
+    STRIDE_AK: tl.constexpr,
+    STRIDE_AI: tl.constexpr,
+    STRIDE_AR: tl.constexpr,
+    STRIDE_GT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    CONVERTED_0: tl.constexpr,
+    CONVERTED_1: tl.constexpr,
+    CONVERTED_2: tl.constexpr,
+):
+    """Do what `_down_kernel` does for up to three factors A; the second axis of the grid says for which."""
+    which = tl.program_id(1)
+    A_ptr, scaling = A_0_ptr, scaling_0
+    if which == 0:
+        _convert(factor_0_ptr, converted_0_ptr, CONVERTED_0)
+    elif which == 1:
+        A_ptr, scaling = A_1_ptr, scaling_1
+        _convert(factor_1_ptr, converted_1_ptr, CONVERTED_1)
+    else:
+        A_ptr, scaling = A_2_ptr, scaling_2
+        _convert(factor_2_ptr, converted_2_ptr, CONVERTED_2)
+    _down_tile(
+        tl.program_id(0),
+        x_ptr,
+        A_ptr,
+        g_ptr + which.to(tl.int64) * T * (RANK // SUB_RANK) * STRIDE_GT,
+        scaling,
+        T,
+        CHUNK,
+        RANK,
+        SUB_RANK,
+        STRIDE_XT,
+        STRIDE_AK,
+        STRIDE_AI,
+        STRIDE_AR,
+        STRIDE_GT,
+        BLOCK_T,
+        BLOCK_C,
+        BLOCK_R,
+    )
 
 
 def _row_stride(x: Tensor) -> int:
@@ -76,6 +187,7 @@ def _dot_size(n: int, most: int) -> int:
 
 
 _down = Launcher(__name__, _down_kernel, num_warps=4, num_stages=3)
+_downs = Launcher(__name__, _downs_kernel, num_warps=4, num_stages=3)
 
 
 def down(x: Tensor, A: Tensor, h: int, scaling: float, convert: Conversion | None = None) -> Tensor:
@@ -87,10 +199,7 @@ def down(x: Tensor, A: Tensor, h: int, scaling: float, convert: Conversion | Non
     k, chunk, R = A.shape
     r, T = R - h, x.numel() // (k * chunk)
     g = x.new_empty(k, T, R)
-    if convert is not None and convert.source.stride() != convert.target.stride():  # a source with gaps in memory
-        convert.target.copy_(convert.source)
-        convert = None
-    size, (source, target) = (0, (A, g)) if convert is None else (convert.source.numel(), convert)
+    size, source, target = _conversion(convert, A)
     block_r = _dot_size(r, 128)
     constants = (chunk, r, r // k, _row_stride(x), *A.stride(), R, 128, 64, block_r, size)
     grid = (-(-T // 128) * k * -(-r // block_r), 1, 1)
@@ -98,6 +207,118 @@ def down(x: Tensor, A: Tensor, h: int, scaling: float, convert: Conversion | Non
     if h:
         g[..., r:] = down_plain(rows(x), A[..., r:], scaling)
     return g
+
+
+def _conversion(convert: Conversion | None, unused: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Return the size of what a launch is to convert, source and target; size 0 if there is nothing to convert."""
+    if convert is None:
+        return 0, unused, unused
+    if convert.source.stride() != convert.target.stride():  # a source with gaps in memory
+        convert.target.copy_(convert.source)
+        return 0, unused, unused
+    return convert.source.numel(), *convert
+
+
+def downs(
+    x: Tensor, As: Sequence[Tensor], h: int, scalings: Sequence[float], converts: Sequence[Conversion | None]
+) -> list[Tensor]:
+    """Project down by up to three factors of the same layout in one launch, in which x is read from memory once."""
+    first, n = As[0], len(As)
+    if h or n > 3 or any(A.shape != first.shape or A.stride() != first.stride() or A.dtype != first.dtype for A in As):
+        return [down(x, A, h, scaling, c) for A, scaling, c in zip(As, scalings, converts, strict=True)]
+    (k, chunk, R), rest = first.shape, 3 - n
+    T = x.numel() // (k * chunk)
+    g = x.new_empty(n, k, T, R)
+    sizes, sources, targets = zip(*[_conversion(c, first) for c in (*converts, *[None] * rest)], strict=True)
+    block_r = _dot_size(R, 128)
+    constants = (chunk, R, R // k, _row_stride(x), *first.stride(), R, 128, 64, block_r, *sizes)
+    grid = (-(-T // 128) * k * -(-R // block_r), n, 1)
+    numbers = (*map(float, scalings), *[1.0] * rest, T)
+    _downs(constants, grid, (x, *As, *[first] * rest, g, *sources, *targets), numbers, constants)
+    return list(g.unbind())
+
+
+@triton.jit
+def _activation(x, ACTIVATION: tl.constexpr):
+    """Return value and derivative of an activation of float32 numbers, by its name in `activations.ACTIVATIONS`."""
+    if ACTIVATION == "silu":
+        b_sigmoid = tl.sigmoid(x)
+        return x * b_sigmoid, b_sigmoid * (1 + x * (1 - b_sigmoid))
+    elif ACTIVATION == "gelu":
+        b_below = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+        return x * b_below, b_below + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    else:
+        tl.static_assert(ACTIVATION == "gelu_tanh")
+        b_below = tl.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))  # (1 + tanh) / 2
+        b_slope = 1.5957691216057308 * (1 + 0.134145 * x * x)
+        return x * b_below, b_below * (1 + x * (1 - b_below) * b_slope)
+
+
+@triton.jit
+def _gated_kernel(
+    e_ptr,
+    u_ptr,
+    hidden_ptr,
+    WIDTH: tl.constexpr,
+    STRIDE_ET: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Compute part of one row of act(e) * u."""
+    t, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < WIDTH
+    b_e = tl.load(e_ptr + t * STRIDE_ET + c, mask=inside, other=0.0).to(tl.float32)
+    b_u = tl.load(u_ptr + t * STRIDE_ET + c, mask=inside, other=0.0).to(tl.float32)
+    b_act, _ = _activation(b_e, ACTIVATION)
+    tl.store(hidden_ptr + t * WIDTH + c, (b_act * b_u).to(hidden_ptr.dtype.element_ty), mask=inside)
+
+
+_gated = Launcher(__name__, _gated_kernel, num_warps=4)
+
+
+def gated(e: Tensor, u: Tensor, activation: str, hidden: Tensor) -> None:
+    width = e.shape[-1]
+    constants = (width, _stride_of_rows(e), activation, 1024)
+    _gated(constants, (e.numel() // width, -(-width // 1024), 1), (e, u, hidden), (), constants)
+
+
+def _stride_of_rows(e: Tensor) -> int:
+    """Return the stride from row to row of a contiguous tensor, or of half of its columns."""
+    return e.stride()[-2] if e.dim() > 1 else e.shape[0]
+
+
+@triton.jit
+def _gated_backward_kernel(
+    e_ptr,
+    u_ptr,
+    dh_ptr,
+    de_ptr,
+    du_ptr,
+    WIDTH: tl.constexpr,
+    STRIDE_ET: tl.constexpr,
+    STRIDE_DT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Compute part of one row of both gradients."""
+    t, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < WIDTH
+    b_e = tl.load(e_ptr + t * STRIDE_ET + c, mask=inside, other=0.0).to(tl.float32)
+    b_u = tl.load(u_ptr + t * STRIDE_ET + c, mask=inside, other=0.0).to(tl.float32)
+    b_dh = tl.load(dh_ptr + t * WIDTH + c, mask=inside, other=0.0).to(tl.float32)
+    b_act, b_slope = _activation(b_e, ACTIVATION)
+    tl.store(de_ptr + t * STRIDE_DT + c, (b_dh * b_u * b_slope).to(de_ptr.dtype.element_ty), mask=inside)
+    tl.store(du_ptr + t * STRIDE_DT + c, (b_dh * b_act).to(du_ptr.dtype.element_ty), mask=inside)
+
+
+_gated_backward = Launcher(__name__, _gated_backward_kernel, num_warps=4)
+
+
+def gated_backward(e: Tensor, u: Tensor, d_hidden: Tensor, activation: str, de: Tensor, du: Tensor) -> None:
+    width = e.shape[-1]
+    constants = (width, _stride_of_rows(e), _stride_of_rows(de), activation, 1024)
+    grid = (e.numel() // width, -(-width // 1024), 1)
+    _gated_backward(constants, grid, (e, u, d_hidden, de, du), (), constants)
 
 
 @triton.jit

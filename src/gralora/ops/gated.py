@@ -1,0 +1,148 @@
+"""A gated MLP as one operation: y = down(act(gate(x)) * up(x)), with three adapted linear layers.
+
+Letters beside those of `reference`: e and u are what the layers `gate` and `up` give of x, `[..., F]`, and
+hidden = act(e) * u is what `down` sees. Some models compute e and u by one layer, whose output has them side by side.
+
+The backward keeps x, e and u. It computes hidden again, and the gradients of e and u take the memory of hidden and of
+its gradient. So half is kept of what torch would keep: e, act(e), u and hidden.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import batched, plans, reference, shared
+from .activations import ACTIVATIONS
+from .autograd import Grads, differentiable
+from .fused import Needs, linear_backward, output, pack
+from .interface import Conversion, KernelUnavailable
+from .plans import Plan, falls_back, plan
+from .shared import AdaptedLinear, factor_tensors
+from .torch_seam import is_batched
+from .weights import dense
+
+
+class GatedMlp(NamedTuple):
+    """The layers of a gated MLP and its activation.
+
+    Attributes:
+        first: the layers gate and up, each I -> F; or one layer I -> 2 F, whose output is e and then u.
+        down: the layer F -> O.
+        activation: a name of `activations.ACTIVATIONS`.
+    """
+
+    first: tuple[AdaptedLinear, ...]
+    down: AdaptedLinear
+    activation: str
+
+
+def gated_mlp(x: Tensor, mlp: GatedMlp) -> Tensor:
+    """y `[..., O]` of x `[..., I]`, differentiable in x and the factors, not in weights and biases.
+
+    x, weights and biases have one dtype, in which all is computed; gradients have the dtype of what they belong to.
+    """
+    if torch.is_grad_enabled():
+        y, outputs = GatedMlpFunction.apply(x, *factor_tensors((*mlp.first, mlp.down)), mlp)
+    else:
+        outputs, _, _ = shared.forward(x, mlp.first)
+        y = output(x, mlp.down.weight)
+    _last(y, outputs, mlp)
+    return y
+
+
+def definition(x: Tensor, mlp: GatedMlp) -> Tensor:
+    """`gated_mlp` by the definition of its layers."""
+    e, u = _halves(shared.definition(x, mlp.first))
+    weight, bias, factors = mlp.down
+    return reference.linear(ACTIVATIONS[mlp.activation].value(e) * u, dense(weight, x.dtype), bias, factors)
+
+
+class GatedMlpFunction(torch.autograd.Function):
+    """Compute e and u, and return them with memory for y, which `_last` is to fill.
+
+    That is done after the function has returned, for the reason that `autograd.GraloraLinearFunction` gives: gradient
+    checkpointing never comes to it when it computes a block again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *inputs: Any) -> Any:
+        mlp: GatedMlp = inputs[-1]
+        outputs, kept, hows = shared.forward(x, mlp.first)
+        shared.keep(ctx, (*mlp.first, mlp.down), hows, x, *kept, *outputs)
+        ctx.activation = mlp.activation
+        return output(x, mlp.down.weight), outputs
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: None) -> Any:
+        (*first, down), hows, (x, *tensors) = shared.restore(ctx)
+        kept, outputs = tensors[: len(first)], tensors[len(first) :]
+        mlp, needed = GatedMlp(tuple(first), down, ctx.activation), ctx.needs_input_grad[:-1]
+        if torch.is_grad_enabled() or is_batched(dy):  # create_graph=True, is_grads_batched=True
+            with torch.enable_grad():
+                y = definition(x, mlp)
+            return *differentiable([y], (x, *factor_tensors((*first, down))), needed, [dy]), None
+        try:
+            return *_backward(dy, x, mlp, outputs, kept, needed, hows), None
+        except KernelUnavailable as error:
+            plans.give_up(error)
+        return *_backward(dy, x, mlp, outputs, kept, needed, None), None
+
+
+@falls_back
+def _last(y: Tensor, outputs: Sequence[Tensor], mlp: GatedMlp) -> None:
+    """Write the layer `down` of what the first ones have given to y."""
+    (e, u), (weight, bias, factors) = _halves(outputs), mlp.down
+    A, B, h, scaling = pack(factors)
+    how, hidden = _hidden(e, u, mlp)
+    convert = None if B.dtype == e.dtype else Conversion(B, torch.empty_like(B, dtype=e.dtype))
+    g = how.down.down(hidden, A, h, scaling, convert)
+    operands = hidden, dense(weight, e.dtype), bias, g, B if convert is None else convert.target
+    (how.forward or batched).linear(y, *operands)
+
+
+def _hidden(e: Tensor, u: Tensor, mlp: GatedMlp) -> tuple[Plan, Tensor]:
+    """The plan of `down`, and what it sees."""
+    hidden, packed = e.new_empty(e.shape), pack(mlp.down.factors)
+    how = plan(hidden, mlp.down.weight, packed.A, packed.B, packed.h)
+    how.down.gated(e, u, mlp.activation, hidden)
+    return how, hidden
+
+
+def _halves(outputs: Any) -> Any:
+    """e and u, of what the first layers have given or of gradients of that."""
+    return outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
+
+
+@falls_back
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    mlp: GatedMlp,
+    outputs: Sequence[Tensor],
+    kept: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    hows: list[Plan] | None,
+) -> Grads:
+    """Gradients of x and of the factors of the layers in their order; None for what is not needed.
+
+    Args:
+        dy: `[..., O]`, any strides.
+        x, mlp: as in the forward.
+        outputs, kept, hows: as `shared.forward` returned them; hows is None for new plans.
+        needed: for x and each factor, whether its gradient is needed.
+    """
+    (e, u), (weight, _, factors), needed_first = _halves(outputs), mlp.down, needed[:-4]
+    how, hidden = _hidden(e, u, mlp)
+    needs = Needs.of(any(needed_first), *needed[-4:])
+    d_hidden, *d_factors = linear_backward(dy, hidden, weight, factors, None, 0.0, None, needs, how)
+    if d_hidden is None:
+        return [None] * len(needed_first) + d_factors
+    d_outputs = [hidden, d_hidden] if len(outputs) == 2 else [torch.empty_like(outputs[0])]
+    how.down.gated_backward(e, u, d_hidden, mlp.activation, *_halves(d_outputs))
+    del hidden, d_hidden
+    arguments = d_outputs, x, mlp.first, kept, needed_first
+    if hows is None:
+        return shared.planned_backward(*arguments) + d_factors
+    return shared.backward(*arguments, hows) + d_factors
