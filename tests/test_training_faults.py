@@ -460,6 +460,11 @@ def test_data_shows_what_files_become(chat_model, conversations, capsys):
     assert cli.main([*flags, "--json"]) == 0
     counts = json.loads(capsys.readouterr().out)
     assert counts["texts"] == 12 and counts["lengths"]["100%"] >= counts["lengths"]["50%"] > 0
+    tight = [*flags[:-1], str(counts["lengths"]["50%"] - 1)]
+    assert cli.main([*flags[:-1], "200", "--json"]) == 0
+    (end,) = json.loads(capsys.readouterr().out)["ends"]
+    assert cli.main([*tight, "--truncation_mode", "keep_end"]) == 0  # loses beginnings, so the ends are still there
+    assert f"answers end with: {end!r}" in capsys.readouterr().out
     conversations.write_text("{")
     assert cli.main(flags) == 2 and "line 1: not JSON" in capsys.readouterr().err
 

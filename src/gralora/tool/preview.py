@@ -95,10 +95,11 @@ def preview(args: argparse.Namespace) -> dict[str, Any]:
 
 def summary(counts: dict[str, Any], corpus: Corpus, most: int | None) -> str:
     lengths = ", ".join(f"{share} up to {tokens}" for share, tokens in counts["lengths"].items())
+    unknown = "no special token" if corpus.ends else "not known, since all lose their end"
     lines = [
         f"{counts['texts']} texts, {counts['tokens']} tokens; after cutting, {counts['learnt_tokens']} are learnt",
         f"lengths in tokens: {lengths}",
-        f"answers end with: {', '.join(map(repr, counts['ends'])) or 'no special token'}",
+        f"answers end with: {', '.join(map(repr, counts['ends'])) or unknown}",
     ]
     cut = counts["cut"]
     if cut["examples"]:

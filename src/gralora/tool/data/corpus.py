@@ -34,7 +34,7 @@ class Corpus:
         first: one of the rows of `train`, before packing.
         left_out: number of training examples whose prompts leave no room for an answer; of a stream's last pass.
         lengths: number of tokens -> number of training texts that have it before the cut; of a stream's last pass.
-        ends: special token -> how many of the texts that are not cut end in it; None counts those that end in none.
+        ends: special token -> how many of the texts that keep their end end in it; None counts those that end in none.
     """
 
     train: Any
@@ -224,6 +224,8 @@ def tokenised(
         rows = encode_example(tokenizer, example, length, args.train_on_inputs, args.truncation_mode)
         kept = [row for row, _ in rows if has_answer(row)]
         corpus.lengths.update(tokens for _, tokens in rows)
-        corpus.ends.update(end_token(tokenizer, row) for row, tokens in rows if len(row["input_ids"]) == tokens)
+        keeps_end = args.truncation_mode == "keep_end"
+        whole = (row for row, tokens in rows if keeps_end or len(row["input_ids"]) == tokens)
+        corpus.ends.update(end_token(tokenizer, row) for row in whole)
         corpus.left_out += not kept
         yield from kept
