@@ -4,8 +4,14 @@ It stands beside the package because importing anything of the package imports t
 """
 
 import argparse
+import contextlib
+import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
+import io
+import os
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -83,6 +89,46 @@ def load(module: str, command: str) -> ModuleType:
         ) from error
 
 
+def cache_folder() -> Path:
+    """`$GRALORA_CACHE`, else `gralora` in `$XDG_CACHE_HOME`, else `~/.cache/gralora`."""
+    if folder := os.environ.get("GRALORA_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gralora"
+
+
+def print_help(command: str) -> None:
+    """Print a command's help, and keep it for the next time: to import what its flags come from takes seconds."""
+    kept = cache_folder() / "help" / f"{command}-{help_key()}.txt"
+    try:
+        text = kept.read_text(encoding="utf-8")
+    except OSError:
+        module, function, _ = COMMANDS[command]
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+            getattr(load(module, command), function)(["--help"])
+        text = printed.getvalue()
+        with contextlib.suppress(OSError):  # it is printed all the same
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            new = kept.with_name(f"{kept.name}.{os.getpid()}")
+            new.write_text(text, encoding="utf-8")
+            os.replace(new, kept)
+    print(text, end="")
+
+
+def help_key() -> str:
+    """Name all that a help text depends on: gralora's files, versions of what has flags of its own, and the width."""
+    facts = [sys.version, str(shutil.get_terminal_size().columns)]
+    for package in ("trl", "transformers", "peft", "lm_eval"):
+        try:
+            facts.append(importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            facts.append("")
+    found = importlib.util.find_spec("gralora")
+    for file in sorted(Path(found.origin).parent.rglob("*.py")) if found and found.origin else ():
+        facts.append(f"{file} {file.stat().st_mtime_ns}")
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
 def printable(message: object) -> str:
     """A message without the control characters that a stranger's file could have put into it."""
     from gralora.strings import printable
@@ -99,6 +145,9 @@ def main(argv: list[str] | None = None) -> int:
     if call.command in LIGHT and {"-h", "--help"} & set(call.arguments):
         load_light(module).make_parser().parse_args(["--help"])
     try:
+        if call.arguments in (["-h"], ["--help"]):
+            print_help(call.command)
+            return 0
         getattr(load(module, call.command), function)(call.arguments)
     except KeyboardInterrupt as stop:
         print(f"gralora {call.command}: {printable(stop) or 'interrupted'}", file=sys.stderr)

@@ -36,15 +36,41 @@ def failing(error: BaseException):
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_command_has_help(name, capsys):
+def test_every_command_has_help(name, capsys, monkeypatch, tmp_path):
+    """Its own, which is kept, and the same when it was kept."""
+    monkeypatch.setenv("GRALORA_CACHE", str(tmp_path))
     module, function, _ = cli.COMMANDS[name]
-    assert callable(getattr(importlib.import_module(module), function))
     with pytest.raises(SystemExit) as stop:
-        cli.main([name, "--help"])
+        getattr(importlib.import_module(module), function)(["--help"])
     assert stop.value.code == 0
-    printed = capsys.readouterr().out
-    assert f"usage: gralora {name}" in printed
-    assert re.search(f"^examples?:\n  gralora {name} ", printed, re.MULTILINE)
+    own = capsys.readouterr().out
+    assert f"usage: gralora {name}" in own
+    assert re.search(f"^examples?:\n  gralora {name} ", own, re.MULTILINE)
+    if name in LIGHT:
+        return
+    for argument in ("--help", "-h"):
+        assert cli.main([name, argument]) == 0 and capsys.readouterr().out == own
+    (kept,) = (tmp_path / "help").iterdir()
+    kept.write_text("kept")
+    assert cli.main([name, "--help"]) == 0 and capsys.readouterr().out == "kept"
+
+
+def test_help_is_written_anew_for_another_width_and_where_nothing_can_be_kept(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("GRALORA_CACHE", str(tmp_path / "file" / "no folder"))
+    (tmp_path / "file").write_text("")
+    assert cli.main(["verify", "--help"]) == 0 and "usage: gralora verify" in capsys.readouterr().out
+    monkeypatch.setenv("GRALORA_CACHE", str(tmp_path))
+    for width in ("80", "120"):
+        monkeypatch.setenv("COLUMNS", width)
+        assert cli.main(["verify", "--help"]) == 0
+    assert len(list((tmp_path / "help").iterdir())) == 2
+
+
+def test_help_that_was_kept_imports_no_command(monkeypatch, tmp_path):
+    monkeypatch.setenv("GRALORA_CACHE", str(tmp_path))
+    code = "import sys, gralora_command as c; c.main(['finetune', '--help']); print('torch' in sys.modules)"
+    said = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2)]
+    assert said[0].endswith("True\n") and said[1] == said[0].replace("True\n", "False\n")
 
 
 def test_help_lists_the_commands(capsys):

