@@ -18,7 +18,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gralora.tool import cli
+from gralora.tool import cli, evaluate
+from gralora.tool.adapters import DTYPES
 from gralora.tool.arguments import FinetuneArguments
 from gralora.tool.data.examples import file_examples
 from gralora.tool.data.layouts import Example
@@ -577,6 +578,11 @@ def test_what_is_known_is_shown_after_an_interruption(models, own_tasks, monkeyp
 def test_wrong_arguments(flags, error, message):
     with pytest.raises(error, match=message):
         parse(["model", "--task", "loss", *flags])
+
+
+def test_dtypes_are_those_of_other_commands():
+    """Named here anew, since importing them would import torch for a line of help."""
+    assert ("auto", *DTYPES) == evaluate.DTYPES
 
 
 def test_wrong_arguments_of_tasks():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 LOSS = "loss"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 # flags of one way of measuring only
 OF_LOSS = ("max_seq_length", "val_set_size", "eval_split", "skip_bad_rows", "train_on_inputs", "truncation_mode")
 OF_TASKS = ("include_path", "num_fewshot", "gen_kwargs", "system_instruction", "apply_chat_template")
@@ -68,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--base_model", "--model_name_or_path", help="in place of the base model that the adapters name")
     add("--limit", type=float, help="only the first so many items of each task, or a share of them where below 1")
     add("--batch_size", help="texts at once, or auto (default: 8)", default="8")
-    add("--dtype", default="auto", help="torch's name, of the base model (default: as it is stored)")
+    add("--dtype", choices=DTYPES, default="auto", help="of the base model (default: as it is stored)")
     add("--device", help="e.g. cpu or cuda:1 (default: the accelerator if there is one)")
     add("--json", action="store_true", help="print JSON instead of a table")
     add("--out", type=Path, help="also write that JSON, and the loss of each item, into this new file")
