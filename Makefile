@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.dev
 
-.PHONY: test probe coverage finetune docs bench test-llamacpp test-vllm test-trainers test-oldest-peft test-versions test-oldest test-newest test-triton \
+.PHONY: test probe coverage finetune docs bench test-llamacpp test-vllm test-mlx test-sglang test-plugins test-trainers test-oldest-peft test-versions test-oldest test-newest test-triton \
 	lint typecheck format clean
 
 test: $(STAMP)
@@ -48,6 +48,17 @@ test-vllm: $(STAMP)
 	GRALORA_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python \
 		$(VENV)/bin/python -m pytest -m slow -k vllm tests/test_serving.py
 
+test-mlx: $(STAMP)
+	test -d .venv-mlx || $(PYTHON) -m venv .venv-mlx
+	.venv-mlx/bin/python -m pip install --quiet 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
+	GRALORA_MLX_PYTHON=$(CURDIR)/.venv-mlx/bin/python \
+		$(VENV)/bin/python -m pytest -m slow -k mlx tests/test_serving.py
+
+# of SGLang, which serves on GPUs only, the loader of LoRAs; its wheel is for Python 3.11
+test-sglang: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target .sglang sglang==0.5.23
+	GRALORA_SGLANG_FOLDER=$(CURDIR)/.sglang $(VENV)/bin/python -m pytest -m slow -k sglang tests/test_serving.py
+
 # Other trainers, each in an environment of its own: gralora's, with the versions that the trainer asks for in front.
 # torchaudio's library, which LLaMA-Factory does not call here, is of CUDA and would not load on the CPU.
 TRAINERS := axolotl swift llamafactory
@@ -63,6 +74,10 @@ test-trainers: $(STAMP)
 		GRALORA_SWIFT_PYTHON=$(CURDIR)/.venv-swift/bin/python \
 		GRALORA_LLAMAFACTORY_PYTHON=$(CURDIR)/.venv-llamafactory/bin/python \
 		$(VENV)/bin/python -m pytest -m slow tests/test_trainers.py
+
+# those of them that load a plugin of ours
+test-plugins:
+	$(MAKE) test-trainers TRAINERS='axolotl swift'
 
 test-oldest-peft: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target .peft-oldest peft==0.19.0
@@ -106,7 +121,7 @@ format: $(STAMP)
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-llamacpp .venv-vllm $(TRAINERS:%=.venv-%) .venv-oldest .venv-newest .peft-oldest .triton outputs build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .mypy_cache .coverage
+	rm -rf $(VENV) .venv-llamacpp .venv-vllm .venv-mlx .sglang $(TRAINERS:%=.venv-%) .venv-oldest .venv-newest .peft-oldest .triton outputs build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .mypy_cache .coverage
 
 # $(VENV)/.EXTRA: installed with the dependencies of pyproject's EXTRA
 $(VENV)/.%: pyproject.toml constraints.txt

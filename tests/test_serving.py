@@ -1,6 +1,8 @@
 """Exported adapters served for real: the embedded model, an adapter trained here, greedy token for token.
 
-Each program has an environment of its own, which its make target makes: `make test-llamacpp`, `make test-vllm`.
+Each program has an environment of its own, which its make target makes: `make test-llamacpp`, `make test-vllm`,
+`make test-mlx`, `make test-sglang`. Where a program computes on GPUs only, its own loader reads the files, and what it
+hands to its kernels is compared with dW.
 """
 
 import json
@@ -18,6 +20,8 @@ from typing import NamedTuple
 import peft
 import pytest
 import torch
+from test_families import FAMILIES, TOKENS, make_model, saved_adapter
+from test_kinds_export import deltas
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -191,6 +195,114 @@ def test_vllm(served: Served, tmp_path: Path) -> None:
         arguments = [served.base, adapter, 64, json.dumps(served.prompts), NEW_TOKENS, tmp_path / "tokens.json"]
         run([python, SERVE / "with_vllm.py", *arguments], VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1")
         assert json.loads((tmp_path / "tokens.json").read_text()) == expected
+
+
+def test_mlx(served: Served, tmp_path: Path) -> None:
+    python = python_of("mlx")
+    gralora.to_lora(served.adapter, tmp_path / "out", "mlx", base=served.base)
+    for adapter, expected in (("none", served.base_tokens), (tmp_path / "out", served.tokens)):
+        arguments = [served.base, adapter, json.dumps(served.prompts), NEW_TOKENS, tmp_path / "results.json"]
+        run([python, SERVE / "with_mlx.py", *arguments])
+        assert json.loads((tmp_path / "results.json").read_text())["tokens"] == expected
+
+
+# Experts, and layers that a program fuses: tiny models with random adapters
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+BOTH = [EXPERTS, EXPERTS[:1], EXPERTS[1:]]
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "OlmoeForCausalLM"])
+def test_mlx_experts_and_output_layer(name: str, tmp_path: Path) -> None:
+    python = python_of("mlx")
+    targets = {"target_modules": ["q_proj", "lm_head"], "target_parameters": EXPERTS}
+    adapted = saved_adapter(make_model(name, tie_word_embeddings=False), tmp_path, **targets)
+    gralora.to_lora(tmp_path / "adapter", tmp_path / "out", "mlx", base=tmp_path / "base")
+    found = []
+    for adapter in ("none", tmp_path / "out"):
+        arguments = [tmp_path / "base", adapter, json.dumps(TOKENS.tolist()), 1, tmp_path / "results.json"]
+        run([python, SERVE / "with_mlx.py", *arguments])
+        found.append(torch.tensor(json.loads((tmp_path / "results.json").read_text())["logits"]))
+    with torch.no_grad():
+        expected = [model(TOKENS[:1]).logits[0] for model in (make_model(name, tie_word_embeddings=False), adapted)]
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("parameters", BOTH, ids=["both", "gate_up", "down"])
+@pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", "MixtralForCausalLM", "GptOssForCausalLM"])
+def test_vllm_reads_experts(name: str, parameters: list[str], tmp_path: Path, monkeypatch) -> None:
+    """A and B of each projection, as vLLM packs them: their products are the updates that PEFT merges."""
+    python, in_one = python_of("vllm"), name.startswith("GptOss")
+    monkeypatch.setitem(FAMILIES, "GptOssForCausalLM", FAMILIES["MixtralForCausalLM"])
+    if in_one and len(parameters) == 1:
+        pytest.skip("refused: vLLM asserts that both have an adapter")
+    adapted = saved_adapter(make_model(name), tmp_path, target_modules=["q_proj"], target_parameters=parameters)
+    gralora.to_lora(tmp_path / "adapter", tmp_path / "out", "vllm", base=tmp_path / "base")
+    projections = ["w1", "w2", "w3"] if name.startswith("Mixtral") else ["gate_proj", "down_proj", "up_proj"]
+    arguments = [tmp_path / "out", 4, json.dumps([] if in_one else projections), tmp_path / "packed.pt"]
+    run([python, SERVE / "with_vllm_experts.py", *arguments], VLLM_TARGET_DEVICE="cpu")
+    packed = torch.load(tmp_path / "packed.pt")
+    assert len(packed) == 2
+    expected = deltas(adapted)
+    for module, (As, Bs) in packed.items():
+        products = [B @ A for A, B in zip(As, Bs, strict=True)]  # [E, O, I] each
+        found = {"down_proj": products[1]}
+        found["gate_up_proj"] = products[0] if in_one else torch.cat([products[0], products[2]], dim=1)
+        layer = module.partition(".experts")[0].rpartition(".")[0]
+        for parameter, dW in found.items():
+            wanted = expected.get(f"{layer}.mlp.experts.{parameter}", torch.zeros_like(dW))
+            wanted = wanted.mT if wanted.shape != dW.shape else wanted  # GPT-OSS stores [E, I, O]
+            torch.testing.assert_close(dW, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, targets",
+    [
+        ("LlamaForCausalLM", {"target_modules": ["q_proj"]}),
+        ("LlamaForCausalLM", {"target_modules": ["k_proj", "up_proj"]}),
+        ("LlamaForCausalLM", {"target_modules": ["v_proj", "gate_proj"]}),
+        ("LlamaForCausalLM", {"target_modules": "all-linear"}),
+        ("Qwen3MoeForCausalLM", {"target_modules": ["q_proj", "v_proj"], "target_parameters": EXPERTS}),
+        ("MixtralForCausalLM", {"target_modules": [], "target_parameters": EXPERTS[1:]}),
+        ("Qwen3MoeForCausalLM", {"target_modules": ["o_proj"], "target_parameters": EXPERTS[:1]}),
+    ],
+)
+def test_sglang_reads_whole_groups(name: str, targets: dict, tmp_path: Path) -> None:
+    """The fused factors that SGLang copies into its buffers, of their shapes: the updates that PEFT merges."""
+    folder = os.environ.get("GRALORA_SGLANG_FOLDER") or pytest.skip("run `make test-sglang`")
+    fields = {} if name != "MixtralForCausalLM" else {"moe_intermediate_size": 24}  # of which SGLang reads this one
+    adapted = saved_adapter(make_model(name, **fields), tmp_path, **targets)
+    gralora.to_lora(tmp_path / "adapter", tmp_path / "out", "sglang", base=tmp_path / "base")
+    arguments = [folder, tmp_path / "out", tmp_path / "base", tmp_path / "read.pt"]
+    run([sys.executable, SERVE / "with_sglang.py", *arguments])
+    read = torch.load(tmp_path / "read.pt")
+    sizes, expected = {n: p.shape for n, p in make_model(name).named_parameters()}, deltas(adapted)
+    checked = set()
+    for (number, target, expert), pair in read["layers"].items():
+        block, names = PARTS[target]
+        As = pair["A"].split(read["r"])
+        outs = [sizes[f"model.layers.{number}.{block}.{n}"][-2] for n in names]
+        outs = [outs[0] // 2] * 2 if target == "gate_up_proj_moe" else outs
+        products = [B @ A for A, B in zip(As, pair["B"].split(outs), strict=True)]
+        products = [torch.cat(products)] if target == "gate_up_proj_moe" else products
+        for part, dW in zip(names, products, strict=True):
+            full = f"model.layers.{number}.{block}.{part}"
+            wanted = expected[full] if full in expected else torch.zeros(sizes[full])
+            torch.testing.assert_close(dW, wanted[expert] if expert >= 0 else wanted, rtol=1e-4, atol=1e-5)
+            checked.add(full)
+    assert expected.keys() <= checked
+
+
+PARTS = {  # SGLang's name of a fused layer -> where transformers has its parts
+    "qkv_proj": ("self_attn", [f"{n}_proj.weight" for n in "qkv"]),
+    "o_proj": ("self_attn", ["o_proj.weight"]),
+    "gate_up_proj": ("mlp", ["gate_proj.weight", "up_proj.weight"]),
+    "down_proj": ("mlp", ["down_proj.weight"]),
+    "gate_up_proj_moe": ("mlp.experts", ["gate_up_proj"]),
+    "down_proj_moe": ("mlp.experts", ["down_proj"]),
+}
 
 
 def test_merged_model(served: Served, tmp_path: Path) -> None:

@@ -230,9 +230,13 @@ def write_sglang(
 
 
 def add_experts(file: LoraFile, base_config: dict[str, Any] | None, target: str) -> None:
-    """Add the adapter's experts, if it has any, one by one under the names in the base model's files."""
+    """Add the adapter's experts, if it has any, one by one under the names in the base model's files.
+
+    SGLang knows the projections by one set of names, which it gives to those of all models.
+    """
     if by_parameter(file.plain.adapter.places):
-        file.add_experts_one_by_one(EXPERTS[model_type(base_config, target, tuple(EXPERTS))])
+        names = EXPERTS[model_type(base_config, target, tuple(EXPERTS))]
+        file.add_experts_one_by_one(Experts(names.block) if target == "sglang" else names)
 
 
 def with_projections(file: LoraFile, fields: dict[str, Any]) -> dict[str, Any]:
