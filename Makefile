@@ -61,7 +61,7 @@ test-sglang: $(STAMP)
 
 # Other trainers, each in an environment of its own: gralora's, with the versions that the trainer asks for in front.
 # torchaudio's library, which LLaMA-Factory does not call here, is of CUDA and would not load on the CPU.
-TRAINERS := axolotl swift llamafactory
+TRAINERS := axolotl swift llamafactory unsloth
 test-trainers: $(STAMP)
 	for name in $(TRAINERS); do \
 		test -d .venv-$$name || $(PYTHON) -m venv .venv-$$name; \
@@ -73,6 +73,7 @@ test-trainers: $(STAMP)
 	PYTHONPATH=$(CURDIR)/src GRALORA_AXOLOTL_PYTHON=$(CURDIR)/.venv-axolotl/bin/python \
 		GRALORA_SWIFT_PYTHON=$(CURDIR)/.venv-swift/bin/python \
 		GRALORA_LLAMAFACTORY_PYTHON=$(CURDIR)/.venv-llamafactory/bin/python \
+		GRALORA_UNSLOTH_PYTHON=$(CURDIR)/.venv-unsloth/bin/python \
 		$(VENV)/bin/python -m pytest -m slow tests/test_trainers.py
 
 # those of them that load a plugin of ours

@@ -7,9 +7,10 @@ import argparse
 import ast
 import inspect
 import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import peft
@@ -40,7 +41,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import Trainer, TrainingArguments
 
 import gralora
-from gralora import kinds, seam
+from gralora import kinds, seam, unsloth
 from gralora.attention import GranularOutProjection
 from gralora.dora import FusedDora
 from gralora.kinds import KINDS
@@ -529,6 +530,52 @@ def test_wrap_hotswap(monkeypatch):
 
 def test_LORA_METADATA():
     assert pytest.importorskip("diffusers.loaders.lora_base").LORA_ADAPTER_METADATA_KEY == seam.LORA_METADATA
+
+
+# Unsloth, which is not in the environment of the tests: `make test-trainers` runs its real functions
+
+
+def test_unsloth_names(monkeypatch):
+    """Stand-ins with the names of the seam: GraLoRA is left to PEFT and not read, plain LoRA is as before."""
+    package, kernels, user = ModuleType("unsloth"), ModuleType(seam.UNSLOTH), ModuleType("unsloth.save")
+    setattr(kernels, seam.UNSLOTH_LEAVES, lambda layer: False)
+    for name in seam.UNSLOTH_READS:
+        setattr(kernels, name, lambda layer: "parameters")
+    setattr(user, seam.UNSLOTH_READS[1], getattr(kernels, seam.UNSLOTH_READS[1]))  # as `from .kernels import ...`
+    for module in (package, kernels, user):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    unsloth.install_in_kernels(kernels)
+    model = adapted(OneLayer(nn.Linear(16, 24)), case_config(CASE))
+    layer, plain = only_layer(model), only_layer(plain_lora(OneLayer(nn.Linear(16, 24))))
+    leaves = getattr(kernels, seam.UNSLOTH_LEAVES)
+    assert leaves(layer) is True and leaves(plain) is False and leaves(nn.Linear(2, 2)) is False
+    for module, name in ((kernels, seam.UNSLOTH_READS[0]), (user, seam.UNSLOTH_READS[1])):
+        assert getattr(module, name)(plain) == "parameters"
+        with pytest.raises(ValueError, match="'default' is GraLoRA.*gralora merge"):
+            getattr(module, name)(layer)
+    model.disable_adapter_layers()
+    assert leaves(layer) is False and getattr(user, seam.UNSLOTH_READS[1])(layer) == "parameters"
+
+
+def test_unsloth_writes_forwards(monkeypatch):
+    """A forward written for PEFT's class, with a function of matrices in its globals, calls a grid's factors."""
+    written: dict[str, Any] = {}
+    body = f"def {seam.UNSLOTH_UPDATE}(result, lora_A, lora_B, dropout, x, scaling): return 'matrices'\n"
+    body += "def forward(self, x): pass\n"
+    compiler = ModuleType(seam.UNSLOTH_COMPILER)
+
+    def write(options):
+        exec(body, written)
+        monkeypatch.setattr(lora.Linear, "forward", written["forward"])
+
+    setattr(compiler, seam.UNSLOTH_WRITES, write)
+    unsloth.install_in_compiler(compiler)
+    getattr(compiler, seam.UNSLOTH_WRITES)({})
+    layer = only_layer(adapted(OneLayer(nn.Linear(16, 24)), case_config(CASE)))
+    down, up, x = layer.lora_A["default"], layer.lora_B["default"], torch.randn(3, 16)
+    update = written[seam.UNSLOTH_UPDATE]
+    assert update(0, nn.Linear(2, 2), nn.Linear(2, 2), nn.Identity(), x, 2) == "matrices"
+    torch.testing.assert_close(update(1.0, down, up, nn.Identity(), x, 2), 1 + 2 * up(down(x)))
 
 
 # Quantised base layers: what matters is what PEFT's layer does

@@ -7,6 +7,7 @@ hands to its kernels is compared with dW.
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -198,10 +199,15 @@ def test_vllm(served: Served, tmp_path: Path) -> None:
 
 
 def test_mlx(served: Served, tmp_path: Path) -> None:
-    python = python_of("mlx")
-    gralora.to_lora(served.adapter, tmp_path / "out", "mlx", base=served.base)
+    python, base = python_of("mlx"), tmp_path / "base"
+    config = json.loads((served.base / "config.json").read_text())
+    shutil.copytree(served.base, base)
+    report = gralora.to_lora(served.adapter, tmp_path / "new", "mlx", base=base)
+    assert "rope_theta" in report["notices"][-1]  # transformers 5 has written the config, and mlx-lm reads that of 4
+    (base / "config.json").write_text(json.dumps(config | {"rope_theta": config["rope_parameters"]["rope_theta"]}))
+    assert gralora.to_lora(served.adapter, tmp_path / "out", "mlx", base=base)["notices"] == []
     for adapter, expected in (("none", served.base_tokens), (tmp_path / "out", served.tokens)):
-        arguments = [served.base, adapter, json.dumps(served.prompts), NEW_TOKENS, tmp_path / "results.json"]
+        arguments = [base, adapter, json.dumps(served.prompts), NEW_TOKENS, tmp_path / "results.json"]
         run([python, SERVE / "with_mlx.py", *arguments])
         assert json.loads((tmp_path / "results.json").read_text())["tokens"] == expected
 

@@ -153,6 +153,34 @@ def test_llamafactory(folder: Path) -> None:
     check(folder, folder / "out")
 
 
+UNSLOTH = """
+import unsloth, torch
+from datasets import load_dataset
+from trl import SFTConfig, SFTTrainer
+options = {{"dtype": torch.bfloat16, "load_in_4bit": False}}
+model, tokenizer = unsloth.FastLanguageModel.from_pretrained("{folder}/model", **options)
+model = unsloth.FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16, random_state=0)
+config = SFTConfig("{folder}/out", max_steps=3, learning_rate=1e-2, report_to=[], use_cpu=True, bf16=False)
+data = load_dataset("json", data_files="{folder}/data.jsonl", split="train")
+SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer).train()
+model.save_pretrained("{folder}/out")
+"""
+
+
+def test_unsloth(folder: Path) -> None:
+    (folder / "train.py").write_text(UNSLOTH.format(folder=folder))
+    flags = ["run", "--gralora_k", "2", "--hybrid_r", "4", "--"]
+    python = python_of("unsloth")
+    run([python, "-m", "gralora.tool.cli", *flags, python, "train.py"], folder)
+    check(folder, folder / "out")
+
+
+@pytest.mark.parametrize("first", ["before", "after"])
+def test_unsloths_fused_functions(first: str, folder: Path) -> None:
+    """Those that train, decode and merge on GPUs, called on the CPU; gralora imported before Unsloth, or after it."""
+    run([python_of("unsloth"), str(Path(__file__).parent / "trainers" / "with_unsloth.py"), first], folder)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_trl(folder: Path, processes: int) -> None:
     """With two processes, each is a worker that accelerate starts."""

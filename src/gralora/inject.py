@@ -24,7 +24,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from . import acceleration, diffusion, parents
+from . import acceleration, diffusion, parents, unsloth
 from .config import SUPPORTED_VARIANTS, LoraConfig, auto_k, names
 from .dora import GranularDora
 from .experts import TargetParameter, param_wrapper, targeted_parameters
@@ -54,6 +54,7 @@ def install() -> None:
     compared = names(lambda facts: facts.hotswap)  # the first that differs is named
     CONFIG_KEYS_TO_CHECK[PeftType.LORA] += sorted(compared, key=lambda name: (name != "use_gralora", name))
     diffusion.install()
+    unsloth.install()
 
 
 def _with_gralora(stock: Callable[..., None]) -> Callable[..., None]:

@@ -1,9 +1,9 @@
-"""Every name of PEFT, transformers and diffusers that is private, or may change, and that gralora relies on.
+"""Every name of PEFT, transformers, diffusers and Unsloth that is private, or may change, and that gralora relies on.
 
 They are named here and nowhere else. A comment or docstring says what each must do; where it names no version, it
-does so in PEFT 0.20 to 0.21.2, transformers 5.6 to 5.23 and diffusers 0.42. tests/test_seam.py checks each of them,
-its signature and its effect, and fails by name when one has moved. torch's are in `ops/torch_seam.py`: `ops` is used
-without PEFT.
+does so in PEFT 0.20 to 0.21.2, transformers 5.6 to 5.23, diffusers 0.42 and Unsloth 2026.10. tests/test_seam.py checks
+each of them, its signature and its effect, and fails by name when one has moved. torch's are in `ops/torch_seam.py`:
+`ops` is used without PEFT.
 """
 
 import importlib
@@ -82,6 +82,12 @@ __all__ = [
     "MERGES_DORA",
     "OVERRIDES",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "UNSLOTH",
+    "UNSLOTH_COMPILER",
+    "UNSLOTH_LEAVES",
+    "UNSLOTH_READS",
+    "UNSLOTH_UPDATE",
+    "UNSLOTH_WRITES",
     "Conv1D",
     "Conv1d",
     "DoraLinearLayer",
@@ -170,6 +176,18 @@ def wrap_flux_expansions(
         ("_maybe_expand_lora_state_dict", wrap_state_dict),
     ):
         setattr(flux, name, classmethod(wrap(getattr(flux, name).__func__)))
+
+
+# Unsloth's module of kernels; the function in it by which fused functions leave a layer to PEFT, called with the layer
+# before each of their passes, and the two that read a layer's weight and factors, which they call afterwards.
+UNSLOTH = "unsloth.kernels.utils"
+UNSLOTH_LEAVES = "_has_active_dora_adapter"
+UNSLOTH_READS = ("get_lora_parameters", "get_lora_parameters_bias")
+# The module that writes new forwards for PEFT's LoRA layers, its function that does, and the function in their globals
+# that adds the update: (result, lora_A, lora_B, dropout, x, scaling) -> result + update.
+UNSLOTH_COMPILER = "unsloth_zoo.compiler"
+UNSLOTH_WRITES = "patch_lora_forwards"
+UNSLOTH_UPDATE = "lora_forward"
 
 
 def stock_class(layer: Any, ours: type) -> type:

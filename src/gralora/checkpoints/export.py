@@ -281,7 +281,7 @@ def to_lora(
             "rank": plain.rank,
             "dtype": str(plain.dtype).removeprefix("torch."),
             "method": plain.method,
-            "notices": list(source_adapter.notices),
+            "notices": [*source_adapter.notices, *to.notices(base_config)],
             "parity": compared,
             "truncation_errors": plain.errors,
             "logits": None,

@@ -101,6 +101,17 @@ def write_mlx(plain: PlainLora, folder: Path, base_config: dict[str, Any] | None
     return read_back
 
 
+def mlx_notices(base_config: dict[str, Any] | None) -> list[str]:
+    """Warn of a config.json of transformers 5, in which mlx-lm 0.32 does not find the base of rotary embeddings."""
+    theta = ((base_config or {}).get("rope_parameters") or {}).get("rope_theta", 10000)
+    if theta == 10000 or "rope_theta" in (base_config or {}):
+        return []
+    return [
+        "the base's config.json has rope_parameters, as transformers 5 writes it, and no rope_theta; mlx-lm 0.32 "
+        f'reads only that, and computes with 10000 without it: add "rope_theta": {theta} to the config.json.'
+    ]
+
+
 def switch_mlp(parameter: str, block: str) -> tuple[str, str]:
     """MLX's name of the module of experts that a parameter belongs to, and the parameter's own name."""
     match = re.fullmatch(r"(model\.layers\.\d+)\.\w+\.experts\.(gate_up_proj|down_proj)", parameter)
@@ -286,6 +297,7 @@ class Target:
         carry: (prompting, folder, output folder) -> words for `command`; adds files that say how the adapter was
             trained to be asked and where to stop.
         holds: what the program takes beside linear layers, of KINDS in views.py.
+        notices: what to say about a base with this config.json.
         ignores: options of `export.to_lora`, by its names for them, that mean nothing here -> why.
     """
 
@@ -298,6 +310,7 @@ class Target:
     is_peft: bool = False
     finish: Callable[[Path, str], None] = nothing
     holds: frozenset[str] = frozenset()
+    notices: Callable[[dict[str, Any] | None], list[str]] = lambda base_config: []
     ignores: Mapping[str, str] = field(default_factory=lambda: NO_BASE_CONFIG)
 
 
@@ -313,6 +326,6 @@ TARGETS = {
     "ollama": Target(
         write_gguf, ollama_command, carry_ollama, dtype=torch.float32, finish=write_modelfile, ignores=IN_FLOAT32
     ),
-    "mlx": Target(write_mlx, mlx_command, carry_mlx, holds=frozenset({EXPERT})),
+    "mlx": Target(write_mlx, mlx_command, carry_mlx, holds=frozenset({EXPERT}), notices=mlx_notices),
 }
 GGUF_TARGETS = tuple(name for name, target in TARGETS.items() if target.write is write_gguf)
