@@ -163,6 +163,8 @@ def write(adapter: Adapter, target: str) -> tuple[dict[str, Any], LazyTensors]:
 # Configs
 
 IN_PEFT_TUNER = names(lambda facts: facts.in_peft_tuner)
+IN_LORA = names(lambda facts: facts.in_lora)
+MERGEABLE = names(lambda facts: facts.mergeable)
 
 
 def _gralora_to_gralora(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -235,9 +237,11 @@ def _gralora_to_peft(adapter: Adapter) -> dict[str, Any]:
     config = adapter.config
     expressible = names(lambda facts: facts.in_peft_tuner or not facts.beside_factors) | {"bias"}
     for name in sorted(set_fields(config).keys() - expressible):
+        others = ["`gralora export --for peft` writes a plain LoRA that has it"] if name in IN_LORA else []
+        others += ["`gralora merge` writes it into the model"] if name in MERGEABLE else []
         raise ValueError(
-            f"{name}={getattr(config, name)!r} cannot be expressed in PEFT's GRALORA format; "
-            "`gralora export --for peft` (a plain LoRA) or `gralora merge` may take it."
+            f"{name}={getattr(config, name)!r} cannot be expressed in PEFT's GRALORA format"
+            + (f"; {', and '.join(others)}." if others else ".")
         )
     values: dict[str, set[Any]] = {}
     for name, value in (

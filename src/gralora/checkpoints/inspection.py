@@ -35,7 +35,7 @@ def inspect_adapter(adapter: str | os.PathLike[str], source: str | None = None) 
     Raises:
         OSError, ValueError: as `gralora.checkpoints.formats.read`.
     """
-    read = formats.read(*read_adapter_folder(adapter), source=source)
+    read = formats.read(*read_adapter_folder(adapter), source=source, as_linear=True)
     layers = {layer: describe_layer(read, layer) for layer in sorted(read.layers, key=_natural)}
     specs = read.tensors.specs
     factors = [t for layer in read.layers for t in read.specs(layer) if t is not None]
@@ -136,7 +136,7 @@ def draw_block_norms(
     """
     from matplotlib.figure import Figure
 
-    read = formats.read(*read_adapter_folder(adapter), source=source)
+    read = formats.read(*read_adapter_folder(adapter), source=source, as_linear=True)
     names = [layer for layer in sorted(read.layers, key=_natural) if re.search(layers, layer)]
     if not names:
         raise ValueError(f"--layers {layers!r} matches none of the adapter's layers, e.g. {read.layers[0]!r}.")

@@ -143,7 +143,10 @@ def write_gguf(plain: PlainLora, folder: Path, base_config: dict[str, Any] | Non
     for layer in plain.layers:
         name = table.get_name(f"{layer}.weight", try_suffixes=(".weight",))
         if name is None:
-            raise ValueError(f"llama.cpp has no name for layer {layer!r} in its architecture {architecture!r}.")
+            raise ValueError(
+                f"llama.cpp has no name for layer {layer!r} in its architecture {architecture!r}; `gralora merge` "
+                "writes it into the model."
+            )
         gguf_names[layer] = name
 
     def rows(layer: str, reorder: Callable[[Tensor, int], Tensor], B: Tensor) -> Tensor:

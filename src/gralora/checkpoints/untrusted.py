@@ -199,7 +199,7 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
     if broken:
         raise ValueError(
             f"{len(broken)} of {len(tensors)} tensors have NaN or infinite values: {listed(broken)}. The adapter is "
-            "broken, most likely since its training diverged; `gralora inspect` shows which layers."
+            "broken, most likely since its training diverged."
         )
 
 
