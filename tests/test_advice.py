@@ -226,7 +226,7 @@ def _(path):
     with refused("give one of the two"):
         gralora.to_lora(path / "adapter", path / "out", "llamacpp", **both)
     for name, value in both.items():
-        gralora.to_lora(path / "adapter", path / name, "llamacpp", **{name: value})
+        gralora.to_lora(path / "adapter", path / f"by_{name}", "llamacpp", **{name: value})
 
 
 @case("is not known; use one of")
