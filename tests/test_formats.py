@@ -385,11 +385,14 @@ def check_exported(folder: Path, fields: dict[str, Any]) -> None:
 def test_adapters_of_other_layers_are_refused(tmp_path: Path, kind: str, tool: str) -> None:
     """The tools read factors of linear layers; for others the error names field or layer, and what works instead.
 
-    Only the export for PEFT has a form for convolutions and parameters.
+    Only the export for PEFT has a form for convolutions and parameters, and inspect reads them.
     """
     fields, problem = NOT_LINEAR[kind]
-    if tool == "export" and kind in ("convolution", "parameters"):
+    if tool in ("export", "inspect") and kind in ("convolution", "parameters"):
         check_exported(tmp_path, fields)
+        described = gralora.inspect_adapter(tmp_path / "adapter")
+        assert described["anomalies"] == [] and described["layers"]
+        assert all(d["norm"] > 0 and d["rank"] > 0 for d in described["layers"].values())
         return
     adapted(Others(), gralora_config(2, **fields)).save_pretrained(tmp_path / "adapter")
     advice = (

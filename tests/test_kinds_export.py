@@ -4,10 +4,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from saved import edit
 from test_families import FAMILIES, TOKENS, make_model, saved_adapter
 from torch import Tensor
 
 import gralora
+from gralora.checkpoints import peft_files
+from gralora.checkpoints.in_memory import skeleton
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 MOES = ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM", "DeepseekV3ForCausalLM"]
@@ -224,3 +227,34 @@ def test_models_that_are_fused_already_get_nothing(tmp_path):
         report = gralora.to_lora(tmp_path / name / "adapter", tmp_path / name / "out", "sglang")
         tensors = load_file(tmp_path / name / "out" / "adapter_model.safetensors")
         assert len(tensors) == 2 * len(report["parity"]["layers"])
+
+
+def test_a_base_that_wraps_the_trained_model_is_named(tmp_path):
+    """As of Gemma 3 with images, whose text model alone was trained: vLLM would serve the base without a word."""
+    text = make_model("Gemma3ForCausalLM")
+    saved_adapter(text, tmp_path, target_modules=["q_proj", "k_proj", "v_proj"])
+    make_model("Gemma3ForConditionalGeneration").save_pretrained(tmp_path / "wrapped")
+    for target in ("vllm", "sglang"):
+        edit(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
+        assert gralora.to_lora(tmp_path / "adapter", tmp_path / target, target)["notices"] == []
+        edit(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "wrapped"))
+        (notice,) = gralora.to_lora(tmp_path / "adapter", tmp_path / f"{target}2", target)["notices"]
+        assert "Gemma3ForConditionalGeneration" in notice and "model.layers.0.self_attn" in notice
+        assert f"{target} ignores layers" in notice
+
+
+def test_layers_that_share_values_get_zeros_of_the_keys_size(tmp_path, monkeypatch):
+    """A layer of the model without v_proj, as where keys and values are shared: SGLang wants one all the same."""
+    saved_adapter(make_model("LlamaForCausalLM"), tmp_path, target_modules=["q_proj", "k_proj"])
+
+    def without_v(config, layers):
+        model = skeleton(config, layers)
+        del model.model.layers[1].self_attn.v_proj
+        return model
+
+    monkeypatch.setattr(peft_files, "skeleton", without_v)
+    gralora.to_lora(tmp_path / "adapter", tmp_path / "out", "sglang")
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for i in (0, 1):
+        k, v = (tensors[f"{PREFIX}model.layers.{i}.self_attn.{n}_proj.lora_B.weight"] for n in "kv")
+        assert v.shape == k.shape and k.any() and not v.any()

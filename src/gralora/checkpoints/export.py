@@ -23,6 +23,7 @@ from . import formats, prompting
 from .adapter import PREFIX, Adapter, set_fields
 from .base import BaseModel, base_folder
 from .files import WEIGHTS, new_folder, read_adapter_folder, read_json, write_json
+from .in_memory import config_of, model_class
 from .load import expected_tensors, load_adapter
 from .pipelines import export_pipeline
 from .plain import PlainLora, plain_lora
@@ -281,7 +282,11 @@ def to_lora(
             "rank": plain.rank,
             "dtype": str(plain.dtype).removeprefix("torch."),
             "method": plain.method,
-            "notices": [*source_adapter.notices, *to.notices(base_config)],
+            "notices": [
+                *source_adapter.notices,
+                *to.notices(base_config),
+                *lacking(target, source_adapter, base_config),
+            ],
             "parity": compared,
             "truncation_errors": plain.errors,
             "logits": None,
@@ -306,6 +311,21 @@ def config_of_base(base: str | os.PathLike[str] | None) -> dict[str, Any] | None
         return read_json(base_folder(base) / "config.json")
     except OSError:
         return None
+
+
+def lacking(target: str, adapter: Adapter, base_config: dict[str, Any] | None) -> list[str]:
+    """Warn of layers that the base model does not have, where the program would serve the base without a word."""
+    if target not in ("vllm", "sglang") or base_config is None:
+        return []
+    try:
+        config = config_of(base_config)
+    except (ValueError, TypeError):  # no model of transformers' own
+        return []
+    try:
+        model_class(config, adapter.modules)
+    except ValueError as error:
+        return [f"{error} {target} ignores layers that the base does not have, and then serves the base alone."]
+    return []
 
 
 def check_used(given: Mapping[str, Any], ignored: Mapping[str, str], what: str) -> None:

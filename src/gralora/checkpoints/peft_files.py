@@ -300,10 +300,9 @@ def missing_partners(plain: PlainLora, base_config: dict[str, Any] | None) -> It
             f"changes, such as {next(iter(wanted.values()))!r}, and then wants factors of all of them. Zeros can be "
             "added if their sizes are known: give --base FOLDER, whose config.json says them."
         )
-    model = skeleton(config_of(base_config), modules)
+    known: dict[str, Any] = dict(skeleton(config_of(base_config), modules).named_modules())
     for name in wanted:
-        try:
-            linear: Any = model.get_submodule(name)
-        except AttributeError:  # this model has none
-            continue
-        yield name, (linear.in_features, linear.out_features)
+        # where layers share values with others a model has k_proj alone, and SGLang wants v_proj all the same
+        linear = known.get(name) or known.get(name.replace("v_proj", "k_proj"))
+        if linear is not None:  # a model without a gate has none
+            yield name, (linear.in_features, linear.out_features)
