@@ -921,6 +921,15 @@ def test_cuda_functions():
     assert captured
 
 
+def test_trial_id():
+    optuna = pytest.importorskip("optuna")
+    study = optuna.create_study()
+    study.ask()
+    study.ask()
+    optuna.Trial(study, study.trials[1]._trial_id).report(3.0, 1)
+    assert [trial.intermediate_values for trial in study.trials] == [{}, {1: 3.0}]
+
+
 def test_every_name_has_a_test():
     """The seams' names are all looked at in this file."""
     text = Path(__file__).read_text()

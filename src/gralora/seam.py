@@ -234,7 +234,7 @@ OVERRIDES: dict[str, str] = {
     "unmerge": "subtract the merged adapters' dW from the base weight",
 }
 
-# What ours read of PEFT's layers, and of transformers' Trainer, beside their documented attributes.
+# What ours read of PEFT's layers, of transformers' Trainer and of optuna's trials, beside their documented attributes.
 ATTRIBUTES: dict[str, str] = {
     "_did_swap_in_out_features": "ParamWrapper: whether the parameter is `[E, O, I]`, not `[E, I, O]`",
     "_disable_adapters": "LoraLayer: in the instance's dictionary, as merged_adapters, scaling and lora_variant are",
@@ -242,6 +242,7 @@ ATTRIBUTES: dict[str, str] = {
     "_get_embed_scale": "Embedding: what Gemma's embeddings multiply by, a tensor of one element, or None",
     "_prepare_inputs": "Trainer: a batch on the device, as compute_loss takes it",
     "_remove_parametrizations": "ParamWrapper: undo what a parametrization of its parameter did",
+    "_trial_id": "FrozenTrial: what `optuna.Trial(study, id)` takes, to report to a trial that another process began",
     "quantization_backend": "BaseTunerLayer: how weights are read and written, or None; since PEFT 0.21",
 }
 
