@@ -75,6 +75,17 @@ def test_autocast(used, monkeypatch):
     check_same(own, other, rtol=0.03)
 
 
+def test_inference_mode(used):
+    """Its tensors have no version, by which a change in place would show, so each layer computes on its own."""
+    model = model_of("Llama").eval()
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+    before = len(used)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(input_ids=IDS).logits, expected)
+    assert before and len(used) == before
+
+
 def test_generation(used, monkeypatch):
     model = model_of("Llama").eval()
     with torch.no_grad():

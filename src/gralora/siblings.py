@@ -58,7 +58,7 @@ class Siblings:
         if ready is not None:
             return ready[2] if ready[0] is x and ready[1] == version_of(x) else None
         group = self.groups.get(id(layer))
-        if group is None:
+        if group is None or x.is_inference():  # which has no version: a change in place would go unseen
             return None
         for other in group:  # once: what follows is for all
             del self.groups[id(other)]
