@@ -247,8 +247,7 @@ class FinetuneArguments(GraloraFlags):
         if "all-linear" in (self.lora_target_modules or ()) and len(self.lora_target_modules) > 1:
             raise ValueError(
                 f"lora_target_modules={self.lora_target_modules}: all-linear stands alone, for all linear layers but "
-                "the output layer; with others, name each, as in q_proj k_proj v_proj o_proj gate_proj up_proj "
-                "down_proj lm_head."
+                "the output layer; with others, name each, as in q_proj k_proj v_proj up_proj down_proj lm_head."
             )
         if self.bf16 and self.fp16:
             raise ValueError("bf16=True and fp16=True exclude each other; give one.")
