@@ -15,6 +15,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from helpers import (
     MODELS,
     OneLayer,
@@ -195,7 +196,8 @@ def all_fused(model: nn.Module, x: Tensor | None = None) -> bool:
 def test_later_adapters(model_name: str, tmp_path: Path) -> None:
     """Adapters that are added or loaded, on these layers and others; and gone for all with enable=False."""
     config = peft.LoraConfig(r=4, target_modules=TARGETS[model_name])
-    other = peft.LoraConfig(r=4, target_modules="all-linear")
+    others = {"llama": ["k_proj", "o_proj", "up_proj"], "gpt2": ["c_fc", "c_proj"]}  # no whole block, called at once
+    other = peft.LoraConfig(r=4, target_modules=others[model_name])
     model = peft.get_peft_model(MODELS[model_name](), config)
     model.save_pretrained(tmp_path)
     assert not all_fused(model)
@@ -501,6 +503,9 @@ def test_describe_gives_reasons() -> None:
     layer.lora_B["default"].float()
     layer.lora_A["default"].float()
     assert gralora.describe(model).endswith("1 with factors in float32 for inputs in float64, without autocast")
+    add_hook_to_module(layer, ModelHook())
+    assert gralora.describe(model).endswith("1 with a forward of their own, as device maps give them")
+    remove_hook_from_module(layer)
     assert gralora.describe(nn.Linear(2, 2)) == "no LoRA layers"
     assert gralora.describe("cpu") == gralora.describe(torch.device("cpu")) == "fused torch"
     biased = gralora.accelerate(plain(lora_bias=True))

@@ -157,6 +157,8 @@ def _obstacle(layer: Any) -> str:
         return "with several active adapters"
     if not isinstance(layer, FusedLayer) and fused_class(layer) is not None:
         return "not accelerated"
+    if "forward" in vars(layer):
+        return "with a forward of their own, as device maps give them"
     if isinstance(layer, FusedExperts):
         return "" if layer.single_adapter(names) else f"over {layer.get_param().dtype} or not accelerated"
     if not isinstance(layer, FusedLayer) or names[0] not in layer.lora_A:
