@@ -36,6 +36,7 @@ from helpers import (
     randomize,
     token_ids,
 )
+from packaging.version import Version
 from peft import (
     AutoPeftModelForCausalLM,
     PeftConfig,
@@ -49,6 +50,7 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.integrations import peft as transformers_peft
 from transformers.pytorch_utils import Conv1D
 
 import gralora
@@ -660,7 +662,14 @@ def test_loaded_adapter_can_be_trained_further(model_name, base_dirs, tmp_path):
         assert found == (set(adapter_parameters(model)) if trainable else set())
 
 
+takes_this_peft = pytest.mark.skipif(
+    Version(transformers_peft.MIN_PEFT_VERSION) > Version(peft.__version__),
+    reason="transformers' add_adapter wants a newer PEFT",
+)
+
+
 @models
+@takes_this_peft
 def test_adapter_of_a_transformers_model(model_name, base_dirs, tmp_path):
     """transformers' own add_adapter, disable, save and load work without a PeftModel."""
     model, ids = load_base(base_dirs[model_name]), token_ids(2, 7)
@@ -853,6 +862,7 @@ def test_refused_config_leaves_a_model_usable(model_name):
 
 
 @models
+@takes_this_peft
 def test_refused_config_leaves_a_transformers_model_usable(model_name):
     """The same for transformers' add_adapter (which marks the model as adapted before it tries, so PEFT goes on)."""
     base, ids = MODELS[model_name](), token_ids(2, 7)
