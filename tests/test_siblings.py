@@ -290,6 +290,17 @@ def test_no_trace_after_layers_are_replaced(used):
     assert type(module) is Plain and not used
 
 
+def test_a_class_in_front_of_ours_stays(used, monkeypatch):
+    """FSDP2 makes such classes, and must find its own again."""
+    model, module = adapted(Plain)
+    module.__class__ = type("FSDPPlain", (type("FSDPModule", (), {}), type(module)), {})
+    wrapped, x = type(module), torch.randn(3, 8)
+    assert torch.equal(module(x), without(monkeypatch, model, lambda _: module(x))) and used
+    model.unload()
+    assert type(module) is wrapped
+    torch.testing.assert_close(module(x), module.a(x).sum() * module.b(x).sum() + module.c(x * 2).sum())
+
+
 @pytest.mark.parametrize("how", ["copy", "pickle"])
 def test_copies(how, used):
     model = model_of("Llama")

@@ -57,9 +57,13 @@ def promote(obj: Any, mixin: Any) -> None:
 
 
 def demote(obj: Any) -> None:
-    """Make `obj` an instance of the class that it was of before, alone, with its state kept."""
-    stock: Any = type(obj).__bases__[1]
-    obj.__class__ = stock
+    """Make `obj` an instance of the class that it was of before, alone, with its state kept.
+
+    Where another library has put a class of its own in front of ours, as FSDP2 does, all stays as it is.
+    """
+    mixin, *stock = type(obj).__bases__
+    if issubclass(mixin, Promoted):
+        obj.__class__ = stock[0]
 
 
 def _unpickle(mixin: Any, stock: Any) -> Any:
