@@ -488,8 +488,9 @@ def same(found: Any, wanted: Any) -> None:
 def test_feature_is_pefts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scenario computes the same with stock layers, and with accelerated ones, which do run as one operation."""
     wanted = SCENARIOS[name](Bench(False, tmp_path / "stock"))
-    calls, call = [], fast_path.FusedCall.__call__
-    monkeypatch.setattr(fast_path.FusedCall, "__call__", lambda self, x: (calls.append(1), call(self, x))[1])
+    calls, one, of_several = [], fast_path.FusedCall.__call__, fast_path.FusedCall.operands
+    monkeypatch.setattr(fast_path.FusedCall, "__call__", lambda self, x: (calls.append(1), one(self, x))[1])
+    monkeypatch.setattr(fast_path.FusedCall, "operands", lambda self: (calls.append(1), of_several(self))[1])
     found = SCENARIOS[name](Bench(True, tmp_path / "fast"))
     assert bool(calls) != (name in NOT_FUSED)
     same(found, wanted)

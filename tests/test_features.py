@@ -428,7 +428,7 @@ def test_models_that_are_no_transformers(name: str, tmp_path: Path) -> None:
     assert_close64(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), expected)
     injected = peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(tmp_path), copy.deepcopy(base))
     peft.set_peft_model_state_dict(injected, peft.load_peft_weights(tmp_path))
-    assert type(injected) is type(base)
+    assert isinstance(injected, type(base))  # one of ours may be in front, as GRALORA_BLOCKS=off prevents
     assert_close64(injected(x), expected)
     assert_close64(model.merge_and_unload()(x), expected)
 
