@@ -252,6 +252,13 @@ def test_a_learning_rate_that_is_too_high(finetune, tmp_path):
     assert status == 2 and "training diverged" in printed and not (tmp_path / "out" / WEIGHTS).exists()
 
 
+def test_a_file_in_the_place_of_the_folder(finetune, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    status, said = finetune(out="file", base_model="not looked at")
+    assert status == 2 and "output_dir=" in said and "is a file" in said
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_two_runs_into_one_folder(finetune, tmp_path):
     out = tmp_path / "out"
     with locked(tmp_path / ".out.lock", out):

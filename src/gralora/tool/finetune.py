@@ -162,6 +162,8 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is saved; the message says where.
     """
     out = Path(args.output_dir).resolve()
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"output_dir={args.output_dir!r} is a file; give a folder, new or of an earlier run.")
     lock = locked(out.with_name(f".{out.name}.lock"), out) if is_first_process() else contextlib.nullcontext()
     with lock, full_disk_is_said(out):
         return train(args)
