@@ -9,6 +9,7 @@ GraLoRA adapters by its subclass in layers.py.
 """
 
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -175,6 +176,23 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
         weight = packed_weight(base, x, dtype)
         bias = None if weight is None else parameters_of(base)["bias"]
     return FusedCall(base, weight, bias, Factors(A_weight, B_weight, A_hybrid, B_hybrid, scaling), p, dtype)
+
+
+def fused_calls(layers: Sequence[Any], x: Tensor) -> list[FusedCall] | None:
+    """`fused_call` of several `FusedLayer`, if one operation can compute them all, else None.
+
+    It can if no layer has hooks or dropout, and each has its base weight in the operation and the dtype of the others.
+    A layer of 4 bits returns the dtype that it gets, so with one, x has to have the dtype that is computed in.
+    """
+    calls: list[FusedCall] = []
+    for layer in layers:
+        call = None if has_hooks(layer) else layer.fused_call(x)
+        if call is None or call.weight is None or call.p or calls and call.dtype != calls[0].dtype:
+            return None
+        if call.dtype != x.dtype and not isinstance(call.weight, Tensor):
+            return None
+        calls.append(call)
+    return calls
 
 
 def _weights(base: nn.Module) -> tuple[Tensor | None, Tensor | None]:

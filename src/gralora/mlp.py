@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .fast_path import FusedCall, FusedLayer
+from .fast_path import FusedLayer, fused_calls
 from .ops import GatedMlp, activations, gated_mlp
-from .ops.torch_seam import children_of, unhooked_parameters
+from .ops.torch_seam import children_of
 from .promote import Transparent, demote
 
 
@@ -64,8 +64,7 @@ class FusedMlp(NamedTuple):
 def fused_mlp(module: Any, x: Any) -> FusedMlp | None:
     """The operation that computes `module(x)`, or None if its layers are to be called one by one.
 
-    It is one if neither the module nor its layers have hooks, and each of the layers is computed as one operation
-    (`fast_path.fused_call`) with the base layer's weight in it, in the dtype of all, without dropout.
+    It is one if the module has no hooks, and its layers can be computed together (`fast_path.fused_calls`).
 
     Args:
         module: an `AdaptedMlp`.
@@ -86,19 +85,14 @@ def fused_mlp(module: Any, x: Any) -> FusedMlp | None:
         or not isinstance(x, Tensor)
     ):
         return None
-    calls: list[FusedCall] = []
-    for layer in layers:
-        call = None if unhooked_parameters(layer) is None else layer.fused_call(x)
-        if call is None or call.weight is None or call.p or calls and call.dtype != calls[0].dtype:
-            return None
-        calls.append(call)
-    dtype = calls[0].dtype
-    if x.dtype != dtype and any(not isinstance(call.weight, Tensor) for call in calls):
-        return None  # 4-bit layers return what they get: the activation would be of another dtype
+    calls = fused_calls(layers, x)
+    if calls is None:
+        return None
     activation = activation_of(module, shape, x.device)
     if activation is None:
         return None
     *first, down = (call.operands() for call in calls)
+    dtype = calls[0].dtype
     return FusedMlp(x if x.dtype == dtype else x.to(dtype), GatedMlp(tuple(first), down, activation))
 
 

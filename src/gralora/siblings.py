@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fast_path import FusedCall, FusedLayer, sharing
+from .fast_path import FusedLayer, fused_calls, sharing
 from .ops import shared_linear
-from .ops.torch_seam import children_of, unhooked_parameters, version_of
+from .ops.torch_seam import children_of, version_of
 from .promote import Transparent, demote
 
 Groups = tuple[tuple[str, ...], ...]
@@ -62,14 +62,9 @@ class Siblings:
             return None
         for other in group:  # once: what follows is for all
             del self.groups[id(other)]
-        calls: list[FusedCall] = []
-        for other in group:
-            call = None if unhooked_parameters(other) is None else other.fused_call(x)
-            if call is None or call.weight is None or call.p or calls and call.dtype != calls[0].dtype:
-                return None
-            if call.dtype != x.dtype and not isinstance(call.weight, Tensor):
-                return None
-            calls.append(call)
+        calls = fused_calls(group, x)
+        if calls is None:
+            return None
         dtype = calls[0].dtype
         ys = shared_linear(x if x.dtype == dtype else x.to(dtype), [call.operands() for call in calls])
         self.ready = {id(other): (x, version_of(x), y) for other, y in zip(group, ys, strict=True)} | self.ready
