@@ -4,8 +4,10 @@ import csv
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import optuna
@@ -16,13 +18,14 @@ from benchmarks.tuning import judged, picked
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from gralora.checkpoints.files import locked
 from gralora.tool import cli
 from gralora.tool.finetune import finetune, read_arguments
 from gralora.tool.tune import main, shares
 from gralora.tool.tuning import run
 from gralora.tool.tuning.lockstep import LockstepTrainer
 from gralora.tool.tuning.report import certainty
-from gralora.tool.tuning.search import Search, values
+from gralora.tool.tuning.search import JOURNAL, Search, values, wait_for_study
 
 RATES = "0.002,0.03,0.01,2"
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without use_gralora")
@@ -156,6 +159,28 @@ def test_devices_share_the_candidates(flags, tmp_path):
     for row, whole in zip(found["candidates"], expected["candidates"], strict=True):
         assert row["losses"] == pytest.approx(whole["losses"], rel=1e-5)
     assert (tmp_path / "two" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_later_process_waits_for_the_study(tmp_path):
+    """One that loaded its model first must not make it: the first process would take it for an earlier search."""
+    journal = tmp_path / JOURNAL
+    later = threading.Thread(target=wait_for_study, args=[tmp_path], daemon=True)
+    later.start()
+    later.join(timeout=0.2)
+    assert later.is_alive() and not journal.exists()
+    journal.touch()
+    later.join(timeout=60)
+    assert not later.is_alive()
+
+
+def test_two_searches_in_one_folder(flags, tmp_path):
+    folder = tmp_path / "study"
+    with (
+        locked(tmp_path / ".study.lock", folder),
+        pytest.raises(BlockingIOError, match=f"study' is being written by process {os.getpid()} "),
+    ):
+        tune(flags, folder, "--learning_rate", "0.01,0.03")
+    assert not folder.exists()
 
 
 def test_if_a_process_fails_the_others_are_ended(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
 from ...acceleration import accelerate, is_default
-from ...checkpoints.files import write_json
+from ...checkpoints.files import locked, write_json
 from ...ops import plans
 from ..arguments import FinetuneArguments
 from ..finetune import Loaded, load
@@ -20,7 +20,7 @@ from ..training.progress import peak_memory_gib
 from ..training.report import finite
 from .lockstep import LockstepTrainer, Rungs, can_mix, fastest_together
 from .report import BEST, PLOT, TABLE, lines, summary, write
-from .search import JOURNAL, Candidate, Search, candidates
+from .search import JOURNAL, Candidate, Search, candidates, wait_for_study
 
 RESULTS = "tune.json"
 ADAPTER = "adapter"  # the best candidate's
@@ -45,20 +45,34 @@ def tune(
 
     Raises:
         ValueError: if the arguments do not fit a search, or the search in `study_dir` is another one.
+        BlockingIOError: if another command searches in `study_dir`.
     """
-    started = time.monotonic()
     made = candidates(args, given)
     check(args)
     if len(made) < count:
         raise ValueError(f"devices: {count} are more than the {len(made)} candidates; give fewer.")
     folder = options.study_dir
+    if share:
+        return search_in(folder, args, made, options, share, count)
+    place = folder.resolve()
+    with locked(place.with_name(f".{place.name}.lock"), place):
+        check_folder(folder, options.resume)
+        return search_in(folder, args, made, options, share, count)
+
+
+def search_in(
+    folder: Path, args: FinetuneArguments, made: list[Candidate], options: argparse.Namespace, share: int, count: int
+) -> dict[str, Any]:
+    """As `tune`, in a folder that the first process has checked and locked."""
+    started = time.monotonic()
     own = folder / f"device-{share}" if count > 1 else folder
-    check_folder(folder, options.resume, share)
     run_args = for_trainer(args, own)
     loaded = load(run_args, run_args.training_arguments())
     if loaded.trained is not None:
         raise ValueError(f"base_model={args.base_model!r} is an adapter, and a search trains new ones; give its base.")
     own.mkdir(parents=True, exist_ok=True)
+    if share:
+        wait_for_study(folder)
     search = Search(folder, options.reduction, options.full_sweep)
     about = {"arguments": dataclasses.asdict(args) | args.trainer, "data": loaded.corpus.digest()}
     about |= {"rungs": options.rungs, "reduction": options.reduction, "full_sweep": options.full_sweep}
@@ -108,12 +122,12 @@ def check(args: FinetuneArguments) -> None:
         raise ValueError(f"optim={args.optim!r} does not treat parameters one by one; give adamw_torch_fused, say.")
 
 
-def check_folder(folder: Path, resume: bool, share: int) -> None:
+def check_folder(folder: Path, resume: bool) -> None:
     """Raise ValueError if a search would mix with an earlier one."""
     there = (folder / JOURNAL).exists()
-    if resume and not there and share == 0:
+    if resume and not there:
         raise ValueError(f"--resume: there is no search in {str(folder)!r}; leave it out to begin one.")
-    if there and not resume and share == 0:
+    if there and not resume:
         raise ValueError(f"{str(folder)!r} holds a search; go on with --resume, or give another --study_dir.")
 
 

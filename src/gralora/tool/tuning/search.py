@@ -125,6 +125,12 @@ def rank(loss: float) -> float:
     return math.inf if math.isnan(loss) else loss
 
 
+def wait_for_study(folder: Path) -> None:
+    """Wait until the first process of a search has made its study; one made here would be an earlier search to it."""
+    while not (folder / JOURNAL).exists():
+        time.sleep(POLL_S)
+
+
 class Search:
     """A study on disk, and this process's trials in it."""
 
