@@ -1,11 +1,15 @@
 """Layers that are called with the same input, as one operation: which they are, what they compute, and no trace."""
 
 import copy
+import gc
 import pickle
+import weakref
+from types import MethodType
 
 import peft
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from test_mlp import FAMILIES, IDS, SHAPE, check_same, loss_and_gradients, model_of
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
@@ -299,6 +303,28 @@ def test_a_class_in_front_of_ours_stays(used, monkeypatch):
     model.unload()
     assert type(module) is wrapped
     torch.testing.assert_close(module(x), module.a(x).sum() * module.b(x).sum() + module.c(x * 2).sum())
+
+
+def bound(module):
+    module.forward = MethodType(type(module).forward, module)  # as Liger does
+
+
+def hooked(module):
+    add_hook_to_module(module, ModelHook())  # as a device map over several devices does
+
+
+@pytest.mark.parametrize("forward", [bound, hooked])
+def test_nothing_keeps_a_model_alive(forward):
+    base = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    for module in (base.model.layers[0].mlp, base.model.layers[0].self_attn):
+        forward(module)
+    config = gralora.LoraConfig(r=4, use_gralora=True, gralora_k=2, target_modules="all-linear")
+    model = peft.get_peft_model(base, config)
+    model(input_ids=IDS).logits.sum().backward()
+    alive = [weakref.ref(module) for module in base.modules()]
+    del base, model, module
+    gc.collect()
+    assert not [ref() for ref in alive if ref() is not None]
 
 
 @pytest.mark.parametrize("how", ["copy", "pickle"])

@@ -111,15 +111,17 @@ def is_mlp(module: nn.Module) -> bool:
 
 # What an MLP computes
 
-_found: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, bool, str | None]]" = weakref.WeakKeyDictionary()
+# of a module: its forward, which may be bound to it and so is held weakly, too; whether it trains; the activation
+_found: "weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], bool, str | None]]"
+_found = weakref.WeakKeyDictionary()
 
 
 def activation_of(module: nn.Module, shape: Shape, device: torch.device) -> str | None:
     """The activation of an MLP, a name of `activations.ACTIVATIONS`; None if it computes something else."""
     forward = module.__dict__.get("forward", type(module).forward)
     known = _found.get(module)
-    if known is None or known[0] is not forward or known[1] != module.training:
-        known = forward, module.training, _seen_activation(module, shape, forward, device)
+    if known is None or known[0]() is not forward or known[1] != module.training:
+        known = weakref.ref(forward), module.training, _seen_activation(module, shape, forward, device)
         _found[module] = known
     return known[2]
 

@@ -9,8 +9,8 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator
-from types import MethodType
+from collections.abc import Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -76,10 +76,9 @@ def groups_of(module: nn.Module) -> Groups:
     names = tuple(name for name, child in children_of(module).items() if isinstance(child, FusedLayer))
     if len(names) < 2:
         return ()
-    forward = module.__dict__.get("forward", type(module).forward)
-    if isinstance(forward, MethodType) and forward.__self__ is module:
-        forward = forward.__func__
-    return _groups(forward, names)
+    forward = inspect.unwrap(module.__dict__.get("forward", type(module).forward))
+    code = getattr(forward, "__code__", None)  # a wrapper or a method would keep its module alive in the cache
+    return () if code is None else _groups(code, names)
 
 
 def shares_input(module: nn.Module) -> bool:
@@ -89,10 +88,10 @@ def shares_input(module: nn.Module) -> bool:
 
 
 @functools.lru_cache(1024)
-def _groups(forward: Callable[..., Any], names: tuple[str, ...]) -> Groups:
+def _groups(code: CodeType, names: tuple[str, ...]) -> Groups:
     """Which of the layers a forward calls with the same variable, each once, whatever its arguments are."""
     try:
-        [function] = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))).body
+        [function] = ast.parse(textwrap.dedent(inspect.getsource(code))).body
     except (OSError, TypeError, SyntaxError, ValueError):
         return ()
     if not isinstance(function, ast.FunctionDef) or not function.args.args:
