@@ -18,6 +18,8 @@ from . import blocks
 from .blocks import GranularDown, GranularUp
 from .fast_path import FusedLayer
 from .layers import GraloraLayer
+from .ops import Factors
+from .routed import routed_call
 
 
 class TargetParameter(NamedTuple):
@@ -81,7 +83,10 @@ class ExpertsUp(GranularUp):
 
 
 class FusedExperts(FusedLayer):
-    """Mixin over PEFT's `lora.ParamWrapper`, which adds dW to the parameter during a forward pass, once."""
+    """Mixin over PEFT's `lora.ParamWrapper`, whose adapters act on the rows of their expert where `routed_call` can.
+
+    Elsewhere dW is added to the parameter during a forward pass, once.
+    """
 
     # attributes of lora.ParamWrapper
     num_experts: int
@@ -92,6 +97,28 @@ class FusedExperts(FusedLayer):
 
     def fused_call(self, x: Tensor) -> None:
         return None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output: by one operation for it and all wrappers around it, or PEFT's forward."""
+        call = None if kwargs else routed_call(self, args)
+        return super().forward(*args, **kwargs) if call is None else call()
+
+    def expert_factors(self) -> list[Factors] | None:
+        """The factors of all experts, A `[E, k, I/k, r]` and B `[E, k, r, O/k]`, that are to be added to the parameter.
+
+        Empty without adapters in effect; None if one of them is PEFT's to compute.
+        """
+        if self.disable_adapters or self.merged:
+            return None if self.disable_adapters and self.merged else []  # which PEFT's forward unmerges
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if not all(map(self.fuses, names)):
+            return None
+        return [factors for name in names for factors in self.grids(name)]
+
+    def grids(self, adapter: str) -> list[Factors]:
+        """An adapter as one or more grids of all experts, which add up: a plain LoRA is a grid of one block."""
+        A, B = self._plain_factors(adapter)
+        return [plain_grid(A, B, float(self.scaling[adapter]))]
 
     def stores_in_out(self) -> bool:
         """Tell whether the parameter is stored as `[E, I, O]`."""
@@ -130,9 +157,13 @@ class FusedExperts(FusedLayer):
 
         Of a plain LoRA `[E, O, r]` and `[E, r, I]`, or their transposes if the parameter is stored as `[E, I, O]`.
         """
-        A, B = self.lora_A[adapter].weight.to(dtype), self.lora_B[adapter].weight.to(dtype)
-        A, B = A.unflatten(0, (self.num_experts, -1)), B.unflatten(1, (-1, self.num_experts)).movedim(-1, 0)
+        A, B = (factor.to(dtype) for factor in self._plain_factors(adapter))
         return (A.mT, B.mT) if self.stores_in_out() else (B, A)
+
+    def _plain_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """A `[E, r, I]` and B `[E, O, r]` of a plain LoRA, as views."""
+        A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        return A.unflatten(0, (self.num_experts, -1)), B.unflatten(1, (-1, self.num_experts)).movedim(-1, 0)
 
 
 class GranularExperts(FusedExperts, GraloraLayer):
@@ -176,6 +207,15 @@ class GranularExperts(FusedExperts, GraloraLayer):
     def fuses(self, adapter: str) -> bool:
         return self.fuses_plain or self.is_gralora(adapter)
 
+    def grids(self, adapter: str) -> list[Factors]:
+        if not self.is_gralora(adapter):
+            return super().grids(adapter)
+        A, B, hybrid_A, hybrid_B, scaling = self.factors(adapter)
+        grid = Factors(A, B, scaling=float(scaling))
+        if hybrid_A is None or hybrid_B is None:
+            return [grid]
+        return [grid, plain_grid(hybrid_A, hybrid_B, grid.scaling)]
+
     def rows(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Compute the `grid_rows` of dW in the stored orientation: of the transposed grid if it is `[E, I, O]`."""
         if not self.is_gralora(adapter):
@@ -184,6 +224,11 @@ class GranularExperts(FusedExperts, GraloraLayer):
         factors = blocks.transposed(factors) if self.stores_in_out() else factors
         hybrid_A, hybrid_B = (t if t is None else t.to(dtype) for t in (factors.hybrid_A, factors.hybrid_B))
         return grid_rows(factors.A.to(dtype), factors.B.to(dtype), hybrid_A, hybrid_B)
+
+
+def plain_grid(A: Tensor, B: Tensor, scaling: float) -> Factors:
+    """A plain LoRA of all experts, A `[E, r, I]` and B `[E, O, r]`, as a grid of one block."""
+    return Factors(A.mT.unsqueeze(1), B.mT.unsqueeze(1), scaling=scaling)
 
 
 def is_8_bit(t: Tensor) -> bool:

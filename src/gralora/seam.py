@@ -99,6 +99,7 @@ __all__ = [
     "check_adapters_to_merge",
     "check_hotswap_configs_compatible",
     "dora_is_cached",
+    "experts_implementation",
     "get_pattern_key",
     "hotswap_adapter_from_state_dict",
     "in_out_features",
@@ -209,6 +210,34 @@ def writes_quantised_weights(layer: Any, stock: type) -> bool:
 def dora_is_cached(magnitude: nn.Module) -> bool:
     """Whether PEFT keeps the norms of a DoRA adapter, given its magnitude module, from one call to the next."""
     return dora.ENABLE_DORA_CACHING and not magnitude.training
+
+
+def experts_implementation(experts: Any) -> str | None:
+    """Which of transformers' own functions computes a module of experts: eager, batched_mm or grouped_mm; else None.
+
+    Modules whose class was given to `use_experts_implementation` ask ALL_EXPERTS_FUNCTIONS for a function of `(module,
+    hidden, chosen experts, their weights)` at each call. All three functions compute the same, and read of the module
+    what is described in `routed`. None also if the experts are spread over devices, since some rows have none then.
+    """
+    forward = type(experts).forward
+    cells = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
+    if "experts_interface" not in cells or "original_forward" not in cells:
+        return None
+    from transformers.integrations import moe
+
+    interface, eager = (cells[name].cell_contents for name in ("experts_interface", "original_forward"))
+    # since 5.2x a module says itself whether it is spread over devices; before, one in a plan has a mesh
+    if interface is not moe.ALL_EXPERTS_FUNCTIONS or getattr(experts, "_is_expert_parallel", False):
+        return None
+    if "_hf_device_mesh" in vars(experts):
+        return None
+    name = experts.config._experts_implementation or "eager"
+    functions = {
+        "eager": eager,
+        "batched_mm": moe.batched_mm_experts_forward,
+        "grouped_mm": moe.grouped_mm_experts_forward,
+    }
+    return name if name in functions and interface.get_interface(name, eager) is functions[name] else None
 
 
 # Whether PEFT merges DoRA rightly into Conv1D layers, and beside other adapters: since 0.21.
