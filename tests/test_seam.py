@@ -38,7 +38,9 @@ from peft.helpers import DoraCaching
 from peft.tuners import lora
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from transformers import Trainer, TrainingArguments
+from transformers import MixtralConfig, Trainer, TrainingArguments
+from transformers.integrations import moe
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import gralora
 from gralora import kinds, seam, unsloth
@@ -928,6 +930,40 @@ def test_trial_id():
     study.ask()
     optuna.Trial(study, study.trials[1]._trial_id).report(3.0, 1)
     assert [trial.intermediate_values for trial in study.trials] == [{}, {1: 3.0}]
+
+
+def test_experts_implementation(monkeypatch):
+    """The decorator asks the interface at each call, by the config's name, for a function of module and rest."""
+    experts = MixtralExperts(MixtralConfig(num_local_experts=2, hidden_size=8, intermediate_size=4))
+    interface, asked = moe.ALL_EXPERTS_FUNCTIONS, []
+    monkeypatch.setitem(interface._global_mapping, "watched", lambda *args: asked.append(args))
+    for name, found in (
+        ("eager", "eager"),
+        ("batched_mm", "batched_mm"),
+        ("grouped_mm", "grouped_mm"),
+        (None, "eager"),
+    ):
+        experts.config._experts_implementation = name
+        assert seam.experts_implementation(experts) == found
+    experts.config._experts_implementation = "watched"
+    assert seam.experts_implementation(experts) is None
+    experts("hidden", "chosen", "weights")
+    assert asked == [(experts, "hidden", "chosen", "weights")]
+    assert experts.has_gate and not experts.has_bias and not experts.is_transposed
+    monkeypatch.setitem(interface._global_mapping, "grouped_mm", interface["watched"])  # as Unsloth does
+    experts.config._experts_implementation = "grouped_mm"
+    assert seam.experts_implementation(experts) is None
+    experts.config._experts_implementation = "eager"
+    experts._is_expert_parallel = True
+    assert seam.experts_implementation(experts) is None
+    assert seam.experts_implementation(nn.Linear(2, 2)) is None
+
+
+def test_apply_gate():
+    """`_apply_gate` of a module of experts takes the first product's result to the last product's input."""
+    experts = MixtralExperts(MixtralConfig(num_local_experts=2, hidden_size=8, intermediate_size=4))
+    e, u = torch.randn(3, 4), torch.randn(3, 4)
+    torch.testing.assert_close(experts._apply_gate(torch.cat([e, u], dim=1)), nn.functional.silu(e) * u)
 
 
 def test_every_name_has_a_test():

@@ -104,9 +104,9 @@ class FusedExperts(FusedLayer):
         return super().forward(*args, **kwargs) if call is None else call()
 
     def expert_factors(self) -> list[Factors] | None:
-        """The factors of all experts, A `[E, k, I/k, r]` and B `[E, k, r, O/k]`, that are to be added to the parameter.
+        """The factors of all adapters in effect: A `[E, k, I/k, r]` and B `[E, k, r, O/k]`, of all experts.
 
-        Empty without adapters in effect; None if one of them is PEFT's to compute.
+        Empty if none is in effect; None if one of them is PEFT's to compute.
         """
         if self.disable_adapters or self.merged:
             return None if self.disable_adapters and self.merged else []  # which PEFT's forward unmerges

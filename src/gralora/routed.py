@@ -103,6 +103,8 @@ def routed_call(wrapper: Any, args: tuple[Any, ...]) -> RoutedCall | None:
     """
     if plans.choice == "reference" or torch.compiler.is_compiling() or has_global_hooks() or is_transformed():
         return None
+    if args and isinstance(args[0], Tensor) and args[0].is_cuda:  # one expert after another has too many launches
+        return None
     if len(args) != 3 or not all(isinstance(t, Tensor) and t.dim() == 2 for t in args):
         return None
     hidden, chosen, weights = args
@@ -128,14 +130,11 @@ def _has_plain_weights(experts: nn.Module, adapters: Adapters, hidden: Tensor, k
     names, own = parameter_names(experts), parameters_of(experts)
     if any(factors and name not in names for name, factors in adapters.items()):
         return False
-    matrices = [own.get(name) for name in names]
-    for matrix in matrices:
-        if type(matrix) is not Parameter or matrix.requires_grad or matrix.dim() != 3:
-            return False
-        if not matrix.is_floating_point() or matrix.dtype.itemsize == 1 or matrix.device != hidden.device:
-            return False
+    matrices = [matrix for name in names if type(matrix := own.get(name)) is Parameter and not matrix.requires_grad]
+    if len(matrices) < 2 or any(matrix.dim() != 3 or matrix.device != hidden.device for matrix in matrices):
+        return False
     dtype, device = matrices[0].dtype, hidden.device.type
-    if matrices[1].dtype != dtype:
+    if not dtype.is_floating_point or dtype.itemsize == 1 or matrices[1].dtype != dtype:
         return False
     if torch.is_autocast_enabled(device):
         if dtype != torch.get_autocast_dtype(device) and not keeps_dtype:

@@ -216,8 +216,9 @@ def experts_implementation(experts: Any) -> str | None:
     """Which of transformers' own functions computes a module of experts: eager, batched_mm or grouped_mm; else None.
 
     Modules whose class was given to `use_experts_implementation` ask ALL_EXPERTS_FUNCTIONS for a function of `(module,
-    hidden, chosen experts, their weights)` at each call. All three functions compute the same, and read of the module
-    what is described in `routed`. None also if the experts are spread over devices, since some rows have none then.
+    hidden, chosen experts, their weights)` at each call. The three compute the same, and read of the module
+    `has_gate`, `has_bias`, `is_transposed`, since 5.18 or later `has_post_expert_norm`, and the parameters that these
+    say it has. None also if the experts are spread over devices, where some of a token's experts are elsewhere.
     """
     forward = type(experts).forward
     cells = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
@@ -226,10 +227,9 @@ def experts_implementation(experts: Any) -> str | None:
     from transformers.integrations import moe
 
     interface, eager = (cells[name].cell_contents for name in ("experts_interface", "original_forward"))
-    # since 5.2x a module says itself whether it is spread over devices; before, one in a plan has a mesh
-    if interface is not moe.ALL_EXPERTS_FUNCTIONS or getattr(experts, "_is_expert_parallel", False):
-        return None
-    if "_hf_device_mesh" in vars(experts):
+    # a module says whether it is spread over devices since 5.18 or later; before, it had its devices' mesh then
+    is_spread = getattr(experts, "_is_expert_parallel", False) or "_hf_device_mesh" in vars(experts)
+    if interface is not moe.ALL_EXPERTS_FUNCTIONS or is_spread:
         return None
     name = experts.config._experts_implementation or "eager"
     functions = {
@@ -263,8 +263,10 @@ OVERRIDES: dict[str, str] = {
     "unmerge": "subtract the merged adapters' dW from the base weight",
 }
 
-# What ours read of PEFT's layers, of transformers' Trainer and of optuna's trials, beside their documented attributes.
+# What ours read of PEFT's layers, of transformers' models and Trainer and of optuna's trials, beside their documented
+# attributes.
 ATTRIBUTES: dict[str, str] = {
+    "_apply_gate": "modules of experts with `has_gate`: what the first product gives -> what the last one sees",
     "_did_swap_in_out_features": "ParamWrapper: whether the parameter is `[E, O, I]`, not `[E, I, O]`",
     "_disable_adapters": "LoraLayer: in the instance's dictionary, as merged_adapters, scaling and lora_variant are",
     "_embed": "Embedding: token ids and a weight `[V, r]` -> `[..., r]`, as the base layer looks its own up",

@@ -9,6 +9,7 @@ mixture-of-experts module is its input and what its first product gives.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -38,8 +39,8 @@ class Groups:
     @functools.cached_property
     def spans(self) -> list[tuple[int, slice]]:
         """The experts that have rows, and these rows; waits for the device."""
-        ends = self.ends.tolist()
-        return [(e, slice(start, end)) for e, (start, end) in enumerate(zip([0, *ends], ends)) if start < end]
+        ends = [0, *self.ends.tolist()]
+        return [(e, slice(*span)) for e, span in enumerate(itertools.pairwise(ends)) if span[0] < span[1]]
 
 
 class Routing(NamedTuple):
@@ -120,11 +121,6 @@ class GroupedLinear(NamedTuple):
         """The weight as `[E, O, I]`."""
         return self.weight.mT if self.is_transposed else self.weight
 
-    def with_factors(self, factors: Sequence[Tensor]) -> "GroupedLinear":
-        """The same layers with other tensors for A and B of each adapter, in turn."""
-        pairs = zip(factors[::2], factors[1::2], self.adapters, strict=True)
-        return self._replace(adapters=tuple(Factors(A, B, None, None, old.scaling) for A, B, old in pairs))
-
 
 def grouped_linear(inputs: tuple[Tensor, ...], before: Before, layer: GroupedLinear, groups: Groups) -> Tensor:
     """x W_e^T + sum of scaling * up(down(x, A_e), B_e) for the rows of every expert e, with x = before(*inputs).
@@ -166,17 +162,19 @@ class GroupedLinearFunction(torch.autograd.Function):
         before, layer, groups, n = others
         y, gs = _compute(before(*tensors[:n]), layer, groups)
         save(ctx, layer.weight, *tensors, *gs)
-        ctx.before, ctx.groups, ctx.n = before, groups, n
-        ctx.layer = layer._replace(weight=None, adapters=tuple(a._replace(A=None, B=None) for a in layer.adapters))
+        ctx.before, ctx.groups, ctx.n, ctx.is_transposed = before, groups, n, layer.is_transposed
+        ctx.scalings = [adapter.scaling for adapter in layer.adapters]
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         weight, *tensors = saved(ctx)
-        n, m = ctx.n, ctx.n + 2 * len(ctx.layer.adapters)
+        n, m = ctx.n, ctx.n + 2 * len(ctx.scalings)
         inputs, factors, gs = tensors[:n], tensors[n:m], tensors[m:]
         needs = ctx.needs_input_grad[1:]
-        layer = ctx.layer._replace(weight=weight).with_factors(factors)
+        pairs = zip(factors[::2], factors[1::2], ctx.scalings, strict=True)
+        adapters = tuple(Factors(A, B, scaling=scaling) for A, B, scaling in pairs)
+        layer = GroupedLinear(weight, ctx.is_transposed, adapters)
         if torch.is_grad_enabled() or is_batched(dy):  # create_graph=True, is_grads_batched=True
             with torch.enable_grad():
                 y = definition(ctx.before(*inputs), layer, ctx.groups)
@@ -209,7 +207,8 @@ def _gradients(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Gradients of x, and of A and B of each adapter in turn."""
-    dy, grads = dy.contiguous(), []
+    dy = dy.contiguous()
+    grads: list[Tensor | None] = []
     with torch.autocast(x.device.type, enabled=False):
         dx = product(dy, layer.matrices.mT, groups) if needs_x else None
         for (A, B, _, _, scaling), g, needs_A, needs_B in zip(
