@@ -153,32 +153,40 @@ def _obstacle(layer: Any) -> str:
         return "with merged adapters"
     if not names:
         return "without an active adapter"
-    if len(names) > 1:
-        return "with several active adapters"
     if not isinstance(layer, FusedLayer) and fused_class(layer) is not None:
         return "not accelerated"
     if "forward" in vars(layer):
         return "with a forward of their own, as device maps give them"
     if isinstance(layer, FusedExperts):
+        if len(names) > 1:
+            return "with several active adapters"
         return "" if layer.single_adapter(names) else f"over {layer.get_param().dtype} or not accelerated"
-    if not isinstance(layer, FusedLayer) or names[0] not in layer.lora_A:
+    if not isinstance(layer, FusedLayer) or any(name not in layer.lora_A for name in names):
         return f"over {type(base).__name__}"
-    if names[0] in layer.lora_variant:
-        return f"with {type(layer.lora_variant[names[0]]).__name__}"
-    dtypes = {layer.lora_A[names[0]].weight.dtype, layer.lora_B[names[0]].weight.dtype}
     x = _input_like(layer, names[0])
     if layer.fused_call(x) is not None:
         return ""
-    if not layer.fuses_plain and isinstance(layer.lora_A[names[0]], nn.Linear):
+    return next(
+        filter(None, (_adapters_obstacle(layer, name, x) for name in names)),
+        f"over {type(base).__name__}, for another reason",
+    )
+
+
+def _adapters_obstacle(layer: Any, name: str, x: torch.Tensor) -> str:
+    """Say why one adapter keeps a layer from running as one operation for x; empty if it does not."""
+    if name in layer.lora_variant:
+        return f"with {type(layer.lora_variant[name]).__name__}"
+    if not layer.fuses_plain and isinstance(layer.lora_A[name], nn.Linear):
         return "with a plain LoRA that is not accelerated"
-    if layer.lora_bias.get(names[0]):
+    if layer.lora_bias.get(name):
         return "with lora_bias"
-    if any(has_hooks(part[names[0]]) for part in (layer.lora_A, layer.lora_B, layer.lora_dropout)):
+    if any(has_hooks(part[name]) for part in (layer.lora_A, layer.lora_B, layer.lora_dropout)):
         return "with hooks on its factors or dropout"
+    dtypes = {layer.lora_A[name].weight.dtype, layer.lora_B[name].weight.dtype}
     if dtypes != {x.dtype} and not torch.is_autocast_enabled(x.device.type):
         factors = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         return f"with factors in {factors} for inputs in {str(x.dtype).removeprefix('torch.')}, without autocast"
-    return f"over {type(base).__name__}, for another reason"
+    return ""
 
 
 def _input_like(layer: Any, adapter: str) -> torch.Tensor:

@@ -125,6 +125,9 @@ class GranularConv(GraloraLayer):
     def fused_call(self, x: Tensor) -> None:
         return None
 
+    def mixed_output(self, x: Tensor, adapter_names: Any) -> None:
+        return None
+
 
 def conv_obstacle(base: Any) -> str:
     """Say in words why a convolution cannot be adapted; empty if it can."""

@@ -96,6 +96,9 @@ class GranularEmbedding(GraloraLayer):
     def fused_call(self, x: Tensor) -> None:
         return None
 
+    def mixed_output(self, x: Tensor, adapter_names: Any) -> None:
+        return None
+
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Call PEFT's method, which ignores variants, and then add to the rows of GraLoRA adapters."""
         names = ["__base__" if self.is_gralora(name) else name for name in adapter_names]

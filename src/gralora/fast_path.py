@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from torch.nn import Dropout, Identity, Linear, Parameter
 
 from .blocks import GranularDown, GranularUp, scaling_gain
-from .ops import AdaptedLinear, Factors, PackedWeight, add_update, compiled, gralora_linear, plans
+from .ops import (
+    AdaptedLinear,
+    Factors,
+    PackedWeight,
+    Rows,
+    add_update,
+    compiled,
+    gralora_linear,
+    joined,
+    mixed_update,
+    plans,
+)
 from .ops.torch_seam import (
     children_of,
     has_global_hooks,
@@ -66,9 +77,10 @@ class FusedCall(NamedTuple):
         weight: its weight as a matrix, `[O, I]`, frozen, packed if it is quantised; None if the base layer is called,
             and the adapter's output added to what it returns.
         bias: its bias, `[O]`, or None; None also without a weight.
-        factors: the active adapter's.
+        factors: the active adapter's, or those of several side by side.
         p: probability of dropout on what the adapter sees of x.
         dtype: what is computed in. x is converted to it for the adapter, and with a weight all of x, weight and bias.
+        more: adapters that `factors` cannot hold, each with its p; their outputs are added one by one.
     """
 
     base: nn.Module
@@ -77,27 +89,43 @@ class FusedCall(NamedTuple):
     factors: Factors
     p: float
     dtype: torch.dtype
+    more: "tuple[Adapter, ...]" = ()
 
     def operands(self) -> AdaptedLinear:
         """The tensors of a call with a weight, in the dtype that is computed in."""
-        _, weight, bias, factors, _, dtype = self
+        weight, bias, dtype = self.weight, self.bias, self.dtype
         assert weight is not None
         if isinstance(weight, Tensor) and weight.dtype != dtype:
             weight = weight.to(dtype)
-        return AdaptedLinear(weight, bias if bias is None or bias.dtype == dtype else bias.to(dtype), factors)
+        return AdaptedLinear(weight, bias if bias is None or bias.dtype == dtype else bias.to(dtype), self.factors)
 
     def __call__(self, x: Tensor) -> Tensor:
-        base, weight, _, factors, p, dtype = self
-        if weight is not None:
-            y = gralora_linear(x if x.dtype == dtype else x.to(dtype), *self.operands(), p)
-            if isinstance(weight, Tensor) or y.dtype == x.dtype:
-                return y
-            return y.to(x.dtype)  # as bitsandbytes' layers do, also under autocast
-        y = base(x)
-        quantised = type(parameters_of(base).get("weight")) is not Parameter
-        if not quantised or is_view(y) or not y.is_contiguous() or has_hooks(base):
-            y = y.clone()  # what is changed below must be nobody else's, nor kept for the backward
-        return add_update(y, x.to(dtype), factors, p)
+        seen = x if x.dtype == self.dtype else x.to(self.dtype)
+        if self.weight is not None:
+            y = gralora_linear(seen, *self.operands(), self.p)
+        else:
+            y = add_update(own_output(self.base, x), seen, self.factors, self.p)
+        for factors, p in self.more:
+            y = add_update(y, seen, factors, p)
+        if self.weight is None or isinstance(self.weight, Tensor) or y.dtype == x.dtype:
+            return y
+        return y.to(x.dtype)  # as bitsandbytes' layers do, also under autocast
+
+
+class Adapter(NamedTuple):
+    """The factors of one adapter of a layer, and the probability of dropout on what it sees."""
+
+    factors: Factors
+    p: float
+
+
+def own_output(base: nn.Module, x: Tensor) -> Tensor:
+    """What a base layer gives of x, contiguous, to be changed in place."""
+    y = base(x)
+    is_new = type(base).forward is Linear.forward or type(parameters_of(base).get("weight")) is not Parameter
+    if not is_new or is_view(y) or not y.is_contiguous() or has_hooks(base):
+        y = y.clone(memory_format=torch.contiguous_format)  # must be nobody else's, nor kept for the backward
+    return y
 
 
 def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
@@ -105,9 +133,10 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
 
     It is one if x is not empty, GRALORA_KERNELS does not ask for the definition, and
 
-    - one adapter is active in this layer: not disabled, nothing merged;
-    - it is a GraLoRA, whose modules are ours, or a plain LoRA of two nn.Linear in a layer that `fuses_plain`;
-    - it has neither a bias nor a variant (DoRA, aLoRA), and torch's own dropout;
+    - adapters are active in this layer: not disabled, nothing merged;
+    - each is a GraLoRA, whose modules are ours, or a plain LoRA of two nn.Linear, in a layer that `fuses_plain` or
+      beside an active GraLoRA;
+    - none has a bias or a variant (DoRA, aLoRA), and each has torch's own dropout;
     - no hook would miss a call of A, B or dropout;
     - no transform of torch.func, no forward-mode derivative and no tracer is at work;
     - the factors have the dtype that is computed in; under autocast, x is not float64;
@@ -127,67 +156,126 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
         return None
     modules = own["_modules"]
     downs = children_of(modules["lora_A"])
-    active = layer.active_adapters
-    if len(active) != 1:
-        active = [name for name in active if name in downs]
-        if len(active) != 1:
-            return None
-    name = active[0]
-    if name not in downs or name in own["lora_variant"]:
-        return None
-    A, B, dropout = downs[name], children_of(modules["lora_B"])[name], children_of(modules["lora_dropout"])[name]
-    is_grid = type(A) is GranularDown and type(B) is GranularUp
-    if not (is_grid or type(A) is type(B) is Linear and layer.fuses_plain) or type(dropout) not in (Identity, Dropout):
-        return None
-    factors_A, factors_B = unhooked_parameters(A), unhooked_parameters(B)
-    if factors_A is None or factors_B is None or has_hooks(dropout) or factors_B.get("bias") is not None:
-        return None
-
+    names = layer.active_adapters
+    if len(names) != 1:
+        names = [name for name in names if name in downs]
     device = "cuda" if x.is_cuda else x.device.type  # making the string costs more than all the checks above
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    A_weight: Any = factors_A.get("weight")
-    B_weight: Any = factors_B.get("weight")
-    if (
-        type(A_weight) not in TENSORS or type(B_weight) not in TENSORS
-    ):  # DTensors, or nothing: FSDP1 keeps it elsewhere
+    if x.dtype == torch.float64 if autocast else False:
         return None
-    if x.dtype == torch.float64 if autocast else not A_weight.dtype == B_weight.dtype == dtype:
+    adapters = adapters_of(layer, names, None if autocast else dtype)
+    if not adapters:
         return None
-
-    A_hybrid, B_hybrid = factors_A.get("hybrid_weight"), factors_B.get("hybrid_weight")
-    scaling = own["scaling"][name]
-    if is_grid and B.gralora_scaling != "lora":
-        k, _, r_g = A_weight.shape
-        scaling = scaling * scaling_gain(B.gralora_scaling, k, r_g, 0 if A_hybrid is None else A_hybrid.shape[0])
-    if isinstance(scaling, Tensor):  # prepare_model_for_compiled_hotswap: a number would be compiled in
-        B_weight, B_hybrid = B_weight * scaling, None if B_hybrid is None else B_hybrid * scaling
-        scaling = 1.0
-    p = dropout.p if dropout.training and type(dropout) is Dropout else 0.0
+    (factors, p), *more = adapters if len(adapters) == 1 else _together(adapters)
 
     base = modules["base_layer"]
     weight: Tensor | PackedWeight | None
     weight, bias = _weights(base)
     if weight is not None and not autocast and weight.dtype != dtype:
         weight = bias = None
-    if torch.compiler.is_compiling() and (weight is None or compiled.form_of(x.to(dtype), weight, p) == "operations"):
+    if torch.compiler.is_compiling() and (
+        more or weight is None or compiled.form_of(x.to(dtype), weight, p) == "operations"
+    ):
         return None
     if weight is None and not has_hooks(base):
         weight = packed_weight(base, x, dtype)
         bias = None if weight is None else parameters_of(base)["bias"]
-    return FusedCall(base, weight, bias, Factors(A_weight, B_weight, A_hybrid, B_hybrid, scaling), p, dtype)
+    return FusedCall(base, weight, bias, factors, p, dtype, tuple(more))
+
+
+def adapters_of(layer: Any, names: Sequence[str], dtype: torch.dtype | None) -> list[Adapter] | None:
+    """The adapters of these names, or None if `fused_call` is not to compute one of them.
+
+    Args:
+        layer: a `FusedLayer` over PEFT's layer for a linear map.
+        names: of its adapters.
+        dtype: that their factors must have; None for any, which is then converted.
+    """
+    own = layer.__dict__
+    modules = own["_modules"]
+    downs, ups, dropouts = (children_of(modules[name]) for name in ("lora_A", "lora_B", "lora_dropout"))
+    fuses_plain = layer.fuses_plain or len(names) > 1 and any(type(downs.get(name)) is GranularDown for name in names)
+    adapters = []
+    for name in names:
+        if name not in downs or name in own["lora_variant"]:
+            return None
+        A, B, dropout = downs[name], ups[name], dropouts[name]
+        is_grid = type(A) is GranularDown and type(B) is GranularUp
+        if not (is_grid or fuses_plain and type(A) is type(B) is Linear) or type(dropout) not in (Identity, Dropout):
+            return None
+        factors_A, factors_B = unhooked_parameters(A), unhooked_parameters(B)
+        if factors_A is None or factors_B is None or has_hooks(dropout) or factors_B.get("bias") is not None:
+            return None
+        A_weight: Any = factors_A.get("weight")
+        B_weight: Any = factors_B.get("weight")
+        if type(A_weight) not in TENSORS or type(B_weight) not in TENSORS:
+            return None  # DTensors, or nothing: FSDP1 keeps it elsewhere
+        if dtype is not None and not A_weight.dtype == B_weight.dtype == dtype:
+            return None
+        A_hybrid, B_hybrid = factors_A.get("hybrid_weight"), factors_B.get("hybrid_weight")
+        scaling = own["scaling"][name]
+        if is_grid and B.gralora_scaling != "lora":
+            k, _, r_g = A_weight.shape
+            scaling = scaling * scaling_gain(B.gralora_scaling, k, r_g, 0 if A_hybrid is None else A_hybrid.shape[0])
+        if isinstance(scaling, Tensor):  # prepare_model_for_compiled_hotswap: a number would be compiled in
+            B_weight, B_hybrid = B_weight * scaling, None if B_hybrid is None else B_hybrid * scaling
+            scaling = 1.0
+        p = dropout.p if dropout.training and type(dropout) is Dropout else 0.0
+        adapters.append(Adapter(Factors(A_weight, B_weight, A_hybrid, B_hybrid, scaling), p))
+    return adapters
+
+
+def _together(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The same sum by fewer adapters: those without dropout side by side; the others draw masks of their own."""
+    same = joined([adapter.factors for adapter in adapters if not adapter.p])
+    return [Adapter(factors, 0.0) for factors in same] + [adapter for adapter in adapters if adapter.p]
+
+
+def mixed_output(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> Tensor | None:
+    """What `layer` gives of a batch whose rows have adapters of their own, or None where PEFT's forward is needed.
+
+    Args:
+        layer: a `FusedLayer` over PEFT's layer for a linear map.
+        x: its input, `[N, ..., I]`.
+        adapter_names: of each row; a name that the layer has no adapter of, as "__base__", stands for none.
+    """
+    if plans.choice == "reference" or not x.numel() or has_global_hooks() or is_transformed():
+        return None
+    if torch.compiler.is_compiling():
+        return None
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    if x.dtype == torch.float64 if autocast else False:
+        return None
+    names = [name for name in dict.fromkeys(adapter_names) if name in layer.lora_A]
+    adapters = adapters_of(layer, names, None if autocast else dtype)
+    if adapters is None or any(p for _, p in adapters):
+        return None
+    y = own_output(layer.base_layer, x)
+    rows = [[n for n, own in enumerate(adapter_names) if own == name] for name in names]
+    order = [n for own in rows for n in own]
+    first = order[0] if order else 0
+    is_run = order == list(range(first, first + len(order)))
+    groups, start = [], first if is_run else 0
+    for own, (factors, _) in zip(rows, adapters, strict=True):
+        groups.append(Rows(start, start + len(own), factors))
+        start += len(own)
+    where = None if is_run else torch.tensor(order, device=x.device)
+    return mixed_update(y, x if x.dtype == dtype else x.to(dtype), groups, where)
 
 
 def fused_calls(layers: Sequence[Any], x: Tensor) -> list[FusedCall] | None:
     """`fused_call` of several `FusedLayer`, if one operation can compute them all, else None.
 
-    It can if no layer has hooks or dropout, and each has its base weight in the operation and the dtype of the others.
+    It can if no layer has hooks, dropout, or adapters that are not side by side, and each has its base weight in the
+    operation and the dtype of the others.
     A layer of 4 bits returns the dtype that it gets, so with one, x has to have the dtype that is computed in.
     """
     calls: list[FusedCall] = []
     for layer in layers:
         call = None if has_hooks(layer) else layer.fused_call(x)
-        if call is None or call.weight is None or call.p or calls and call.dtype != calls[0].dtype:
+        if call is None or call.weight is None or call.p or call.more or calls and call.dtype != calls[0].dtype:
             return None
         if call.dtype != x.dtype and not isinstance(call.weight, Tensor):
             return None
@@ -220,6 +308,9 @@ class FusedLayer(Transparent, Stock):
     fused_call = fused_call
     """The operation that computes this layer's output for an input, or None where PEFT's forward is needed."""
 
+    mixed_output = mixed_output
+    """The output for a batch whose rows have adapters of their own, or None where PEFT's method is needed."""
+
     def has_fused(self) -> bool:
         """Whether any adapter that this layer has now may be computed so."""
         return bool(self.lora_A)
@@ -234,3 +325,11 @@ class FusedLayer(Transparent, Stock):
                 return y
         call = self.fused_call(*args)
         return super().forward(*args) if call is None else call(*args)
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        """PEFT's method for a batch whose rows have adapters of their own, or the same with each computed at once."""
+        if not args and all(value is None for value in kwargs.values()):
+            y = self.mixed_output(x, adapter_names)
+            if y is not None:
+                return y
+        return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)

@@ -7,6 +7,8 @@ from . import autograd, compiled, fused, plans
 from . import reference as _reference
 from .dropout import draw_seed, dropout
 from .gated import GatedMlp, gated_mlp
+from .joined import joined
+from .mixed import Rows, mixed_update
 from .reference import Factors
 from .shared import AdaptedLinear, shared_linear
 from .torch_seam import is_transformed
@@ -17,11 +19,14 @@ __all__ = [
     "Factors",
     "GatedMlp",
     "PackedWeight",
+    "Rows",
     "add_update",
     "delta_weight",
     "dropout",
     "gated_mlp",
     "gralora_linear",
+    "joined",
+    "mixed_update",
     "shared_linear",
 ]
 
