@@ -36,7 +36,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 import gralora
 from gralora import routed
 from gralora.ops import Factors
-from gralora.ops.grouped import GroupedLinear, Groups, Routing, combine, gather, grouped_linear
+from gralora.ops.grouped import GroupedLinear, grouped_linear
+from gralora.ops.routing import Groups, Routing, combine, gather
 
 E, IN, OUT = 4, 12, 20
 COUNTS = {"unequal": [3, 1, 6, 2], "one without": [4, 0, 7, 0], "all to one": [0, 0, 9, 0], "none": [0, 0, 0, 0]}

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from .ops import Factors, plans
-from .ops.grouped import GroupedLinear, Routing, combine, gather, grouped_linear
+from .ops.grouped import GroupedLinear, grouped_linear, has_kernels
+from .ops.routing import Routing, combine, gather
 from .ops.torch_seam import has_global_hooks, has_hooks, is_transformed, parameters_of
 from .seam import experts_implementation
 
@@ -94,7 +95,8 @@ def routed_call(wrapper: Any, args: tuple[Any, ...]) -> RoutedCall | None:
     - the module under the wrappers is computed by one of transformers' own functions, eager, batched_mm or grouped_mm,
       by itself: without hooks, and not on several devices;
     - every active adapter, of any of the wrappers around it, is one that `fuses`, and belongs to a weight;
-    - the weights are frozen, of one floating-point dtype of more than 8 bits, the dtype that is computed in;
+    - the weights are frozen, of one floating-point dtype of more than 8 bits, the dtype that is computed in, and on a
+      GPU there are kernels for them;
     - no transform of torch.func, no forward-mode derivative, no tracer and no compiler is at work.
 
     Args:
@@ -102,8 +104,6 @@ def routed_call(wrapper: Any, args: tuple[Any, ...]) -> RoutedCall | None:
         args: of its forward.
     """
     if plans.choice == "reference" or torch.compiler.is_compiling() or has_global_hooks() or is_transformed():
-        return None
-    if args and isinstance(args[0], Tensor) and args[0].is_cuda:  # one expert after another has too many launches
         return None
     if len(args) != 3 or not all(isinstance(t, Tensor) and t.dim() == 2 for t in args):
         return None
@@ -140,6 +140,8 @@ def _has_plain_weights(experts: nn.Module, adapters: Adapters, hidden: Tensor, k
         if dtype != torch.get_autocast_dtype(device) and not keeps_dtype:
             return False
     elif hidden.dtype != dtype:
+        return False
+    if hidden.is_cuda and not all(map(has_kernels, matrices)):  # one expert after another takes too many launches
         return False
     # what is trained must be seen by autograd, which the activation is not
     trained = {name.partition(".")[0] for name, p in experts.named_parameters() if p.requires_grad}

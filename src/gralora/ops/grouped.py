@@ -8,99 +8,27 @@ and no gradient of one: both would have the size of all experts' weights.
 mixture-of-experts module is its input and what its first product gives.
 """
 
-import functools
-import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import grouped_loops, plans, reference
 from .autograd import differentiable
-from .layout import chunks
+from .plans import falls_back
 from .reference import Factors
+from .routing import Groups
 from .saved import save, saved
 from .torch_seam import is_batched
 
+if TYPE_CHECKING:  # a checker of types compares the modules with the protocol
+    from . import grouped_kernels
+
+    _with_torch: "GroupedKernels" = grouped_loops
+    _with_triton: "GroupedKernels" = grouped_kernels
+
 Before = Callable[..., Tensor]
-
-
-class Groups:
-    """Where each expert's rows lie.
-
-    Attributes:
-        ends: the row after each expert's last, int32 `[E]`, on the device of the rows.
-    """
-
-    def __init__(self, ends: Tensor) -> None:
-        self.ends = ends
-
-    @functools.cached_property
-    def spans(self) -> list[tuple[int, slice]]:
-        """The experts that have rows, and these rows; waits for the device."""
-        ends = [0, *self.ends.tolist()]
-        return [(e, slice(*span)) for e, span in enumerate(itertools.pairwise(ends)) if span[0] < span[1]]
-
-
-class Routing(NamedTuple):
-    """Which token each row is of, if every token goes to several experts.
-
-    Attributes:
-        groups: the rows of each expert.
-        order: `[S]`, row -> its place in the router's choices, counted token by token.
-        rows: `[T, n]`, token and place among its n choices -> row; the inverse of `order`.
-        tokens: `[S]`, row -> token.
-    """
-
-    groups: Groups
-    order: Tensor
-    rows: Tensor
-    tokens: Tensor
-
-    @classmethod
-    def of(cls, chosen: Tensor, experts: int) -> "Routing":
-        """Sort the rows of a router's choices, `[T, n]`, which are numbers below `experts`."""
-        of_row, order = chosen.flatten().sort(stable=True)
-        numbers = torch.arange(max(len(order), experts), device=chosen.device)
-        ends = torch.searchsorted(of_row, numbers[:experts].to(of_row.dtype), right=True, out_int32=True)
-        rows = torch.empty_like(order).scatter_(0, order, numbers[: len(order)]).view(chosen.shape)
-        return cls(Groups(ends), order, rows, order // chosen.shape[1])
-
-
-def gather(x: Tensor, routing: Routing) -> Tensor:
-    """Copy tokens `[T, n]` to the rows of their experts, `[S, n]`."""
-    return _Gather.apply(x, routing)
-
-
-def combine(y: Tensor, routing: Routing) -> Tensor:
-    """Sum up the rows of each token: the transpose of `gather`, `[S, n]` -> `[T, n]`."""
-    return _Combine.apply(y, routing)
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, routing: Routing) -> Tensor:
-        ctx.routing = routing
-        return x.index_select(0, routing.tokens)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        return combine(dy, ctx.routing), None
-
-
-class _Combine(torch.autograd.Function):
-    """Summed token by token, which gives the same bits every time, where adding row by row does not on a GPU."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, routing: Routing) -> Tensor:
-        ctx.routing = routing
-        rows = routing.rows
-        return y.index_select(0, rows.flatten()).view(*rows.shape, -1).sum(1)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        return gather(dy, ctx.routing), None
 
 
 class GroupedLinear(NamedTuple):
@@ -187,16 +115,19 @@ class GroupedLinearFunction(torch.autograd.Function):
         return None, *d_inputs, *d_factors
 
 
+@falls_back
 def _compute(x: Tensor, layer: GroupedLinear, groups: Groups) -> tuple[Tensor, list[Tensor]]:
     """y, and g of each adapter."""
+    how = kernels_for(x, layer.weight)
     with torch.autocast(x.device.type, enabled=False):
-        y, gs = product(x, layer.matrices, groups), []
+        y, gs = how.product(x, layer.matrices, groups), []
         for A, B, _, _, scaling in layer.adapters:
-            gs.append(down(x, A, scaling, groups))
-            up(gs[-1], B, y, groups)
+            gs.append(how.down(x, A, scaling, groups))
+            how.up(gs[-1], B, y, groups)
     return y, gs
 
 
+@falls_back
 def _gradients(
     dy: Tensor,
     x: Tensor,
@@ -207,64 +138,53 @@ def _gradients(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Gradients of x, and of A and B of each adapter in turn."""
-    dy = dy.contiguous()
+    dy, how = dy.contiguous(), kernels_for(x, layer.weight)
     grads: list[Tensor | None] = []
     with torch.autocast(x.device.type, enabled=False):
-        dx = product(dy, layer.matrices.mT, groups) if needs_x else None
-        for (A, B, _, _, scaling), g, needs_A, needs_B in zip(
-            layer.adapters, gs, needs[::2], needs[1::2], strict=True
-        ):
-            dA = dB = None
-            if dx is not None or needs_A:
-                dh = down(dy, B.mT, scaling, groups)
+        dx = how.product(dy, layer.matrices.mT, groups) if needs_x else None
+        wanted = zip(layer.adapters, gs, needs[::2], needs[1::2], strict=True)
+        for (A, B, _, _, scaling), g, needs_A, needs_B in wanted:
+            # laid out as the factors, so that autograd need not copy them
+            dA, dB = torch.empty_like(A) if needs_A else None, torch.empty_like(B) if needs_B else None
+            if dx is not None or dA is not None:
+                dh = how.down(dy, B.mT, scaling, groups)
                 if dx is not None:
-                    up(dh, A.mT, dx, groups)
-                if needs_A:
-                    dA = factor_gradient(x, dh, A, groups)
-            if needs_B:
-                dB = factor_gradient(dy, g, B.mT, groups).mT
+                    how.up(dh, A.mT, dx, groups)
+                if dA is not None:
+                    how.factor_gradient(x, dh, dA, groups)
+            if dB is not None:
+                how.factor_gradient(dy, g, dB.mT, groups)
             grads += dA, dB
     return dx, grads
 
 
-# One expert after another, in torch's own products
+class GroupedKernels(Protocol):
+    """The products that are computed of all experts; a module that has them as functions."""
+
+    def product(self, x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+        """x W_e^T for the rows of each expert: x `[S, I]`, weight `[E, O, I]` -> `[S, O]`."""
+
+    def down(self, x: Tensor, A: Tensor, scaling: float, groups: Groups) -> Tensor:
+        """Project down by each row's expert, exchange the sub-ranks and scale: x `[S, I]` -> g `[S, k, r]`."""
+
+    def up(self, g: Tensor, B: Tensor, y: Tensor, groups: Groups) -> None:
+        """Add up(g, B_e) to the rows of each expert, in place: g `[S, k, r]`, y `[S, O]`."""
+
+    def factor_gradient(self, x: Tensor, h: Tensor, out: Tensor, groups: Groups) -> None:
+        """Write x_i^T h_i over the rows of each expert: x `[S, n]`, h `[S, k, r]`, out `[E, k, n/k, r]`."""
 
 
-def product(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-    """x W_e^T for the rows of each expert: x `[S, I]`, weight `[E, O, I]` -> `[S, O]`."""
-    y = x.new_empty(len(x), weight.shape[1])
-    for e, rows in groups.spans:
-        torch.mm(x[rows], weight[e].mT, out=y[rows])
-    return y
+def kernels_for(x: Tensor, weight: Tensor) -> GroupedKernels:
+    """Who computes with x `[S, I]` and a weight `[E, O, I]` or `[E, I, O]`: kernels on a GPU, or loops.
+
+    torch's grouped product, which goes with the kernels, takes what lies in multiples of 16 bytes.
+    """
+    is_aligned = not any(n * weight.element_size() % 16 for n in weight.shape[1:])
+    is_aligned = is_aligned and not (x.data_ptr() % 16 or weight.data_ptr() % 16)
+    kernels = plans.grouped_kernels(x) if len(x) and is_aligned else None
+    return grouped_loops if kernels is None else kernels
 
 
-def down(x: Tensor, A: Tensor, scaling: float, groups: Groups) -> Tensor:
-    """Project down by each row's expert, exchange the sub-ranks and scale: x `[S, I]` -> g `[S, k, r]`, dtype of x."""
-    _, k, _, r = A.shape
-    g = x.new_empty(len(x), k, r)
-    for e, rows in groups.spans:
-        x_e, A_e = x[rows], A[e].to(x.dtype)
-        h = x.new_empty(k, len(x_e), r).baddbmm_(chunks(x_e, k), A_e, beta=0, alpha=scaling)
-        # block i's j-th sub-rank becomes block j's i-th
-        g[rows].unflatten(2, (k, r // k)).copy_(h.unflatten(2, (k, r // k)).permute(1, 2, 0, 3))
-    return g
-
-
-def up(g: Tensor, B: Tensor, y: Tensor, groups: Groups) -> None:
-    """Add up(g, B_e) to the rows of each expert, in place: g `[S, k, r]`, y `[S, O]`."""
-    k = B.shape[1]
-    for e, rows in groups.spans:
-        chunks(y[rows], k).baddbmm_(g[rows].transpose(0, 1), B[e].to(g.dtype))
-
-
-def factor_gradient(x: Tensor, h: Tensor, factor: Tensor, groups: Groups) -> Tensor:
-    """x_i^T h_i over the rows of each expert: x `[S, n]`, h `[S, k, r]` -> `[E, k, n/k, r]`, dtype of `factor`."""
-    k = h.shape[1]
-    out = factor.new_zeros(factor.shape) if len(groups.spans) < len(factor) else factor.new_empty(factor.shape)
-    for e, rows in groups.spans:
-        a, b = chunks(x[rows], k).mT, h[rows].transpose(0, 1)
-        if out.dtype == x.dtype:
-            torch.bmm(a, b, out=out[e])
-        else:
-            out[e] = torch.bmm(a, b)
-    return out
+def has_kernels(weight: Tensor) -> bool:
+    """Whether torch's grouped product and Triton compute with rows of a weight's dtype."""
+    return kernels_for(weight, weight) is not grouped_loops

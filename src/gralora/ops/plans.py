@@ -177,6 +177,11 @@ def has_kernels(x: Tensor, dtype: torch.dtype) -> bool:
     return dtype in row.dtypes and row.kernels != "batched"
 
 
+def grouped_kernels(x: Tensor) -> Any | None:
+    """The module of kernels for experts, `grouped_kernels`, that computes with x; None if there is none here."""
+    return _module("grouped_kernels") if has_kernels(x, x.dtype) and "grouped_kernels" not in _failed else None
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """How one call of an adapted layer is computed, forward and backward.
