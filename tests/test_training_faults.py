@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import load_peft_weights
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from gralora.checkpoints.files import locked
 from gralora.tool import cli
@@ -250,6 +250,43 @@ def test_a_learning_rate_that_is_too_high(finetune, tmp_path):
     """A real one, that ends in infinite factors."""
     status, printed = finetune(learning_rate=1e38, warmup_steps=0, optim="sgd", max_grad_norm=0, max_steps=20)
     assert status == 2 and "training diverged" in printed and not (tmp_path / "out" / WEIGHTS).exists()
+
+
+@pytest.fixture
+def knowing(tiny_model, data, tmp_path) -> Path:
+    """The tiny model after some steps on the data, so that there is something to lose."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for row in map(json.loads, data.read_text().splitlines()):
+        ids = torch.tensor([tokenizer(row["prompt"] + row["completion"]).input_ids])
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "knowing")
+    tokenizer.save_pretrained(tmp_path / "knowing")
+    return tmp_path / "knowing"
+
+
+def test_a_finite_loss_of_nothing_learnt(finetune, tmp_path, knowing):
+    """Layers whose output is so large that nothing else is seen."""
+    finetune(base_model=knowing)
+    before = (tmp_path / "out" / WEIGHTS).read_bytes()
+    huge = {"base_model": knowing, "learning_rate": 1e15, "warmup_steps": 0, "max_steps": 4}
+    huge["lora_target_modules"] = "down_proj"
+    for others in ({}, {"val_set_size": 0}, {"logging_steps": 100}):
+        status, printed = finetune("--overwrite", **huge | others)
+        assert status == 2 and "loss was" in printed and "tokens drawn by lot would have 5.598" in printed, printed
+        assert "Try a lower learning_rate (now 1e+15)" in printed
+        assert (tmp_path / "out" / WEIGHTS).read_bytes() == before
+
+
+@pytest.mark.parametrize("rate, said", [(1e-30, "learnt nothing: "), (0.3, "is worse than what"), (1e-2, None)])
+def test_an_adapter_that_is_no_better_is_called_so(finetune, tmp_path, knowing, rate, said):
+    status, printed = finetune(base_model=knowing, learning_rate=rate, warmup_steps=0)
+    assert status == 0 and (f"\nnotice: the adapter {said}" in printed) == bool(said), printed
+    notice = metrics(tmp_path / "out")["notice"]
+    assert said in notice if said else notice is None
 
 
 def test_a_file_in_the_place_of_the_folder(finetune, tmp_path):

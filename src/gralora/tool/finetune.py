@@ -56,7 +56,7 @@ from .training.resume import (
     train_or_interrupt,
 )
 from .training.start import continued
-from .training.stopping import StopAtNonFinite, learnt_ends, stop_at
+from .training.stopping import StopAtNonFinite, check_loss, learnt_ends, learnt_nothing, stop_at
 from .training.trainer import AdapterTrainer
 from .verify import LOGITS, PROBES, record_logits, verify_in_new_process
 
@@ -157,7 +157,7 @@ def finetune(args: FinetuneArguments) -> dict[str, Any]:
         What was measured, as also written to `metrics.json` in `output_dir`, beside the adapter and `loss.png`.
 
     Raises:
-        ValueError: if arguments, model and data do not fit each other, or a loss or weight stops being finite.
+        ValueError: if arguments, model and data do not fit each other, or training diverges.
         OSError: if model or data cannot be read, or the disk is full; the message says what is kept.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is saved; the message says where.
     """
@@ -188,6 +188,7 @@ def train(args: FinetuneArguments) -> dict[str, Any]:
         delete_checkpoints(args.output_dir)
     trained = train_or_interrupt(trainer, run.checkpoint, run.corpus.digest())
     losses = history(trainer.state.log_history)
+    check_loss(losses, run.model.config.get_text_config().vocab_size, run.training)
     loss = held_out_loss(losses, trainer.state.best_metric) if trained else measured_now(trainer)
     save(run, loss, output_dir)
     model = trainer.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)  # its forward without autocast again
@@ -343,6 +344,7 @@ def measurements(
         "cut": run.corpus.cut(run.args.length),
         "steps": run.trainer.state.global_step,
         "held_out_loss": loss,
+        "notice": learnt_nothing(loss, run.training),
         "history": losses,
         "sample": sample,
         "tokens": run.progress.tokens,

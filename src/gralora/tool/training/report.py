@@ -128,6 +128,8 @@ def report(metrics: dict[str, Any], output: Path) -> None:
         print("----")
     if loss := metrics["held_out_loss"]:
         print(f"held-out loss: {loss['before']:.4f} before, {loss['after']:.4f} after {metrics['steps']} steps")
+    if metrics["notice"]:
+        print(f"notice: {metrics['notice']}")
     speed = f", {metrics['tokens_per_s']} tokens/s while training" if metrics["tokens_per_s"] else ""
     print(f"time: {metrics['time_s']} s{speed}; peak memory: {metrics['peak_memory_gib']:.1f} GiB")
     print(f"talk to it: gralora chat {output}")

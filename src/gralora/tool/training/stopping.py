@@ -1,5 +1,6 @@
-"""Where answers end, and when training must: end tokens that were learnt, losses and weights that are not finite."""
+"""Where answers end, and when training has failed: learnt end tokens, and the losses of a run that diverged."""
 
+import math
 from typing import Any
 
 import torch
@@ -43,6 +44,52 @@ def stop_at(model: PreTrainedModel, ends: list[int], tokenizer: PreTrainedTokeni
         model.generation_config.eos_token_id = stops + new
 
 
+def check_loss(losses: list[dict[str, float]], vocabulary: int, args: TrainingArguments) -> None:
+    """Refuse a run that ended without a model: its loss rose to where all tokens are equally likely, or above.
+
+    A learning rate that is far too high often ends there, with losses that are finite and do not change.
+
+    Args:
+        losses: rows of `loss`, of training, and `held_out_loss`, in the order of steps; without two of training, those
+            held out count.
+        vocabulary: tokens that the model knows.
+        args: of the run.
+
+    Raises:
+        ValueError: if it did.
+    """
+    rows = [[row[name] for row in losses if name in row] for name in ("loss", "held_out_loss")]
+    name, found = next(((n, r) for n, r in zip(("loss", "held-out loss"), rows, strict=True) if len(r) > 1), ("", []))
+    chance = math.log(vocabulary)
+    # a model that knows nothing yet starts there too, and batches differ
+    if found and found[-1] > max(0.999 * chance, 1.05 * found[0]):
+        raise ValueError(
+            f"training diverged: the {name} was {found[0]:.4g} at first and is {found[-1]:.4g} at the end, where "
+            f"tokens drawn by lot would have {chance:.4g}. {what_is_left(args)}"
+        )
+
+
+def learnt_nothing(loss: dict[str, float] | None, args: TrainingArguments) -> str | None:
+    """What to say of an adapter whose held-out loss is not below that of before training; None where it is."""
+    if loss is None or loss["after"] < loss["before"]:
+        return None
+    rate = f"learning_rate (now {args.learning_rate:g})"
+    if math.isclose(loss["after"], loss["before"], rel_tol=1e-6):
+        return f"the adapter learnt nothing: the held-out loss is what it was before training. Try a higher {rate}."
+    return (
+        f"the adapter is worse than what training began with: the held-out loss rose from {loss['before']:.4f} to "
+        f"{loss['after']:.4f}. Try a lower {rate}, fewer steps, or early_stopping_patience, which keeps the best."
+    )
+
+
+def what_is_left(args: TrainingArguments) -> str:
+    """What a run that diverged leaves behind, and what to try instead."""
+    return (
+        f"No adapter was written; what {args.output_dir!r} held before is still there, and so are the checkpoints of "
+        f"this run. Try a lower learning_rate (now {args.learning_rate:g}), more warmup_steps, or bf16, not fp16."
+    )
+
+
 class StopAtNonFinite(TrainerCallback):
     """Ends a run whose loss or adapter is no longer finite, before anything of it is logged or saved.
 
@@ -71,7 +118,5 @@ class StopAtNonFinite(TrainerCallback):
         what = "the loss" if bad is not None else "the adapter" if broken else "another process's loss or adapter"
         value = f" is {losses[bad].item()}" if bad is not None else " is no longer finite"
         raise ValueError(
-            f"training diverged: {what}{value} at step {state.global_step} of {state.max_steps}. No adapter was "
-            f"written; what {args.output_dir!r} held before is still there, and so are the checkpoints of this run. "
-            f"Try a lower learning_rate (now {args.learning_rate:g}), more warmup_steps, or bf16 instead of fp16."
+            f"training diverged: {what}{value} at step {state.global_step} of {state.max_steps}. " + what_is_left(args)
         )
