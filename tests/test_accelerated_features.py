@@ -6,9 +6,10 @@ runs it on a model as it is and on an accelerated one. `test_every_row_is_run` s
 
 import contextlib
 import copy
+import inspect
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,11 @@ import pytest
 import torch
 from helpers import adapter_layers, randomize, tiny_gpt2, tiny_llama, token_ids
 from peft import PeftModel, get_peft_model, inject_adapter_in_model, optimizers
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.intruders import reduce_intruder_dimension
+from peft.tuners.lora.loraga import preprocess_loraga
+from peft.utils import loftq_utils
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import Tensor, nn
 
@@ -132,6 +137,45 @@ def initialisations(bench: Bench) -> Any:
         base = bench.base(tiny_llama())
         model = get_peft_model(base, peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=name))
         model.add_adapter("more", peft.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="olora"))
+        found += [logits(model), *bench.train(model)]
+    return found
+
+
+@contextlib.contextmanager
+def loftq_without_gpu() -> Iterator[None]:
+    """PEFT's function, which computes on a GPU, with the CPU in its place."""
+    names = dict(vars(loftq_utils))
+    exec(inspect.getsource(loftq_utils.loftq_init).replace('"cuda"', '"cpu"'), names)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peft.tuners.lora.layer.loftq_init", names["loftq_init"])
+        yield
+
+
+@scenario("other `init_lora_weights`")
+def initialisations_from_data(bench: Bench) -> Any:
+    """EVA, CorDA, LoRA-GA and LoftQ: PEFT's own preparation, on a model that is accelerated already, and training."""
+    options: dict[str, dict[str, Any]] = {
+        "eva": {"eva_config": peft.EvaConfig(rho=2.0)},
+        "corda": {"corda_config": CordaConfig(corda_method="kpm")},
+        "lora_ga": {"lora_ga_config": peft.LoraGAConfig()},
+        "loftq": {"loftq_config": peft.LoftQConfig(loftq_bits=4, loftq_iter=2)},
+    }
+    found = []
+    for name, settings in options.items():
+        base = bench.base(tiny_llama())
+        config = peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=name, **settings)
+        torch.manual_seed(0)
+        if name == "corda":
+            preprocess_corda(base, config, run_model=lambda base=base: [base(row[None]) for row in IDS])
+        if name == "lora_ga":
+            preprocess_loraga(base, config, lambda base=base: base(input_ids=IDS, labels=IDS).loss.backward())
+        with loftq_without_gpu():
+            model = get_peft_model(base, config)
+        if name == "eva":
+            batches = [{"input_ids": token_ids(4, 7, seed=i), "attention_mask": torch.ones(4, 7)} for i in range(4)]
+            peft.initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+        layers = adapter_layers(model)
+        assert all(layer.lora_B["default"].weight.any() for layer in layers) != (name == "eva")
         found += [logits(model), *bench.train(model)]
     return found
 
