@@ -7,6 +7,7 @@ hands to its kernels is compared with dW.
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -161,22 +162,49 @@ def test_verify_asks_llamacpps_server(
     run([python, SERVE / "with_llamacpp.py", quantised, tmp_path, "none", "[]", 0])  # writes it in float32
     command = [python, "-m", "llama_cpp.server", "--model", tmp_path / "float32.gguf", "--n_ctx", 512]
     command += ["--lora_path", tmp_path / "out" / "adapter.gguf", "--type_k", 0, "--type_v", 0]
+    command += ["--chat_format", template] if template else []
+    check_verify(command, served.adapter, "any", tmp_path, capsys, template is None)
+
+
+def check_verify(
+    command: list[object], adapter: Path, name: str, folder: Path, capsys: pytest.CaptureFixture[str], is_same: bool
+) -> None:
+    """Start a server, and have `gralora verify --served` pass it, or find that its template is another one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command += ["--port", port] + (["--chat_format", template] if template else [])
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log)
+    settings = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    with (folder / "log").open("w") as log:
+        words = list(map(str, [*command, "--port", port]))
+        server = subprocess.Popen(words, stdout=log, stderr=log, env=settings)
         try:
             url = f"http://127.0.0.1:{port}"
             wait_for(f"{url}/v1/models", server)
-            status = cli.main(["verify", str(served.adapter), "--served", url, "--model", "any"])
+            status = cli.main(["verify", str(adapter), "--served", url, "--model", name])
         finally:
             server.terminate()
             server.wait()
     printed = capsys.readouterr()
-    assert status == (cli.USER_ERROR if template else 0), printed.err
-    assert ("another chat template" in printed.err) == bool(template)
+    assert status == (0 if is_same else cli.USER_ERROR), printed.err + (folder / "log").read_text()[-2000:]
+    assert ("another chat template" in printed.err) != is_same
+
+
+@pytest.mark.parametrize("template", [None, "Q: {{ messages[-1].content }} A:"], ids=["as trained", "another"])
+def test_verify_asks_vllms_server(
+    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str], template: str | None
+) -> None:
+    """The same with vLLM's server, started by the line that `gralora export` prints.
+
+    Its first words, `vllm serve MODEL`, fail in the build for CPUs: it asks for its own version by another name.
+    """
+    serve = [python_of("vllm"), "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    words = shlex.split(gralora.to_lora(served.adapter, tmp_path / "out", "vllm", base=served.base)["command"])
+    assert words[:2] == ["vllm", "serve"]
+    words += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
+    if template:
+        (tmp_path / "template.jinja").write_text(template)
+        words += ["--chat-template", str(tmp_path / "template.jinja")]
+    check_verify([*serve, *words[2:]], served.adapter, "out", tmp_path, capsys, template is None)
 
 
 def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:

@@ -199,6 +199,20 @@ def test_tokens_beyond_the_embeddings_are_refused(finetune, tiny_model, tmp_path
     assert status == 2 and "has embeddings for 270 tokens" in printed and "'<|im_end|>' (270)" in printed
 
 
+@pytest.mark.parametrize("flags", [[], ["--streaming"]], ids=["in memory", "stream"])
+def test_tokens_of_the_data_beyond_the_embeddings_are_refused(finetune, tiny_model, data, tmp_path, flags):
+    """A token without a role may have no embedding, as in T5's models, while nothing in the data has it."""
+    shutil.copytree(tiny_model, tmp_path / "small")
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_model), AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.resize_token_embeddings(1 + max(tokenizer(data.read_text()).input_ids))
+    model.save_pretrained(tmp_path / "small")
+    assert finetune(*flags, base_model=tmp_path / "small")[0] == 0
+    data.write_text('{"prompt": "a", "completion": " def add"}\n' + data.read_text())
+    for held_out in (4, 0):
+        status, printed = finetune(*flags, "--overwrite", base_model=tmp_path / "small", val_set_size=held_out)
+        assert status == 2 and "its tokenizer makes " in printed and "in the data token 26" in printed, printed
+
+
 def test_another_template_and_end(finetune, tiny_model, conversations, tmp_path):
     template = tmp_path / "chat.jinja"
     template.write_text(CHATML.replace("<turn>", "<end>"))

@@ -38,7 +38,7 @@ from .arguments import LENGTH, FinetuneArguments
 from .data.corpus import Corpus, load_corpus
 from .data.packing import check_packing
 from .data.tokens import IGNORED, LEARNT, marked
-from .models import check_length, check_tokens, load_config, load_model, load_tokenizer, positions
+from .models import check_length, check_tokens, load_config, load_model, load_tokenizer, positions, vocabulary_size
 from .trainer_fields import other_fields, other_flags
 from .training.disk import full_disk_is_said, least_space
 from .training.distributed import holds_share
@@ -188,7 +188,7 @@ def train(args: FinetuneArguments) -> dict[str, Any]:
         delete_checkpoints(args.output_dir)
     trained = train_or_interrupt(trainer, run.checkpoint, run.corpus.digest())
     losses = history(trainer.state.log_history)
-    check_loss(losses, run.model.config.get_text_config().vocab_size, run.training)
+    check_loss(losses, vocabulary_size(run.model.config), run.training)
     loss = held_out_loss(losses, trainer.state.best_metric) if trained else measured_now(trainer)
     save(run, loss, output_dir)
     model = trainer.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)  # its forward without autocast again
@@ -246,7 +246,7 @@ def load(args: FinetuneArguments, training: SFTConfig) -> Loaded:
     training.max_length = args.length if args.packing else None
     check_length(args.length, args.base_model, config)
     check_tokens(tokenizer, args.base_model, config)
-    corpus = load_corpus(args, tokenizer)
+    corpus = load_corpus(args, tokenizer, vocabulary_size(config))
     show(corpus, tokenizer, args)
     ends = learnt_ends(corpus, tokenizer)
 

@@ -18,6 +18,10 @@ from transformers import (
 from .embedded import embedded_model
 
 EMBEDDED = "embedded"
+OTHER_TOKENIZER = (
+    "Take the tokenizer that belongs to the model, or save the model with resized embeddings "
+    "(model.resize_token_embeddings(len(tokenizer)))."
+)
 # as in the QLoRA paper (arXiv 2305.14314), and as LLM.int8 (arXiv 2208.07339)
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -94,6 +98,11 @@ def positions(config: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def vocabulary_size(config: Any) -> int | None:
+    """Return how many tokens a model with this config has embeddings for, or None if it does not say."""
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
 def check_length(max_seq_length: int, base_model: str, config: Any) -> None:
     """Raise ValueError if `max_seq_length` is more than the model has positions for."""
     most = positions(config)
@@ -106,17 +115,16 @@ def check_length(max_seq_length: int, base_model: str, config: Any) -> None:
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, base_model: str, config: Any) -> None:
     """Raise ValueError if the model has no embedding for the padding token or another token of the tokenizer."""
-    size = getattr(config.get_text_config(), "vocab_size", None)
+    size = vocabulary_size(config)
     if size is None:
         return
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= size}
-    # some tokenizers have tokens that never occur; only those with a role certainly do
+    # some tokenizers have tokens that never occur; those with a role do, and of others the data say it
     used = {token: beyond[token] for token in beyond if token in tokenizer.all_special_tokens}
     used |= {token: number for token, number in tokenizer.get_added_vocab().items() if number >= size}
     if used:
         listed = ", ".join(f"{token!r} ({number})" for token, number in sorted(used.items(), key=lambda x: x[1])[:5])
         raise ValueError(
             f"base_model={base_model!r} has embeddings for {size} tokens, and its tokenizer has {len(used)} beyond: "
-            f"{listed}. Take the tokenizer that belongs to the model, or save the model with resized embeddings "
-            "(model.resize_token_embeddings(len(tokenizer)))."
+            f"{listed}. {OTHER_TOKENIZER}"
         )

@@ -10,7 +10,7 @@ from . import output
 from .arguments import LENGTH, FinetuneArguments
 from .data.corpus import Corpus, load_corpus
 from .data.tokens import COLOURS, LEARNT, TRUNCATION_MODES, marked
-from .models import EMBEDDED, load_config, load_tokenizer, positions
+from .models import EMBEDDED, load_config, load_tokenizer, positions, vocabulary_size
 from .training.stopping import learnt_ends
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
@@ -59,7 +59,8 @@ def main(argv: list[str]) -> None:
 def preview(args: argparse.Namespace) -> dict[str, Any]:
     """Print what the data become, and return the counts."""
     tokenizer = load_tokenizer(args.base_model, args.chat_template_path)
-    most = positions(load_config(args.base_model))
+    config = load_config(args.base_model)
+    most = positions(config)
     asked = FinetuneArguments(
         base_model=args.base_model,
         data_path=args.data_path,
@@ -70,7 +71,7 @@ def preview(args: argparse.Namespace) -> dict[str, Any]:
         val_set_size=0,
         trainer={"truncation_mode": args.truncation_mode},
     )
-    corpus = load_corpus(asked, tokenizer)
+    corpus = load_corpus(asked, tokenizer, vocabulary_size(config))
     in_colour = args.color == "always" or (
         args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     )

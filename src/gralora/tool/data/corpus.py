@@ -13,6 +13,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import HELD_OUT, FinetuneArguments
+from ..models import OTHER_TOKENIZER
 from .conversations import Chat
 from .examples import Found, split
 from .layouts import Example
@@ -32,6 +33,7 @@ class Corpus:
             unknown length.
         held_out: the rows that are held out, never packed.
         first: one of the rows of `train`, before packing.
+        vocabulary: number of tokens that the model has embeddings for; None where that is not known.
         left_out: number of training examples whose prompts leave no room for an answer; of a stream's last pass.
         lengths: number of tokens -> number of training texts that have it before the cut; of a stream's last pass.
         ends: special token -> how many of the texts that keep their end end in it; None counts those that end in none.
@@ -40,6 +42,7 @@ class Corpus:
     train: Any
     held_out: list[Row]
     first: Row
+    vocabulary: int | None = None
     left_out: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
     ends: Counter[int | None] = field(default_factory=Counter)
@@ -75,11 +78,16 @@ class Corpus:
         return 0
 
 
-def load_corpus(args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+def load_corpus(args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None) -> Corpus:
     """Read the data that the arguments name, and print what was found.
 
+    Args:
+        args: of the run.
+        tokenizer: of its base model.
+        vocabulary: number of tokens that the model has embeddings for; None where that is not known.
+
     Raises:
-        ValueError: if there is nothing to train on, or a row is broken.
+        ValueError: if there is nothing to train on, a row is broken, or it has a token that the model does not embed.
         OSError: if a source cannot be read.
     """
     train, held_out = find(args)
@@ -90,7 +98,7 @@ def load_corpus(args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase) -> 
         examples = list(islice(rows, args.val_set_size))
         for found in held_out:
             print(f"held-out data: {found}")
-    corpus = (stream if args.streaming else in_memory)(args, tokenizer, train, examples)
+    corpus = (stream if args.streaming else in_memory)(args, tokenizer, train, examples, vocabulary)
     if not corpus.first or (args.holds_out and not corpus.held_out):
         raise ValueError(f"max_seq_length={args.length} has no room for any prompt with an answer.")
     return corpus
@@ -132,6 +140,7 @@ def in_memory(
     tokenizer: PreTrainedTokenizerBase,
     found: list[Found] | None,
     held_out: list[Example | Chat] | None,
+    vocabulary: int | None,
 ) -> Corpus:
     """Tokenise all examples at once, and hold out `val_set_size` of them, or modules of the standard library."""
     wanted = args.val_set_size
@@ -149,7 +158,7 @@ def in_memory(
             _, held_out = split([example for examples in sources for example in examples], wanted)
             left_out = set(held_out)
             sources = [[example for example in examples if example not in left_out] for examples in sources]
-    corpus = Corpus(None, list(islice(held_out_rows(args, tokenizer, held_out), wanted)), {})
+    corpus = Corpus(None, list(islice(held_out_rows(args, tokenizer, held_out, vocabulary), wanted)), {}, vocabulary)
     rows = [list(tokenised(args, tokenizer, examples, corpus)) for examples in sources]
     corpus.first = next((row for one in rows for row in one), {})
     if corpus.first:
@@ -162,13 +171,14 @@ def stream(
     tokenizer: PreTrainedTokenizerBase,
     found: list[Found],
     held_out: list[Example | Chat] | None,
+    vocabulary: int | None,
 ) -> Corpus:
     """Read the examples while training, again at each pass; the first different examples are held out."""
     if held_out is None:
         examples = (example for one in found for example in one.read(tokenizer, args.skip_bad_rows))
         held_out = first_different(examples, HELD_OUT if args.val_set_size is None else args.val_set_size)
     left_out = set(held_out)
-    corpus = Corpus(None, list(held_out_rows(args, tokenizer, held_out)), {})
+    corpus = Corpus(None, list(held_out_rows(args, tokenizer, held_out, vocabulary)), {}, vocabulary)
 
     def rows(one: Found) -> Iterator[Row]:
         if one is found[0]:
@@ -203,9 +213,9 @@ def learnable(rows: Iterable[Row]) -> list[Row] | Iterator[Row]:
 
 
 def held_out_rows(
-    args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase, examples: list[Example | Chat]
+    args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase, examples: list[Example | Chat], vocabulary: int | None
 ) -> Iterator[Row]:
-    return tokenised(args, tokenizer, examples, Corpus(None, [], {}))
+    return tokenised(args, tokenizer, examples, Corpus(None, [], {}, vocabulary))
 
 
 def first_different(examples: Iterator[Example | Chat], count: int) -> list[Example | Chat]:
@@ -223,9 +233,21 @@ def tokenised(
     for example in examples:
         rows = encode_example(tokenizer, example, length, args.train_on_inputs, args.truncation_mode)
         kept = [row for row, _ in rows if has_answer(row)]
+        for row in kept:
+            check_row(tokenizer, row, corpus.vocabulary)
         corpus.lengths.update(tokens for _, tokens in rows)
         keeps_end = args.truncation_mode == "keep_end"
         whole = (row for row, tokens in rows if keeps_end or len(row["input_ids"]) == tokens)
         corpus.ends.update(end_token(tokenizer, row) for row in whole)
         corpus.left_out += not kept
         yield from kept
+
+
+def check_row(tokenizer: PreTrainedTokenizerBase, row: Row, vocabulary: int | None) -> None:
+    """Raise ValueError if a row has a token that the model has no embedding for."""
+    highest = max(row["input_ids"])
+    if vocabulary is not None and highest >= vocabulary:
+        raise ValueError(
+            f"the model has embeddings for {vocabulary} tokens, and its tokenizer makes "
+            f"{tokenizer.decode([highest])!r} in the data token {highest}. {OTHER_TOKENIZER}"
+        )
