@@ -45,28 +45,52 @@ from gralora.ops import dropout
 from gralora.ops.dropout import draw_seed
 
 SEQUENCES, NIGHTLY, STEPS = 100, 2000, 10
-LAYERS = ["linear", "conv"]
+LAYERS = ["linear", "conv", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "pair.first", "pair.second"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+TARGETS = [["linear", "conv", *MLP, "first", "second"], ["linear"], ["conv", "up_proj"], MLP, ["first", "second"]]
 ATOL = {torch.float64: 1e-9, torch.float32: 2e-4}  # of outputs of order 1
 X = random_input(3, 16)
 quiet = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+class Mlp(nn.Module):
+    """Layers that are computed as one operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Pair(nn.Module):
+    """Layers of one input, which are computed together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.first(x)) * self.second(x)
 
 
 class Base(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.linear, self.conv = nn.Linear(16, 24), Conv1D(16, 24)
+        self.linear, self.conv, self.mlp, self.pair = nn.Linear(16, 24), Conv1D(16, 24), Mlp(), Pair()
         nn.init.normal_(self.conv.weight, std=0.2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(torch.tanh(self.linear(x)))
+        return self.conv(torch.tanh(self.linear(x))) + self.mlp(x) + self.pair(x)
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> peft.LoraConfig:
-    """A plain LoRA, a pure or a hybrid GraLoRA, on one of the layers or both."""
+    """A plain LoRA, a pure or a hybrid GraLoRA, on some of the layers or all."""
     fields: dict[str, Any] = {
-        "target_modules": draw(st.sampled_from([LAYERS, LAYERS, ["linear"], ["conv"]])),
+        "target_modules": draw(st.sampled_from([TARGETS[0], *TARGETS])),
         "lora_alpha": draw(st.integers(1, 12)),
         "use_rslora": draw(st.booleans()),
         "lora_dropout": draw(st.sampled_from([0.0, 0.5])),
@@ -165,10 +189,12 @@ class AdapterMachine(RuleBasedStateMachine):
         self.model.base_model.set_adapter(names)
         self.active, self.merged = names, None  # PEFT unmerges first
 
-    @initialize(config=configs())
-    def start(self, config: Any) -> None:
+    @initialize(config=configs(), accelerated=st.booleans())
+    def start(self, config: Any, accelerated: bool) -> None:
         name = self.new_name()
         self.model = peft.get_peft_model(Base().double(), config, adapter_name=name, autocast_adapter_dtype=False)
+        if accelerated:
+            gralora.accelerate(self.model)
         randomize(self.model, name).eval()
         self.weights = {layer: self.base_weight(layer) for layer in LAYERS}
         self.know(name, config)
@@ -310,25 +336,29 @@ class AdapterMachine(RuleBasedStateMachine):
         zero = torch.zeros_like(self.weights[layer])
         return sum((self.updates[name].get(layer, zero) for name in adapters), zero)
 
-    def expected(self) -> Tensor:
-        h = X
-        for layer in LAYERS:
-            update = self.sum_of([] if self.disabled else self.active, layer)
-            weight = self.weights[layer] + (self.merged or {}).get(layer, update)
-            bias = self.model.base_model.model.get_submodule(layer)
-            bias = (bias.get_base_layer() if hasattr(bias, "get_base_layer") else bias).bias.detach().double()
-            h = h @ weight.T + bias
-            h = torch.tanh(h) if layer == "linear" else h
-        return h
+    def linear(self, layer: str, x: Tensor) -> Tensor:
+        """What a layer gives of x, of its weight, update and bias."""
+        update = self.sum_of([] if self.disabled else self.active, layer)
+        weight = self.weights[layer] + (self.merged or {}).get(layer, update)
+        module = self.layer(layer)
+        return x @ weight.T + getattr(module, "base_layer", module).bias.detach().double()
+
+    def expected(self, x: Tensor) -> Tensor:
+        hidden = nn.functional.silu(self.linear("mlp.gate_proj", x)) * self.linear("mlp.up_proj", x)
+        pair = torch.tanh(self.linear("pair.first", x)) * self.linear("pair.second", x)
+        h = torch.tanh(self.linear("linear", x))
+        return self.linear("conv", h) + self.linear("mlp.down_proj", hidden) + pair
 
     @invariant()
     def agrees(self) -> None:
         if not self.updates:
             return
-        with torch.no_grad():
-            out, expected = self.model(X.to(self.now)).double(), self.expected()
-        scale = max(1.0, expected.abs().max().item())
-        torch.testing.assert_close(out, expected, rtol=0, atol=ATOL[self.dtype] * scale)
+        x, exact_x = X.to(self.now).requires_grad_(), X.clone().requires_grad_()
+        out, expected = self.model(x), self.expected(exact_x)
+        [dx], [exact_dx] = torch.autograd.grad(out.sum(), x), torch.autograd.grad(expected.sum(), exact_x)
+        for value, exact in [(out, expected), (dx, exact_dx)]:
+            scale = max(1.0, exact.abs().max().item())
+            torch.testing.assert_close(value.double(), exact, rtol=0, atol=ATOL[self.dtype] * scale)
         assert set(self.model.peft_config) == set(self.updates)
 
 
