@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +46,7 @@ from gralora.tool.embedded import embedded_model
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Merge lora module to"),
     pytest.mark.filterwarnings("ignore:Unmerge lora module to"),
+    pytest.mark.filterwarnings("ignore:merging into weights of 4 bits"),
     pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
 ]
 CASE = Case(4, 10, 2, 64, 96)  # multiples of bitsandbytes' blocks, so that it does all it does to larger layers
@@ -418,6 +420,22 @@ def test_merge_of_two_adapters(name):
     layer.merge(adapter_names=["default", "elsewhere", "plain"])
     assert layer.merged_adapters == ["default", "plain"]
     assert_merged(backend, layer.get_base_layer(), naively_merged(backend, before, deltas[0]), deltas[1])
+
+
+@backends
+def test_a_merge_warns_once_for_all_layers(name, llama_folder):
+    """PEFT's own warning as often as with plain LoRA, once; and, of 4 bits, what is lost and what to do instead."""
+    model = get_peft_model(
+        quantized_llama(name, llama_folder), gralora_config(target_modules=["q_proj", "up_proj"])
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        model.merge_adapter()
+    said = [str(warning.message) for warning in caught]
+    ours = [text for text in said if "gralora merge ADAPTER OUT --base MODEL" in text]
+    assert len(ours) == (name in ("nf4", "nf4-double", "fp4", "hqq-4"))
+    peft_says = [text for text in said if "may get different generations" in text]
+    assert len(peft_says) == (BACKENDS[name].library == "bitsandbytes")
 
 
 def test_bitsandbytes_weights_are_not_repacked():

@@ -48,6 +48,14 @@ def _quantizes_activations(base: Any) -> str:
     return "which quantises activations too, so that no gradient passes through it"
 
 
+def _never(base: Any) -> bool:
+    return False
+
+
+def _hqq_is_coarse(base: Any) -> bool:
+    return bool(base.quant_config["weight_quant_params"]["nbits"] <= 4)
+
+
 LINEAR_ONLY = {name: "with GraLoRA it is for linear layers" for name in ("use_dora", "alora_invocation_tokens")}
 
 
@@ -61,6 +69,7 @@ class Kind(NamedTuple):
         quantised: whether the weight is quantised. A quantised kind belongs here if PEFT's LoRA layer for it adds
             `lora_B(lora_A(dropout(x))) * scaling` to the base layer's output, and its merge either goes through
             `get_delta_weight` or raises.
+        coarse: whether the weight of a given layer has 4 bits or fewer, so that merging rounds most of an update away.
         flag: attribute of the model without which PEFT takes the layer for an ordinary one; empty if none is needed.
         obstacle: says in words why a given layer of this kind cannot be adapted; empty if it can.
         mixin: our class in front of PEFT's LoRA layer, which reads and applies the factors of a grid.
@@ -73,6 +82,7 @@ class Kind(NamedTuple):
     base: str
     weight: str = ""
     quantised: bool = False
+    coarse: Callable[[Any], bool] = _never
     flag: str = ""
     obstacle: Callable[[Any], str] = _none
     mixin: type[GraloraLayer] = GraloraLayer
@@ -89,6 +99,7 @@ KINDS = (
         "bitsandbytes.Linear4bit",
         "bitsandbytes.Params4bit",
         quantised=True,
+        coarse=lambda base: True,
         flag="is_loaded_in_4bit",
         obstacle=_packed_for_cpu,
     ),
@@ -106,7 +117,7 @@ KINDS = (
         quantised=True,
         obstacle=_quantizes_activations,
     ),
-    Kind("HQQ", "hqq.HQQLinear", quantised=True),
+    Kind("HQQ", "hqq.HQQLinear", quantised=True, coarse=_hqq_is_coarse),
     Kind(
         "nn.Embedding",
         "torch.Embedding",
@@ -218,6 +229,13 @@ def mixin_of(layer: Any) -> type[GraloraLayer]:
     """Return our mixin for a LoRA layer of PEFT's class or ours; the one for linear layers if the kind is unknown."""
     kinds = _kinds(base_layer(layer))
     return kinds[0].mixin if kinds else GraloraLayer
+
+
+def is_coarse(layer: Any) -> bool:
+    """Whether merging into the base layer rounds most of an update away, as its weight has 4 bits or fewer."""
+    base = base_layer(layer)
+    kinds = _kinds(base)
+    return bool(kinds) and kinds[0].coarse(base)
 
 
 def fused_class(layer: Any) -> type[FusedLayer] | None:

@@ -1,6 +1,5 @@
 """What a LoRA layer of PEFT's does with the factors of a grid: `GraloraLayer`, the base class of all kinds."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -184,15 +183,19 @@ class GraloraLayer(FusedLayer):
         Raises:
             ValueError: with safe_merge, if the result would not be finite.
         """
-        self._safe_merge = safe_merge
+        names = check_adapters_to_merge(self, adapter_names)
+        merged, self._safe_merge = self.merged_adapters, safe_merge
         try:
-            for name in check_adapters_to_merge(self, adapter_names):
+            for name in names:
                 if name in self.scaling:
-                    with keep_bias(self), warnings.catch_warnings():
-                        warnings.filterwarnings("ignore", "Already following adapters were merged")  # said once, above
+                    # PEFT would say of each further adapter that others were merged. Ignoring that by a filter would
+                    # make Python forget which warnings it has shown, and show them again for every layer.
+                    self.merged_adapters = []
+                    with keep_bias(self):
                         super().merge(safe_merge=safe_merge, adapter_names=[name])
+                    merged += self.merged_adapters
         finally:
-            self._safe_merge = False
+            self.merged_adapters, self._safe_merge = merged, False
 
     def unmerge(self) -> None:
         with keep_bias(self):

@@ -11,7 +11,6 @@ import reprlib
 import subprocess
 import sys
 import typing
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -90,9 +89,7 @@ def check_fields(fields: Mapping[str, Any]) -> None:
         if len(written) > LONGEST_PATTERN:
             raise ValueError(f"{field_name} in the config has a pattern of {len(written)} characters.")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of patterns that a later Python reads otherwise
-                re.compile(matched)
+            re.compile(matched)
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{field_name} in the config has {matched[:200]!r}, no regular expression: {error}"
