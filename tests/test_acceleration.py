@@ -6,6 +6,7 @@ That PEFT's features behave as before is in test_accelerated_features.py.
 import contextlib
 import copy
 import io
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -177,6 +178,32 @@ def test_compiled_as_an_operator(dropout: float, monkeypatch: pytest.MonkeyPatch
     found = results(torch.compile(model, fullgraph=True, backend="aot_eager"), x)
     for own, theirs in zip(found, wanted, strict=True):
         assert_close64(own, theirs)
+
+
+def test_describe_tells_settings_and_how_each_layer_runs() -> None:
+    """Layers of one name together, unless their settings or what they run as differ; an expert's parameter, too."""
+    config = LoraConfig(
+        use_gralora=True, r=8, hybrid_r=4, lora_alpha=8, gralora_scaling="matched", target_modules="all-linear"
+    )
+    model = peft.get_peft_model(tiny_llama(), config)
+
+    def rows() -> list[list[str]]:
+        return [re.split("  +", line) for line in gralora.describe(model).splitlines()[2:]]
+
+    attention, mlp = "model.layers.*.self_attn.", "model.layers.*.mlp."
+    settings = ["default", "GraLoRA", "8", "4", "2", f"{(8 / (4 + 4 / 2)) ** 0.5:.4g}"]
+    assert [attention + "q_proj", "2", *settings, "one operation with k_proj, v_proj"] in rows()
+    assert [attention + "o_proj", "2", *settings, "one operation"] in rows()
+    assert [mlp + "down_proj", "2", *settings, "one operation with gate_proj, up_proj"] in rows()
+    assert len(rows()) == 7
+    model.base_model.model.model.layers[0].mlp.up_proj.lora_dropout["default"] = nn.Dropout(0.5)
+    alone = [mlp + "down_proj", "1", *settings, "one operation"]
+    assert alone in rows() and [*alone[:-1], "one operation with gate_proj, up_proj"] in rows() and len(rows()) == 10
+    model.add_adapter("plain", peft.LoraConfig(r=4, lora_alpha=6, target_modules=["o_proj"]))
+    model.base_model.set_adapter("plain")
+    why = "PEFT's forward, with a plain LoRA that is not accelerated"
+    assert [attention + "o_proj", "2", "plain", "LoRA", "4", "-", "-", "1.5", why] in rows()
+    assert [mlp + "up_proj", "2", *["-"] * 6, "PEFT's forward, without an active adapter"] in rows()
 
 
 # Which adapters are covered
@@ -393,8 +420,7 @@ def test_layers_that_are_left() -> None:
     with counted() as calls:
         assert_close64(gralora.accelerate(model)(ids), before)
     assert len(calls) == 1
-    text = gralora.describe(model)
-    assert text == (
+    assert first_line(model) == (
         "1 of 3 LoRA layers run as one operation (fused torch), 2 run PEFT's forward: 1 over Embedding; 1 over Conv1d"
     )
 
@@ -471,18 +497,22 @@ def test_dora_of_other_weights_is_pefts() -> None:
 # What `describe` says
 
 
+def first_line(model: nn.Module) -> str:
+    return gralora.describe(model).splitlines()[0]
+
+
 def test_describe_gives_reasons() -> None:
     """Each reason, as long as it holds."""
     model, x = gralora.accelerate(plain()), random_input(3, SIZES.in_features)
     layer = only_layer(model)
-    assert gralora.describe(model) == "1 of 1 LoRA layers run as one operation (fused torch)"
+    assert first_line(model) == "1 of 1 LoRA layers run as one operation (fused torch)"
     model.add_adapter("two", peft.LoraConfig(**STOCK))
 
     def reason() -> str:
         with counted() as calls:
             model(x)
         assert not calls
-        text = gralora.describe(model)
+        text = first_line(model)
         assert text.startswith("0 of 1 LoRA layers run as one operation (fused torch), 1 run PEFT's forward: 1 ")
         return text.partition("forward: 1 ")[2]
 
@@ -502,11 +532,11 @@ def test_describe_gives_reasons() -> None:
     model.base_model.model.layer.lora_dropout["default"] = nn.Identity()
     layer.lora_B["default"].float()
     layer.lora_A["default"].float()
-    assert gralora.describe(model).endswith("1 with factors in float32 for inputs in float64, without autocast")
+    assert first_line(model).endswith("1 with factors in float32 for inputs in float64, without autocast")
     add_hook_to_module(layer, ModelHook())
-    assert gralora.describe(model).endswith("1 with a forward of their own, as device maps give them")
+    assert first_line(model).endswith("1 with a forward of their own, as device maps give them")
     remove_hook_from_module(layer)
     assert gralora.describe(nn.Linear(2, 2)) == "no LoRA layers"
     assert gralora.describe("cpu") == gralora.describe(torch.device("cpu")) == "fused torch"
     biased = gralora.accelerate(plain(lora_bias=True))
-    assert gralora.describe(biased).endswith("1 with lora_bias")
+    assert first_line(biased).endswith("1 with lora_bias")

@@ -15,7 +15,7 @@ _LAZY = {  # name -> module, imported when the name is first used
     "convert_adapter": "checkpoints.convert",
     "create_lorafa_optimizer": "optimizers",
     "create_riemannian_optimizer": "optimizers",
-    "describe": "acceleration",
+    "describe": "report",
     "hotswap_adapter": "hotswap",
     "inspect_adapter": "checkpoints.inspection",
     "load_adapter": "checkpoints.load",

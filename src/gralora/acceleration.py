@@ -5,10 +5,8 @@ and PEFT's own elsewhere. Nothing else of a layer changes, so that all that PEFT
 The model is marked, by an attribute of the module that PEFT puts adapters into, for adapters that come later.
 """
 
-from collections import Counter
 from typing import Any, TypeVar
 
-import torch
 from peft import PeftMixedModel, PeftModel
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -16,12 +14,10 @@ from torch import nn
 
 from . import parents
 from .dora import FusedDora
-from .experts import FusedExperts
 from .fast_path import FusedLayer
 from .kinds import fused_class
 from .layers import GraloraLayer
 from .ops import plans
-from .ops.torch_seam import has_hooks
 from .promote import demote, promote
 from .seam import DoraLinearLayer
 
@@ -114,85 +110,3 @@ def _set(layer: Any, enable: bool) -> None:
             demote(layer)
     elif (mixin := fused_class(layer)) is not None:
         promote(layer, mixin)
-
-
-def describe(of: nn.Module | torch.device | str | None = None) -> str:
-    """Say what runs for large layers on a device, and of a model how many of its LoRA layers run which way.
-
-    A model is described as it would run now: with its active adapters, and under autocast if the call is. What a layer
-    computes for inputs that are unusual, or by a tracer, may differ.
-
-    Args:
-        of: the device (default: CUDA if there is one), or a model with adapters.
-    """
-    if not isinstance(of, nn.Module):
-        return plans.describe(of)
-    layers = [module for module in of.modules() if isinstance(module, lora.LoraLayer)]
-    if not layers:
-        return "no LoRA layers"
-    obstacles = [_obstacle(layer) for layer in layers]
-    fused, rest = obstacles.count(""), Counter(filter(None, obstacles))
-    text = f"{fused} of {len(layers)} LoRA layers run as one operation ({plans.describe(_device_of(layers[0]))})"
-    if not rest:
-        return text
-    reasons = "; ".join(f"{number} {why}" for why, number in rest.most_common())
-    return f"{text}, {len(layers) - fused} run PEFT's forward: {reasons}"
-
-
-def _device_of(layer: nn.Module) -> torch.device:
-    return next((p.device for p in layer.parameters()), torch.device("cpu"))
-
-
-def _obstacle(layer: Any) -> str:
-    """Say in words why a layer runs PEFT's forward; empty if it does not."""
-    names = [name for name in layer.active_adapters if name in layer.scaling]
-    base = layer.get_base_layer()
-    if layer.disable_adapters:
-        return "with adapters disabled"
-    if layer.merged:
-        return "with merged adapters"
-    if not names:
-        return "without an active adapter"
-    if not isinstance(layer, FusedLayer) and fused_class(layer) is not None:
-        return "not accelerated"
-    if "forward" in vars(layer):
-        return "with a forward of their own, as device maps give them"
-    if isinstance(layer, FusedExperts):
-        if len(names) > 1:
-            return "with several active adapters"
-        return "" if layer.single_adapter(names) else f"over {layer.get_param().dtype} or not accelerated"
-    if not isinstance(layer, FusedLayer) or any(name not in layer.lora_A for name in names):
-        return f"over {type(base).__name__}"
-    x = _input_like(layer, names[0])
-    if layer.fused_call(x) is not None:
-        return ""
-    return next(
-        filter(None, (_adapters_obstacle(layer, name, x) for name in names)),
-        f"over {type(base).__name__}, for another reason",
-    )
-
-
-def _adapters_obstacle(layer: Any, name: str, x: torch.Tensor) -> str:
-    """Say why one adapter keeps a layer from running as one operation for x; empty if it does not."""
-    if name in layer.lora_variant:
-        return f"with {type(layer.lora_variant[name]).__name__}"
-    if not layer.fuses_plain and isinstance(layer.lora_A[name], nn.Linear):
-        return "with a plain LoRA that is not accelerated"
-    if layer.lora_bias.get(name):
-        return "with lora_bias"
-    if any(has_hooks(part[name]) for part in (layer.lora_A, layer.lora_B, layer.lora_dropout)):
-        return "with hooks on its factors or dropout"
-    dtypes = {layer.lora_A[name].weight.dtype, layer.lora_B[name].weight.dtype}
-    if dtypes != {x.dtype} and not torch.is_autocast_enabled(x.device.type):
-        factors = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        return f"with factors in {factors} for inputs in {str(x.dtype).removeprefix('torch.')}, without autocast"
-    return ""
-
-
-def _input_like(layer: Any, adapter: str) -> torch.Tensor:
-    """An input of one token, of the dtype in which the base layer computes."""
-    A, base = layer.lora_A[adapter].weight, layer.get_base_layer()
-    weight = getattr(base, "weight", None)
-    dtype = getattr(base, "compute_dtype", None) or getattr(weight, "dtype", None)
-    dtype = dtype if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1 else A.dtype
-    return torch.empty(1, layer.in_features, dtype=dtype, device="cpu" if A.is_meta else A.device)
