@@ -10,12 +10,17 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
+import logging
 import os
+import re
 import shutil
 import sys
 import traceback
+import warnings
+from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NoReturn
 
 # name -> (module, function, what it does); the function takes the command's own arguments, a list of strings
 COMMANDS = {
@@ -44,10 +49,58 @@ INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 # what a wrong argument, file or missing package raises; anything else is a fault of the program and shows its trace
 USER_ERRORS = (ValueError, OSError, ImportError)
 
+# What libraries say of themselves while they are imported, by logger, as the beginning of a message
+NOISE = {
+    "torchao": "Failed to load ",  # kernels for GPUs, where there is none
+    "torch.utils._pytree": "%s is an Enum subclass",  # torchao to torch
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # it has another one
+}
+# Modules that warn of what other libraries call there; those that read a user's settings are not among them
+LIBRARIES = (
+    r"(transformers|trl|peft|accelerate|datasets|torch|torchao|bitsandbytes|lm_eval)\.(?!training_args|.*config)"
+)
+# Flags of other programs that are spelt like none of ours
+OTHER_FLAGS = {"--lr": "--learning_rate", "--k": "--gralora_k", "--r": "--lora_r", "--rank": "--lora_r"}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations, and names what a wrong flag or choice may have meant."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | options)
+
+    def error(self, message: str) -> NoReturn:
+        unknown, _, listed = message.partition("unrecognized arguments: ")
+        if not unknown:
+            given, known = listed.split(), [flag for action in self._actions for flag in action.option_strings]
+        else:
+            wrong = re.match(r".*invalid choice: '(.*?)' \(choose from (.*)\)", message)
+            given, known = ([wrong[1]], re.findall(r"[\w.-]+", wrong[2])) if wrong else ([], [])
+        flags = [word.partition("=")[0] for word in given]
+        meant = [near for flag in flags if (near := likely(flag, known))]
+        super().error(message + (f"; did you mean {' '.join(meant)}?" if meant else ""))
+
+
+def likely(word: str, known: list[str]) -> str | None:
+    """What somebody who wrote `word` may have meant of what is known; None if nothing is like it."""
+    other = OTHER_FLAGS.get(word)
+    return other if other in known else next(iter(get_close_matches(word, known, n=1)), None)
+
+
+def is_no_noise(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(NOISE[record.name])
+
+
+def leave_out_noise() -> None:
+    """Show neither `NOISE` nor how libraries call each other; what they warn of the user's work is shown."""
+    for name in NOISE:
+        logging.getLogger(name).addFilter(is_no_noise)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=LIBRARIES)
+
 
 def make_parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS))
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gralora",
         description="GraLoRA (Granular Low-Rank Adaptation) on Hugging Face PEFT.",
         epilog="commands:\n"
@@ -55,7 +108,6 @@ def make_parser() -> argparse.ArgumentParser:
         + "\n\nexample:\n  gralora finetune --use_gralora --data_path data.jsonl --output_dir out"
         + f"\nexit status: 0 done, {USER_ERROR} wrong arguments or data, {INTERRUPTED} stopped by Ctrl-C, 1 a fault",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--debug", action="store_true", help="show where an error came from (also after the command)")
     parser.add_argument(
@@ -138,6 +190,7 @@ def printable(message: object) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command, `argv` or else the process's arguments, and return the exit status."""
+    leave_out_noise()
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     call = make_parser().parse_args([argument for argument in argv if argument != "--debug"])

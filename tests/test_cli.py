@@ -103,6 +103,56 @@ def test_wrong_usage_ends_with_2(argv, capsys):
     assert "usage: gralora" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "argv, meant",
+    [
+        (["finetun"], "finetune"),
+        (["finetune", "--use_gralra"], "--use_gralora"),
+        (["finetune", "--lr", "1e-4", "--rank=8"], "--learning_rate --lora_r"),
+        (["verify", "adapter", "--serve", "URL"], "--served"),
+        (["export", "adapter", "out", "--for", "vlm"], "vllm"),
+        (["data", "x.jsonl", "--row", "3"], "--rows"),
+    ],
+    ids=" ".join,
+)
+def test_what_was_meant_is_suggested(argv, meant, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == cli.USER_ERROR
+    assert capsys.readouterr().err.endswith(f"; did you mean {meant}?\n")
+
+
+def test_nothing_is_suggested_for_what_is_like_nothing(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["verify", "adapter", "--zzzzz"])
+    assert "did you mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["finetune", "--use_gralra"], ["inspect", "nowhere"]])
+def test_a_command_says_nothing_of_its_libraries(argv):
+    """In a process of its own, where torchao and bitsandbytes are imported for the first time."""
+    code = f"import sys, gralora_command as c; sys.exit(c.main({argv!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == cli.USER_ERROR and done.stdout == ""
+    said = [line for line in done.stderr.splitlines() if not line.startswith(("usage: ", f"gralora {argv[0]}: error"))]
+    assert said == []
+
+
+def test_what_libraries_warn_of_is_shown_or_not_by_who_is_meant():
+    """FutureWarnings of one library's code about another's are left out; those of settings and of users' are not."""
+    code = """
+import logging, warnings, gralora_command as c
+c.leave_out_noise()
+for module in ("transformers.modeling_utils", "trl.models.utils", "transformers.training_args", "data"):
+    warnings.warn_explicit(module, FutureWarning, "file", 1, module)
+logging.getLogger("torchao").warning("Failed to load x: y")
+logging.getLogger("torchao").warning("another")
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    lines = [line for line in said.splitlines() if "FutureWarning" in line or "another" in line or "load" in line]
+    assert lines == ["file:1: FutureWarning: transformers.training_args", "file:1: FutureWarning: data", "another"]
+
+
 def test_arguments_reach_the_command(command):
     given = []
     command(given.append)

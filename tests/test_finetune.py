@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
 from gralora.ops import plans
 from gralora.tool import arguments as arguments_module
-from gralora.tool import cli
+from gralora.tool import cli, output
 from gralora.tool import finetune as module
 from gralora.tool.arguments import FinetuneArguments
 from gralora.tool.data.examples import file_examples, split
@@ -88,7 +88,7 @@ def test_gralora_run(arguments, capsys):
         torch.testing.assert_close(torch.stack(losses).mean().item(), loss[name], rtol=1e-5, atol=0)
 
     printed = capsys.readouterr().out
-    assert re.search(r"^training GraLoRA r=8 k=4 hybrid_r=4 .* on cpu by (fused torch|reference)", printed, re.M)
+    assert re.search(r"^training GraLoRA r=8 k=4 hybrid_r=4, .* on cpu by (fused torch|reference)", printed, re.M)
     assert f"data: {args.data_path}: rows with something to train on: 40 of instruction+output" in printed
     assert f"\n\n### Response:\n>>>{printed.split('Repeat ')[1][:3] * 3}<end><<<\n----\n" in printed
     assert f"held-out loss: {loss['before']:.4f} before, {loss['after']:.4f} after 6 steps" in printed
@@ -260,8 +260,30 @@ def test_speed_and_memory_are_measured(arguments, capsys):
     assert metrics["tokens"] == sum(len(row["input_ids"]) for row in rows), "one pass over all"
     assert metrics["tokens_per_s"] > 0 and 0.1 < metrics["peak_memory_gib"] < 100
     lines = [line for line in capsys.readouterr().out.splitlines() if "tok/s" in line]
-    assert [line.split("step ")[1].split("  ")[0] for line in lines] == ["1/9", "2/9", "4/9", "6/9", "8/9"]
-    assert all(word in lines[-1] for word in ("loss ", "gradient ", "rate ", "0:00:00 left", " GiB peak"))
+    assert [line.split()[1] for line in lines] == ["1/9", "2/9", "4/9", "6/9", "8/9"]
+    assert all(word in lines[-1] for word in ("loss ", "grad ", "rate ", "0:00:00 left", " GiB"))
+    assert "rate 0 (warmup)" in lines[0] and "(warmup)" not in lines[-1], "the first step of a warmup has no rate"
+    assert max(map(len, lines)) <= 80
+
+
+def test_settings_of_gralora_need_use_gralora(arguments, tmp_path):
+    """As flags are given one by one, so that none is forgotten by a plain LoRA."""
+    for name, value in {"gralora_k": 2, "hybrid_r": 4, "gralora_scaling": "matched"}.items():
+        with pytest.raises(ValueError, match=f"^--{name} {value}: without --use_gralora a plain LoRA is trained"):
+            finetune(arguments(use_gralora=False, **{name: value}))
+    assert not (tmp_path / "out").exists()
+    finetune(arguments(use_gralora=False, gralora_k="auto", max_steps=1, val_set_size=0))  # the default
+
+
+def test_lines_fit_a_terminal():
+    """Several spaces, one, or several lines, whatever fits first; no part is cut or divided."""
+    parts = ["step 1000/12000", "loss 3.2268", "grad 0.17", "rate 0.0003", "12345 tok/s", "12:04:35 left"]
+    assert output.fitted(parts[:3]) == "step 1000/12000  loss 3.2268  grad 0.17"
+    parts[3] = "rate 0.00029"
+    assert output.fitted(parts) == " ".join(parts)
+    assert output.fitted([*parts, "11.7 GiB"]) == " ".join(parts) + "\n  11.7 GiB"
+    assert output.fitted(parts, (", ",), sys.maxsize) == ", ".join(parts)
+    assert output.fitted(parts[:3], (", ",), 30) == "step 1000/12000, loss 3.2268,\n  grad 0.17"
 
 
 @pytest.fixture

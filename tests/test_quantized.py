@@ -425,9 +425,7 @@ def test_merge_of_two_adapters(name):
 @backends
 def test_a_merge_warns_once_for_all_layers(name, llama_folder):
     """PEFT's own warning as often as with plain LoRA, once; and, of 4 bits, what is lost and what to do instead."""
-    model = get_peft_model(
-        quantized_llama(name, llama_folder), gralora_config(target_modules=["q_proj", "up_proj"])
-    )
+    model = get_peft_model(quantized_llama(name, llama_folder), gralora_config(target_modules=["q_proj", "up_proj"]))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         model.merge_adapter()

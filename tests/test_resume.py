@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from peft import load_peft_weights
 
 from gralora import LoraConfig
@@ -87,6 +88,22 @@ def test_every_file_that_is_needed_is_checked(run, tmp_path):
         shutil.copytree(run / "checkpoint-4", checkpoint)
         (checkpoint / name).unlink()
         assert "is missing" in fault(checkpoint), name
+
+
+def test_resuming_with_shares_of_the_steps_warns_of_nothing(arguments, caplog):
+    """The Trainer compares eval_steps=0.25 with the number of steps that it had made of it."""
+    shares = {"val_set_size": 2, "eval_steps": 0.25, "save_steps": 0.3}
+    finetune(arguments(**shares))
+    shutil.rmtree(Path(arguments().output_dir, "checkpoint-6"))
+    transformers.logging.enable_propagation()
+    try:
+        finetune(arguments(**shares, resume_from_checkpoint="latest"))
+        assert "do not match" not in caplog.text
+        shutil.rmtree(Path(arguments().output_dir, "checkpoint-6"))
+        finetune(arguments(**shares | {"eval_steps": 3}, resume_from_checkpoint="latest"))
+        assert "eval_steps: 3 (from args) != 2" in caplog.text
+    finally:
+        transformers.logging.disable_propagation()
 
 
 FIELDS = {"r": 8, "lora_alpha": 3, "lora_dropout": 0.5, "use_rslora": True, "target_modules": ["k_proj"]}

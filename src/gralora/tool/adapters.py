@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from gralora_command import Parser
+
 from ..checkpoints import formats
 from ..checkpoints.convert import convert_adapter
 from ..strings import printable
@@ -25,12 +27,11 @@ EXAMPLES = {
 
 
 def _parser(name: str, description: str, **positional: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"gralora {name}",
         description=description,
         epilog=EXAMPLES[name],
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     for argument, text in positional.items():
         parser.add_argument(argument, type=Path, help=text)

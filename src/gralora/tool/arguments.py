@@ -12,7 +12,7 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
-from ..config import FLAGS, SETTINGS, LoraConfig, parse
+from ..config import FLAGS, SETTINGS, LoraConfig, is_set, parse
 from ..ops import plans
 from ..seam import INTEGRATION_TO_CALLBACK, HfArg, OptimizerNames, SchedulerType
 from .data.layouts import RECORD_NAMES
@@ -338,7 +338,19 @@ class FinetuneArguments(GraloraFlags):
         return options | (json.loads(given) if isinstance(given, str) else given)
 
     def lora_config(self) -> LoraConfig:
+        """The adapter's config.
+
+        Raises:
+            ValueError: if fields of GraLoRA's are set without `use_gralora`.
+        """
         fields = {name: getattr(self, flag) for name, flag in FLAGS.items()}
+        granular = {name: fields[name] for name in SETTINGS if name != "use_gralora" and is_set(name, fields[name])}
+        if granular and not self.use_gralora:
+            flags = " ".join(f"--{name} {value}" for name, value in granular.items())
+            raise ValueError(
+                f"{flags}: without --use_gralora a plain LoRA is trained, which has no such setting. Give "
+                "--use_gralora, too, or leave this out."
+            )
         if self.lora_target_modules == ["all-linear"]:
             fields["target_modules"] = "all-linear"
         return LoraConfig(task_type="CAUSAL_LM", **fields)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer, set_seed
 
+from gralora_command import Parser
+
 from .adapters import DTYPES
 from .data.layouts import INSTRUCTION, instruction_example
 from .data.tokens import prompt_ids
@@ -176,12 +178,11 @@ class Conversation:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gralora chat",
         description="Talk to a model with adapters. Prompts are read from standard input, a line each.",
         epilog=EXAMPLES + HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="folders of adapters; or the base model: hub id, folder, embedded")

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gralora_command import Parser
+
 LOSS = "loss"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # flags of one way of measuring only
@@ -44,14 +46,13 @@ instruction_choice and instruction_choice_generate, with the prompts of `gralora
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gralora evaluate",
         description="Measure adapters, and the base model where it is listed too, side by side:\n"
         "on tasks of lm-evaluation-harness, or by the loss on your own data.\n"
         "Differences are to the first model listed.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="folder of an adapter; or the base model: hub id, folder, embedded")

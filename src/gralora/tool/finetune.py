@@ -27,6 +27,8 @@ from transformers import (
 )
 from trl import SFTConfig
 
+from gralora_command import Parser
+
 from ..acceleration import accelerate, is_default
 from ..checkpoints.files import check_space, finish_replacing, locked, read_json, replace_files, write_json
 from ..checkpoints.load import load_adapter
@@ -75,15 +77,18 @@ exit status: 0 done, 2 wrong arguments or data, or training that diverged, 130 s
 saved, 1 a fault"""
 
 
-def make_parser() -> HfArgumentParser:
-    parser = HfArgumentParser(
+class FlagParser(Parser, HfArgumentParser):
+    """A flag for each field of dataclasses."""
+
+
+def make_parser() -> FlagParser:
+    parser = FlagParser(
         (FinetuneArguments, other_flags(FinetuneArguments)),
         prog="gralora finetune",
         usage="gralora finetune [CONFIG.yaml] [--flag value ...]",
         description="Fine-tune a causal language model with GraLoRA or plain LoRA.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     others = other_fields(FinetuneArguments)
     for action in parser._actions:
@@ -289,7 +294,7 @@ def prepare(args: FinetuneArguments) -> Run:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     progress = Progress.replace(trainer)
     if trainer.is_world_process_zero():
-        print(summary(args, model, trainer, trained))
+        print(output.fitted(summary(args, model, trainer, trained), (", ",), output.columns()))
     return Run(args, training, tokenizer, corpus, model, trainer, progress, checkpoint)
 
 

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,6 +36,29 @@ def run(command: Callable[[], dict[str, Any]], quiet: bool, as_json: bool) -> No
         results = command()
     if as_json:
         print(json.dumps(results))
+
+
+WIDTH = 80  # columns that every terminal has
+
+
+def fitted(parts: list[str], separators: tuple[str, ...] = ("  ", " "), width: int = WIDTH) -> str:
+    """Put parts into one line, by the first of the separators with which it fits, else into several lines."""
+    for separator in separators:
+        if len(line := separator.join(parts)) <= width:
+            return line
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(longer := lines[-1] + separators[-1] + part) <= width:
+            lines[-1] = longer
+        else:
+            lines[-1] += separators[-1].rstrip()
+            lines.append("  " + part)
+    return "\n".join(lines)
+
+
+def columns() -> int:
+    """The width to print for: the terminal's, or without one as much as a line takes."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
 
 
 @contextlib.contextmanager

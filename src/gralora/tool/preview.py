@@ -6,6 +6,8 @@ import sys
 from itertools import islice
 from typing import Any
 
+from gralora_command import Parser
+
 from . import output
 from .arguments import LENGTH, FinetuneArguments
 from .data.corpus import Corpus, load_corpus
@@ -21,12 +23,11 @@ exit status: 0 done, 2 data that cannot be trained on"""
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gralora data",
         description="Show what training data become: their layouts, lengths, what is learnt, cut and not used.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("data_path", nargs="+", help="local files, folders, or ids of data sets on the hub")

@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from gralora_command import Parser
+
 from ..config import SETTINGS, LoraConfig, parse
 
 HOOK = Path(__file__).parent / "hook"
@@ -52,14 +54,13 @@ def main(argv: list[str]) -> None:
 
 def read_command(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     """The settings of GraLoRA, wherever they stand, and the program's command without them."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gralora run",
         usage="gralora run [flags] -- PROGRAM [ARGUMENTS]",
         description="Start a program that trains LoRA with PEFT, and make its LoRA GraLoRA. The flags may also stand "
         "among the program's own.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     for name, field in SETTINGS.items():
         parser.add_argument(f"--{name}", help=str(field.metadata["help"]).replace("%", "%%"))

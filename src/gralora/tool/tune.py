@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gralora_command import Parser
+
 RATES = "1e-4..8e-3"
 SHARE = "GRALORA_TUNE_SHARE"  # "1/2" in the second of two processes
 SEARCHED = {
@@ -29,7 +31,7 @@ All flags of `gralora finetune` may be given; they hold for all candidates."""
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gralora tune",
         usage="gralora tune [CONFIG.yaml] [--learning_rate LOW..HIGH] [flags of gralora finetune]",
         description="Find the settings with the lowest held-out loss.\n"
@@ -37,7 +39,6 @@ def make_parser() -> argparse.ArgumentParser:
         "stopped.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     group = parser.add_argument_group("what to search")
     for name, text in SEARCHED.items():

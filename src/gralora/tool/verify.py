@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gralora_command import Parser
+
 from ..checkpoints.files import write_json
 from . import output
 from .models import load_model
@@ -115,14 +117,13 @@ def verify_in_new_process(adapter: Path) -> None:
 
 def verify_main(argv: list[str]) -> None:
     """The command `gralora verify`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gralora verify",
         description="Reload and merge an adapter that `finetune --verify` saved, and compare logits with those of "
         "training; or, with --served, compare a server's answers with the adapter's own.",
         epilog="examples:\n  gralora verify outputs/finetune\n"
         "  gralora verify outputs/finetune --served http://localhost:8000 --model finetuned",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("adapter", help="the output_dir of gralora finetune --verify")
     output.add_output_flags(parser)

@@ -10,7 +10,9 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-SHOWN = {"loss": "loss {:.4f}", "grad_norm": "gradient {:.3g}", "learning_rate": "rate {:.3g}"}
+from .. import output
+
+SHOWN = {"loss": "loss {:.4f}", "grad_norm": "grad {:.2g}", "learning_rate": "rate {:.2g}"}
 SHOWN |= {"eval_loss": "held-out loss {:.4f}"}
 
 
@@ -31,10 +33,25 @@ def reset_peak_memory() -> None:
 
 
 class Bar(ProgressCallback):
-    """The Trainer's progress bar, without what it prints."""
+    """The Trainer's progress bars, with a word before each, and without what it prints."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        super().on_train_begin(*args, **kwargs)
+        label(self.training_bar, "training")
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        is_new = self.prediction_bar is None
+        super().on_prediction_step(*args, **kwargs)
+        if is_new:
+            label(self.prediction_bar, "held out")
 
     def on_log(self, *_: Any, **__: Any) -> None:
         pass
+
+
+def label(bar: Any, text: str) -> None:
+    if bar is not None:  # as in all processes but one
+        bar.set_description(text)
 
 
 class Progress(TrainerCallback):
@@ -84,15 +101,17 @@ class Progress(TrainerCallback):
         **_: Any,
     ) -> None:
         parts = [shown.format(logs[name]) for name, shown in SHOWN.items() if name in logs]
+        if logs.get("learning_rate") == 0 and state.global_step <= args.get_warmup_steps(state.max_steps):
+            parts[-1] += " (warmup)"  # whose first step of transformers' schedules has no rate yet
         if "loss" in logs:
             parts += self.speed(state)
         if parts and state.is_world_process_zero:
-            tqdm.write("  ".join([f"step {state.global_step}/{state.max_steps}", *parts]))
+            tqdm.write(output.fitted([f"step {state.global_step}/{state.max_steps}", *parts]))
 
     def speed(self, state: TrainerState) -> list[str]:
-        """Tokens per second since the last line, time left at the run's pace so far, and memory."""
+        """Tokens per second since the last line, time left at the pace so far, and peak memory."""
         tokens, seconds = self.tokens - self.last[0], self.seconds - self.last[1]
         self.last = (self.tokens, self.seconds)
         pace = (time.monotonic() - self.started) / (state.global_step - self.first_step)  # seconds per step
         left = timedelta(seconds=round(pace * (state.max_steps - state.global_step)))
-        return [f"{tokens / seconds:.0f} tok/s", f"{left} left", f"{peak_memory_gib():.1f} GiB peak"]
+        return [f"{tokens / seconds:.0f} tok/s", f"{left} left", f"{peak_memory_gib():.1f} GiB"]

@@ -97,28 +97,28 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def summary(args: FinetuneArguments, model: PeftModel, trainer: Trainer, trained: Path | None) -> str:
-    """Say in one line what is trained: the adapter, its size, the base model, device, dtype and kernels."""
+def summary(args: FinetuneArguments, model: PeftModel, trainer: Trainer, trained: Path | None) -> list[str]:
+    """Say in parts of one line what is trained: the adapter, its size, the base model, device, dtype and kernels."""
     config = model.peft_config["default"]
-    if config.use_gralora:
-        blocks = sorted({config.gralora_k, *(config.gralora_k_pattern or {}).values()})
-        ranks = f"GraLoRA r={config.r} k={' or '.join(map(str, blocks))}"
-        ranks += f" hybrid_r={config.hybrid_r}" if config.hybrid_r else ""
-        ranks += f" scaling {config.gralora_scaling}"
-    else:
-        ranks = f"LoRA r={config.r}"
     layers = sum(isinstance(layer, BaseTunerLayer) for layer in model.modules())
     trainable, _ = model.get_nb_trainable_parameters()
-    base = args.base_model + ("" if args.quantization == "none" else f" in {args.quantization}")
     rows = trainer.train_dataset
-    packed = f"; packed into {len(rows)} rows" if args.packing and isinstance(rows, Dataset) else ""
-    start = f", going on with {trained}" if trained else ""
     is_ours = any(isinstance(layer, FusedLayer) for layer in model.modules())
-    kernels = f" by {describe(trainer.args.device)}" if is_ours else " by PEFT"
-    return (
-        f"training {ranks}, alpha {config.lora_alpha}, {layers} layers, {trainable:,} parameters{start}, on {base}; "
-        f"{str(args.dtype).removeprefix('torch.')} on {trainer.args.device}{kernels}{packed}"
-    )
+    parts = [f"training {'GraLoRA' if config.use_gralora else 'LoRA'} r={config.r}"]
+    if config.use_gralora:
+        others = [f"{layer} {k}" for layer, k in (config.gralora_k_pattern or {}).items()]
+        parts[0] += f" k={config.gralora_k}" + (f" ({', '.join(others)})" if others else "")
+        parts[0] += f" hybrid_r={config.hybrid_r}" if config.hybrid_r else ""
+        parts.append(f"scaling {config.gralora_scaling}")
+    parts += [f"alpha {config.lora_alpha}", f"{layers} layers", f"{trainable:,} parameters"]
+    if trained:
+        parts.append(f"going on with {trained}")
+    parts.append(f"on {args.base_model}" + ("" if args.quantization == "none" else f" in {args.quantization}"))
+    parts.append(f"{str(args.dtype).removeprefix('torch.')} on {trainer.args.device}")
+    parts[-1] += f" by {describe(trainer.args.device)}" if is_ours else " by PEFT"
+    if args.packing and isinstance(rows, Dataset):
+        parts.append(f"packed into {len(rows)} rows")
+    return parts
 
 
 def report(metrics: dict[str, Any], output: Path) -> None:

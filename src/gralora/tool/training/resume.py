@@ -1,6 +1,7 @@
 """Checkpoints of a run: found and checked before it goes on from one, saved when Ctrl-C ends it."""
 
 import json
+import math
 import pickle
 import shutil
 import signal
@@ -209,6 +210,20 @@ def check_data(checkpoint: str | None, data: str) -> None:
         )
 
 
+def take_steps(checkpoint: str | None, training: TrainingArguments) -> None:
+    """Replace shares of all steps in the arguments by the steps that the checkpoint's run has made of them.
+
+    The Trainer goes on with those; but it compares them with the arguments, and would warn that 10 is not 0.25.
+    """
+    if checkpoint is None:
+        return
+    state = TrainerState.load_from_json(str(Path(checkpoint, STATE)))
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        share = getattr(training, name)
+        if share is not None and share < 1 and math.ceil(share * state.max_steps) == getattr(state, name):
+            setattr(training, name, getattr(state, name))
+
+
 class NothingLeft(Exception):
     """The checkpoint to go on from is that of the last step, so only the end of the run is left."""
 
@@ -270,6 +285,7 @@ def train_or_interrupt(trainer: Trainer, checkpoint: str | None, data: str = "")
         ValueError: if the checkpoint holds objects that are no tensors, whose loading could run a stranger's code.
     """
     check_engine(checkpoint, trainer)
+    take_steps(checkpoint, trainer.args)
     trained = True
     with SaveOnInterrupt() as interrupt:
         interrupt.data = data
