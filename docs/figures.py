@@ -153,7 +153,7 @@ def forward() -> plt.Figure:
     ax.text(
         1 * 2.6 + 1.125,
         -0.12,
-        "no (DoRA, hooks, mixed dtypes): PEFT's forward computes\n"
+        "no (hooks, aLoRA, mixed dtypes): PEFT's forward computes\n"
         "base_layer(x) + lora_B(lora_A(dropout(x))) * scaling, with the same factors",
         ha="center",
         va="top",

@@ -457,6 +457,7 @@ def test_DoraLinearLayer(monkeypatch):
     model = plain_lora(OneLayer(nn.Linear(4, 6)), use_dora=True).eval()
     layer, calls, x = only_layer(model), [], torch.randn(2, 4)
     dora = layer.lora_magnitude_vector["default"]
+    assert type(layer.lora_variant["default"]) is seam.DoraLinearVariant
     assert type(dora) is seam.DoraLinearLayer and dora.weight.shape == (6,) and dora.fan_in_fan_out is False
 
     def forward(self, x, **kwargs):

@@ -138,7 +138,7 @@ def test_each_draws_a_mask_of_its_own() -> None:
     """With dropout, what one adapter does not see others may see."""
     model = model_of(("two", "one"), lora_dropout=0.5).train()
     call = only_layer(model).fused_call(random_input(3, IN))
-    assert call is not None and call.p == 0.5 and [p for _, p in call.more] == [0.5]
+    assert call is not None and call.p == 0.5 and [p for _, p, _ in call.more] == [0.5]
     x = torch.ones(4000, IN, dtype=torch.float64)
     mean, exact = model(x).mean(0), by_definition(model, x[0], ("two", "one"))
     torch.testing.assert_close(mean, exact, rtol=0, atol=0.2)

@@ -35,10 +35,12 @@ from helpers import (
 from peft import PeftModel
 from saved import edit, logits, read, save_fork, save_gralora
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import gralora
 from gralora import inject
 from gralora.dora import GranularDora, dora_factors, row_norms
+from gralora.ops import compiled
 
 
 def weight_of(layer) -> Tensor:
@@ -121,6 +123,40 @@ def test_dora_output_and_gradients(case: Case, kind: str) -> None:
     gradients = [torch.autograd.grad(y, inputs, dy) for y in (out, expected)]
     for actual, exact in zip(*gradients, strict=True):
         assert_close64(actual, exact)
+
+
+@dora
+@few_cases
+@kinds
+@pytest.mark.parametrize("mode", ["bfloat16", "autocast", "checkpointing"])
+def test_dora_as_one_operation(case: Case, kind: str, mode: str) -> None:
+    """Output and gradients are at most twice as far from float64 as those of the formula in the same dtypes."""
+    dtype = torch.float32 if mode == "autocast" else torch.bfloat16
+    options = {"use_dora": True, "fan_in_fan_out": kind == "conv1d"}
+    model = adapted(one_layer(case, kind, dtype), case_config(case, **options), autocast_adapter_dtype=False).train()
+    x = random_input(61, case.in_features, dtype=dtype)
+
+    def formula(model, x: Tensor) -> Tensor:
+        layer = only_layer(model)
+        factors, base = factors_of(layer), layer.base_layer(x)
+        norm = (weight_of(layer) + 3.0 * naive_delta(factors)).detach().norm(dim=1)
+        gain, product = magnitude_of(layer) / norm, base - layer.base_layer.bias
+        return (base + (gain - 1) * product + gain * (3.0 * naive_update(x, factors))).to(base.dtype)
+
+    def results(compute, model, x: Tensor, mode: str) -> list[Tensor]:
+        x = x.detach().clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            y = compute(model, x) if mode != "checkpointing" else checkpoint(compute, model, x, use_reentrant=False)
+        inputs = [x, magnitude_of(only_layer(model)), *factors_of(only_layer(model)).tensors()]
+        return [y, *torch.autograd.grad(y, inputs, random_input(*y.shape, seed=9).to(y.dtype))]
+
+    exact = copy.deepcopy(model).double()
+    assert only_layer(exact).fused_call(x.double()).magnitude is not None
+    found = results(lambda model, x: model(x), model, x, mode)
+    for own, expected, plain in zip(
+        found, results(formula, exact, x.double(), ""), results(formula, model, x, mode), strict=True
+    ):
+        assert_accurate(own, expected, plain)
 
 
 @dora
@@ -289,11 +325,15 @@ def test_dora_with_several_ks() -> None:
 
 
 @dora
-def test_dora_compiles() -> None:
-    """torch.compile takes forward and backward as one graph each."""
+@pytest.mark.parametrize("form", ["operations", "operator"])
+def test_dora_compiles(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile takes forward and backward as one graph each, whatever form it has there."""
     torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "form_of", lambda x, weight, p: form)
     case = CASES[3]
     model = dora_model(case).train()
+    assert only_layer(model).fused_call(random_input(case.in_features)) is not None  # also of one token, `[I]`
+    assert_close64(model(random_input(case.in_features)), model(random_input(1, case.in_features))[0])
     x = random_input(7, case.in_features)
     out = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
     assert_close64(out, model(x))

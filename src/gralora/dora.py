@@ -2,7 +2,8 @@
 
 PEFT's `DoraLinearVariant` works through the layer's own lora_A, lora_B and get_delta_weight. Only its magnitude module
 reads the factors, and expects two matrices, from which it forms dW. The modules here compute the norms without:
-`GranularDora` of a grid, and `FusedDora` of a plain LoRA that is accelerated.
+`GranularDora` of a grid, and `FusedDora` of a plain LoRA that is accelerated. Where one operation can compute the
+layer, `dora_linear` does, and the modules hold no more than m.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import GranularDown, GranularUp, blocks_of_A, blocks_of_B
-from .ops import Factors
+from .ops import AdaptedLinear, Factors, gralora_linear
+from .ops.batched import BMM_WIDENS
+from .ops.torch_seam import unhooked_parameters
 from .promote import Transparent
-from .seam import Conv1D, DoraLinearLayer, dora_is_cached
+from .seam import Conv1D, DoraLinearLayer, DoraLinearVariant, dora_is_cached
 
 if TYPE_CHECKING:
     Stock = DoraLinearLayer
@@ -112,6 +115,69 @@ def dora_factors(down: GranularDown, up: GranularUp, scaling: float | Tensor) ->
     return Factors(down.weight, up.weight, down.hybrid_weight, up.hybrid_weight, scaling * up.gain)
 
 
+def magnitude_of(layer: Any, adapter: str) -> Tensor | None:
+    """m of an adapter whose variant is DoRA, `[O]`, or None if its variant or its magnitude module is another.
+
+    Args:
+        layer: one of PEFT's LoRA layers.
+        adapter: one that has a variant.
+    """
+    magnitudes = layer.lora_magnitude_vector
+    if type(layer.lora_variant[adapter]) is not DoraLinearVariant or adapter not in magnitudes:
+        return None
+    module = magnitudes[adapter]
+    if not isinstance(module, GranularDora | FusedDora) or isinstance(module, FusedDora) and dora_is_cached(module):
+        return None
+    parameters = unhooked_parameters(module)
+    weight = None if parameters is None else parameters.get("weight")
+    return weight if type(weight) in (nn.Parameter, Tensor) else None
+
+
+def dora_linear(x: Tensor, layer: AdaptedLinear, magnitude: Tensor) -> Tensor:
+    """y = m / |W + dW| (W + dW) x + bias, `[..., O]`, differentiable in x, m and the factors.
+
+    The product is that of the layer without DoRA; its result is kept for the gradient of m.
+
+    Args:
+        x: `[..., I]`, dtype of the weight.
+        layer: weight `[O, I]`, not packed, bias and factors.
+        magnitude: m, `[O]`, any float dtype.
+    """
+    weight, bias, factors = layer
+    assert isinstance(weight, Tensor)
+    z = gralora_linear(x, weight, None, factors)
+    gain = magnitude / row_norms(weight, factors)
+    if torch.compiler.is_compiling():  # which fuses these
+        return (z * gain if bias is None else z * gain + bias).to(z.dtype)
+    return RescaledFunction.apply(z, gain, bias)
+
+
+class RescaledFunction(torch.autograd.Function):
+    """y = gain * z + bias, `[..., O]`, in one pass and with gain `[O]` as exact as it comes.
+
+    torch's own operations would make tensors of float32 of half-precision z.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(z, gain)
+        y = torch.empty_like(z)
+        return torch.mul(z, gain, out=y) if bias is None else torch.addcmul(bias, z, gain, out=y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        z, gain = ctx.saved_tensors
+        needs_z, needs_gain, _ = ctx.needs_input_grad
+        dz = dgain = None
+        if needs_z and torch.is_grad_enabled():  # create_graph=True
+            dz = (dy * gain).to(z.dtype)
+        elif needs_z:
+            dz = torch.mul(dy, gain, out=torch.empty_like(z))
+        if needs_gain:
+            dgain = (dy * z).reshape(-1, len(gain)).sum(0, dtype=gain.dtype)
+        return dz, dgain, None
+
+
 @torch.no_grad()
 def row_norms(weight: Tensor, factors: Factors) -> Tensor:
     """Compute |W + dW| for every output row, `[O]`, in float32 at least, without forming dW.
@@ -120,27 +186,34 @@ def row_norms(weight: Tensor, factors: Factors) -> Tensor:
 
         |W|^2 + s <2 W + s H, H> + s <2 W + 2 s H + s G, G>,
 
-    where every product with H = B_s A_s, or with a block b a^T of G, goes through the ranks. The output blocks are
-    computed one by one, so that only one block of W at a time is held in float32.
+    where every product with H = B_s A_s, or with a block b a^T of G, goes through the ranks. W is read twice, as it
+    is: for its own norm, and for its products with a and A_s.
 
     Args:
         weight: W, `[O, I]`.
         factors: of a grid or a plain LoRA; their scaling is s.
     """
-    grid_A, grid_B, hybrid_A, hybrid_B, scaling = factors.as_grid()
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    k = grid_A.shape[0]
+    grid_A, grid_B, hybrid_A, hybrid_B, s = factors.as_grid()
+    dtype, k = torch.promote_types(weight.dtype, torch.float32), grid_A.shape[0]
     a = blocks_of_A(grid_A.to(dtype)).mT  # [k_j, k_i, I/k, q]
     b = blocks_of_B(grid_B.to(dtype))  # [k_j, k_i, O/k, q]
-    squares = []
-    for j, W in enumerate(weight.chunk(k)):
-        W = W.to(dtype)
-        square = W.square().sum(1)
-        W_a = W.unflatten(1, (k, -1)).transpose(0, 1) @ a[j]  # [k_i, O/k, q]
-        if hybrid_A is not None and hybrid_B is not None:
-            A, B = hybrid_A.to(dtype), hybrid_B.to(dtype).chunk(k)[j]
-            square += scaling * ((2 * W @ A.T + scaling * B @ (A @ A.T)) * B).sum(1)
-            W_a += scaling * B @ (A.unflatten(1, (k, -1)).transpose(0, 1) @ a[j])
-        square += scaling * ((2 * W_a + scaling * b[j] @ (a[j].mT @ a[j])) * b[j]).sum((0, 2))
-        squares.append(square)
-    return torch.cat(squares).clamp(min=0).sqrt()
+    rows = (W.unflatten(1, (k, -1)).transpose(0, 1) for W in weight.chunk(k))  # [k_i, O/k, I/k]
+    W_a = torch.stack([_product(W, a_j) for W, a_j in zip(rows, a, strict=True)])  # [k_j, k_i, O/k, q]
+    squares = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
+    if hybrid_A is not None and hybrid_B is not None:
+        A, B = hybrid_A.to(dtype), hybrid_B.to(dtype)
+        W_A = _product(weight.unsqueeze(0), A.T.unsqueeze(0)).squeeze(0)
+        squares += s * ((2 * W_A + s * B @ (A @ A.T)) * B).sum(1)
+        W_a += s * B.unflatten(0, (k, 1, -1)) @ (A.unflatten(1, (k, -1)).transpose(0, 1) @ a)
+    squares += s * ((2 * W_a + s * b @ (a.mT @ a)) * b).sum((1, 3)).flatten()
+    return squares.clamp(min=0).sqrt()
+
+
+def _product(W: Tensor, a: Tensor) -> Tensor:
+    """W a for a batch of matrices, in the dtype of a; on a GPU a weight of half precision is read as it is.
+
+    There a is rounded to the dtype of W, as the layer's own product rounds it, and the sums are in float32.
+    """
+    if W.dtype == a.dtype:
+        return W @ a
+    return torch.bmm(W, a.to(W.dtype), out_dtype=a.dtype) if W.is_cuda and BMM_WIDENS else W.to(a.dtype) @ a

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import Dropout, Identity, Linear, Parameter
 
 from .blocks import GranularDown, GranularUp, scaling_gain
+from .dora import dora_linear, magnitude_of
 from .ops import (
     AdaptedLinear,
     Factors,
@@ -81,6 +82,7 @@ class FusedCall(NamedTuple):
         p: probability of dropout on what the adapter sees of x.
         dtype: what is computed in. x is converted to it for the adapter, and with a weight all of x, weight and bias.
         more: adapters that `factors` cannot hold, each with its p; their outputs are added one by one.
+        magnitude: m of DoRA, `[O]`, or None without; with it there is a weight, not packed, and neither p nor more.
     """
 
     base: nn.Module
@@ -90,6 +92,7 @@ class FusedCall(NamedTuple):
     p: float
     dtype: torch.dtype
     more: "tuple[Adapter, ...]" = ()
+    magnitude: Tensor | None = None
 
     def operands(self) -> AdaptedLinear:
         """The tensors of a call with a weight, in the dtype that is computed in."""
@@ -101,11 +104,13 @@ class FusedCall(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         seen = x if x.dtype == self.dtype else x.to(self.dtype)
+        if self.magnitude is not None:
+            return dora_linear(seen, self.operands(), self.magnitude)
         if self.weight is not None:
             y = gralora_linear(seen, *self.operands(), self.p)
         else:
             y = add_update(own_output(self.base, x), seen, self.factors, self.p)
-        for factors, p in self.more:
+        for factors, p, _ in self.more:
             y = add_update(y, seen, factors, p)
         if self.weight is None or isinstance(self.weight, Tensor) or y.dtype == x.dtype:
             return y
@@ -113,10 +118,11 @@ class FusedCall(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """The factors of one adapter of a layer, and the probability of dropout on what it sees."""
+    """The factors of one adapter of a layer, the probability of dropout on what it sees, and m of DoRA or None."""
 
     factors: Factors
     p: float
+    magnitude: Tensor | None = None
 
 
 def own_output(base: nn.Module, x: Tensor) -> Tensor:
@@ -136,7 +142,8 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
     - adapters are active in this layer: not disabled, nothing merged;
     - each is a GraLoRA, whose modules are ours, or a plain LoRA of two nn.Linear, in a layer that `fuses_plain` or
       beside an active GraLoRA;
-    - none has a bias or a variant (DoRA, aLoRA), and each has torch's own dropout;
+    - none has a bias or a variant (aLoRA), and each has torch's own dropout; or it is one alone with DoRA, without
+      dropout, over a weight that can be read;
     - no hook would miss a call of A, B or dropout;
     - no transform of torch.func, no forward-mode derivative and no tracer is at work;
     - the factors have the dtype that is computed in; under autocast, x is not float64;
@@ -167,13 +174,20 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
     adapters = adapters_of(layer, names, None if autocast else dtype)
     if not adapters:
         return None
-    (factors, p), *more = adapters if len(adapters) == 1 else _together(adapters)
+    magnitude = adapters[0].magnitude
+    if len(adapters) > 1:
+        if any(adapter.magnitude is not None for adapter in adapters):
+            return None
+        adapters = _together(adapters)
+    (factors, p, _), *more = adapters
 
     base = modules["base_layer"]
     weight: Tensor | PackedWeight | None
     weight, bias = _weights(base)
     if weight is not None and not autocast and weight.dtype != dtype:
         weight = bias = None
+    if magnitude is not None and (weight is None or p):
+        return None
     if torch.compiler.is_compiling() and (
         more or weight is None or compiled.form_of(x.to(dtype), weight, p) == "operations"
     ):
@@ -181,7 +195,7 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
     if weight is None and not has_hooks(base):
         weight = packed_weight(base, x, dtype)
         bias = None if weight is None else parameters_of(base)["bias"]
-    return FusedCall(base, weight, bias, factors, p, dtype, tuple(more))
+    return FusedCall(base, weight, bias, factors, p, dtype, tuple(more), magnitude)
 
 
 def adapters_of(layer: Any, names: Sequence[str], dtype: torch.dtype | None) -> list[Adapter] | None:
@@ -198,8 +212,13 @@ def adapters_of(layer: Any, names: Sequence[str], dtype: torch.dtype | None) -> 
     fuses_plain = layer.fuses_plain or len(names) > 1 and any(type(downs.get(name)) is GranularDown for name in names)
     adapters = []
     for name in names:
-        if name not in downs or name in own["lora_variant"]:
+        if name not in downs:
             return None
+        magnitude = None
+        if name in own["lora_variant"]:
+            magnitude = magnitude_of(layer, name)
+            if magnitude is None:
+                return None
         A, B, dropout = downs[name], ups[name], dropouts[name]
         is_grid = type(A) is GranularDown and type(B) is GranularUp
         if not (is_grid or fuses_plain and type(A) is type(B) is Linear) or type(dropout) not in (Identity, Dropout):
@@ -222,7 +241,7 @@ def adapters_of(layer: Any, names: Sequence[str], dtype: torch.dtype | None) -> 
             B_weight, B_hybrid = B_weight * scaling, None if B_hybrid is None else B_hybrid * scaling
             scaling = 1.0
         p = dropout.p if dropout.training and type(dropout) is Dropout else 0.0
-        adapters.append(Adapter(Factors(A_weight, B_weight, A_hybrid, B_hybrid, scaling), p))
+        adapters.append(Adapter(Factors(A_weight, B_weight, A_hybrid, B_hybrid, scaling), p, magnitude))
     return adapters
 
 
@@ -250,7 +269,7 @@ def mixed_output(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> Tensor 
         return None
     names = [name for name in dict.fromkeys(adapter_names) if name in layer.lora_A]
     adapters = adapters_of(layer, names, None if autocast else dtype)
-    if adapters is None or any(p for _, p in adapters):
+    if adapters is None or any(p or magnitude is not None for _, p, magnitude in adapters):
         return None
     y = own_output(layer.base_layer, x)
     rows = [[n for n, own in enumerate(adapter_names) if own == name] for name in names]
@@ -258,7 +277,7 @@ def mixed_output(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> Tensor 
     first = order[0] if order else 0
     is_run = order == list(range(first, first + len(order)))
     groups, start = [], first if is_run else 0
-    for own, (factors, _) in zip(rows, adapters, strict=True):
+    for own, (factors, _, _) in zip(rows, adapters, strict=True):
         groups.append(Rows(start, start + len(own), factors))
         start += len(own)
     where = None if is_run else torch.tensor(order, device=x.device)
@@ -268,14 +287,22 @@ def mixed_output(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> Tensor 
 def fused_calls(layers: Sequence[Any], x: Tensor) -> list[FusedCall] | None:
     """`fused_call` of several `FusedLayer`, if one operation can compute them all, else None.
 
-    It can if no layer has hooks, dropout, or adapters that are not side by side, and each has its base weight in the
-    operation and the dtype of the others.
-    A layer of 4 bits returns the dtype that it gets, so with one, x has to have the dtype that is computed in.
+    It can if no layer has hooks, dropout, DoRA, or adapters that are not side by side, and each has its base weight in
+    the operation and the dtype of the others. A layer of 4 bits returns the dtype that it gets, so with one, x has to
+    have the dtype that is computed in.
     """
     calls: list[FusedCall] = []
     for layer in layers:
         call = None if has_hooks(layer) else layer.fused_call(x)
-        if call is None or call.weight is None or call.p or call.more or calls and call.dtype != calls[0].dtype:
+        if (
+            call is None
+            or call.weight is None
+            or call.p
+            or call.more
+            or call.magnitude is not None
+            or calls
+            and call.dtype != calls[0].dtype
+        ):
             return None
         if call.dtype != x.dtype and not isinstance(call.weight, Tensor):
             return None

@@ -34,6 +34,10 @@ from peft.tuners.lora.layer import (
     LoraVariant,
     MultiheadAttention,
 )
+from peft.tuners.lora.variants import (
+    # the variant of linear layers with DoRA: an instance is in their dictionary `lora_variant`
+    DoraLinearVariant,
+)
 from peft.tuners.tuners_utils import (
     # what check_target_module_exists returns for a layer that exclude_modules names; it is true like a match
     _ExcludedModule,
@@ -91,6 +95,7 @@ __all__ = [
     "Conv1D",
     "Conv1d",
     "DoraLinearLayer",
+    "DoraLinearVariant",
     "HfArg",
     "LoraVariant",
     "MultiheadAttention",

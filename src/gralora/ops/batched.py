@@ -16,7 +16,7 @@ from .interface import Conversion, FactorGradients
 from .layout import Layout, chunks, rows
 
 # bmm(out_dtype=): a float32 result without a pass to convert it; ROCm has none
-_BMM_WIDENS = not torch.version.hip
+BMM_WIDENS = not torch.version.hip
 
 
 def exchange(h: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def _factor_gradient(x: Tensor, h: Tensor, out: Tensor) -> None:
         a, b, out = b.mT, a.mT, out.mT
     if out.dtype == x.dtype:
         torch.bmm(a, b, out=out)
-    elif x.is_cuda and out.dtype == torch.float32 and _BMM_WIDENS:
+    elif x.is_cuda and out.dtype == torch.float32 and BMM_WIDENS:
         torch.bmm(a, b, out_dtype=out.dtype, out=out)
     else:
         out.copy_(torch.bmm(a, b))
