@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, load_peft_weights
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, load_peft_weights
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, HfArgumentParser, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
+from gralora import LoraConfig
 from gralora.ops import plans
 from gralora.tool import arguments as arguments_module
 from gralora.tool import cli, output
@@ -392,6 +393,16 @@ def test_resuming_another_adapter_is_refused(arguments, tmp_path):
         finetune(arguments(resume_from_checkpoint=checkpoint, lora_alpha=32))
     with pytest.raises(ValueError, match="use_gralora=True, this run False"):
         finetune(arguments(resume_from_checkpoint=checkpoint, use_gralora=False))
+
+
+def test_verify_of_an_adapter_without_recorded_logits_says_who_writes_them(tiny_model, tmp_path, capsys):
+    """As PEFT saves one; the command that the message names first works on it."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    get_peft_model(model, LoraConfig(use_gralora=True, r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    assert cli.main(["verify", str(tmp_path)]) == cli.USER_ERROR
+    said = capsys.readouterr().err
+    assert "has no logits.safetensors and no metrics.json" in said and "`gralora finetune --verify` writes" in said
+    assert cli.main(["inspect", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["float32", "bfloat16"])

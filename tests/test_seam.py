@@ -5,6 +5,7 @@ A test that fails here names what has moved; `gralora/seam.py` and `gralora/ops/
 
 import argparse
 import ast
+import importlib
 import inspect
 import itertools
 import sys
@@ -519,6 +520,22 @@ def test_flux_expansions():
         assert list(inspect.signature(stock).parameters) == ["cls", "transformer", *arguments]
         assert stock is not ours and stock.__module__ == seam.FLUX
     assert callable(seam.wrap_flux_expansions)
+
+
+def test_wrap_model_card(monkeypatch):
+    """PEFT's method that writes README.md into a folder is replaced on the class."""
+    monkeypatch.setattr(peft.PeftModel, "create_or_update_model_card", peft.PeftModel.create_or_update_model_card)
+    assert list(inspect.signature(peft.PeftModel.create_or_update_model_card).parameters) == ["self", "output_dir"]
+    seam.wrap_model_card(lambda stock: (stock, "wrapped"))
+    assert peft.PeftModel.create_or_update_model_card[1] == "wrapped"
+
+
+def test_trl_trainer():
+    """TRL's trainers inherit `create_model_card` from one class."""
+    trl = pytest.importorskip("trl")
+    base = getattr(importlib.import_module(seam.TRL_TRAINER), seam.TRL_TRAINER_CLASS)
+    assert issubclass(trl.SFTTrainer, base) and issubclass(trl.DPOTrainer, base)
+    assert "create_model_card" in vars(base) and base.create_model_card is trl.SFTTrainer.create_model_card
 
 
 def test_wrap_hotswap(monkeypatch):

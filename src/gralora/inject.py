@@ -10,7 +10,8 @@ which kind of layer PEFT chose, on the order in which plain LoRA and GraLoRA ada
 2. `LoraModel._create_and_replace` hands configs with `use_gralora=True` to `create_and_replace` below, and new layers
    of models that are accelerated to acceleration.py;
 3. hotswap's list of config fields that must agree gets GraLoRA's: it would put a grid's tensors into another layer;
-4. what diffusers asks of PEFT beside that, in diffusion.py.
+4. what diffusers asks of PEFT beside that, in diffusion.py;
+5. model cards say that gralora is needed, in cards.py.
 """
 
 import functools
@@ -24,7 +25,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from . import acceleration, diffusion, parents, unsloth
+from . import acceleration, cards, diffusion, parents, unsloth
 from .config import SUPPORTED_VARIANTS, LoraConfig, auto_k, names
 from .dora import GranularDora
 from .experts import TargetParameter, param_wrapper, targeted_parameters
@@ -55,6 +56,7 @@ def install() -> None:
     CONFIG_KEYS_TO_CHECK[PeftType.LORA] += sorted(compared, key=lambda name: (name != "use_gralora", name))
     diffusion.install()
     unsloth.install()
+    cards.install()
 
 
 def _with_gralora(stock: Callable[..., None]) -> Callable[..., None]:

@@ -53,7 +53,8 @@ def _never(base: Any) -> bool:
 
 
 def _hqq_is_coarse(base: Any) -> bool:
-    return bool(base.quant_config["weight_quant_params"]["nbits"] <= 4)
+    settings = (getattr(base, "quant_config", None) or {}).get("weight_quant_params", {})
+    return bool(settings.get("nbits", 8) <= 4)
 
 
 LINEAR_ONLY = {name: "with GraLoRA it is for linear layers" for name in ("use_dora", "alora_invocation_tokens")}

@@ -86,6 +86,8 @@ __all__ = [
     "MERGES_DORA",
     "OVERRIDES",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "TRL_TRAINER",
+    "TRL_TRAINER_CLASS",
     "UNSLOTH",
     "UNSLOTH_COMPILER",
     "UNSLOTH_LEAVES",
@@ -117,6 +119,7 @@ __all__ = [
     "wrap_create_and_replace",
     "wrap_flux_expansions",
     "wrap_hotswap",
+    "wrap_model_card",
     "writes_quantised_weights",
 ]
 
@@ -182,6 +185,22 @@ def wrap_flux_expansions(
         ("_maybe_expand_lora_state_dict", wrap_state_dict),
     ):
         setattr(flux, name, classmethod(wrap(getattr(flux, name).__func__)))
+
+
+def wrap_model_card(wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
+    """Put a function around `PeftModel.create_or_update_model_card(output_dir)`, which writes README.md there.
+
+    `save_pretrained` calls it, and transformers' Trainer after it has written a card of its own.
+    """
+    peft.PeftModel.create_or_update_model_card = wrap(  # type: ignore[method-assign]
+        peft.PeftModel.create_or_update_model_card
+    )
+
+
+# The module and the class whose `create_model_card` writes `args.output_dir`/README.md for all of TRL's trainers, in
+# the first process, when a checkpoint is saved and before a push to the hub (TRL 1.14 to 1.16).
+TRL_TRAINER = "trl.trainer.base_trainer"
+TRL_TRAINER_CLASS = "_BaseTrainer"
 
 
 # Unsloth's module of kernels; the function in it by which fused functions leave a layer to PEFT, called with the layer

@@ -68,9 +68,17 @@ def verify(adapter: str | Path) -> dict[str, float]:
 
     Raises:
         ValueError: if reloaded or merged differ by more than `TOLERANCE`.
-        OSError: if files are missing.
+        OSError: if files are missing; the message says which, and who writes them.
     """
     adapter = Path(adapter)
+    missing = [name for name in (LOGITS, METRICS) if not (adapter / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{str(adapter)!r} has no {' and no '.join(missing)}. `gralora verify` compares with the logits that the "
+            "training ended with, which `gralora finetune --verify` writes beside the adapter; another program leaves "
+            "none. Of any adapter, `gralora inspect` shows what is in it, and `gralora verify --served URL --model "
+            "NAME` compares a server's answers with the adapter's own."
+        )
     with safe_open(adapter / LOGITS, "pt") as file:
         metadata, recorded = file.metadata(), file.get_tensor("logits")
         texts = [file.get_tensor(f"text_{i}").tolist() for i in range(len(recorded))]

@@ -54,6 +54,7 @@ def write_card(args: FinetuneArguments, model: PeftModel, loss: dict[str, float]
     for name in ("base_model", "data_path", "output_dir", "overwrite", "resume_from_checkpoint", "verify"):
         del settings[name]
     result = f"Held-out loss: {loss['before']:.4f} before training, {loss['after']:.4f} after." if loss else ""
+    needed = "import gralora  # so that PEFT knows GraLoRA adapters\n" if config.use_gralora else ""
     text = f"""---
 library_name: peft
 ---
@@ -71,8 +72,7 @@ library_name: peft
 ## Use
 
 ```python
-import gralora  # so that PEFT knows GraLoRA adapters
-from peft import AutoPeftModelForCausalLM
+{needed}from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 model = AutoPeftModelForCausalLM.from_pretrained({args.output_dir!r})
