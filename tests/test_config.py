@@ -13,7 +13,8 @@ import peft
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftConfig, PeftType
+from peft import EvaConfig, PeftConfig, PeftType
+from peft.tuners.lora.config import CordaConfig
 
 from gralora import LoraConfig, fields
 from gralora.config import (
@@ -100,17 +101,38 @@ def test_table_of_variants_is_complete():
     assert marked <= {*VARIANTS, *SUPPORTED_VARIANTS}
 
 
-@pytest.mark.filterwarnings("ignore:`init_lora_weights` is '(eva|corda)' but")
-@pytest.mark.parametrize(
-    "init",
-    ["pissa", "pissa_niter_4", "olora", "eva", "loftq", "corda", "lora_ga", "mica", "orthogonal", "gauss", None],
-)
-def test_initialisations_that_decompose_the_weight_are_refused(init, monkeypatch):
-    """Only True, False and "gaussian" mean something for a grid; the error says so."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)  # "loftq" asks for scipy first
-    extra = {"loftq_config": {"loftq_bits": 4}} if init == "loftq" else {}
-    with pytest.raises(ValueError, match=f"init_lora_weights={init!r}.*use True, False or 'gaussian'"):
-        LoraConfig(use_gralora=True, init_lora_weights=init, **extra)
+@pytest.mark.parametrize("init", ["gauss", "pissa_niter_", "pissa_niter_x", "", None, 1])
+def test_unknown_initialisations_are_refused(init):
+    """What PEFT does not know is refused, and the error has the names of those that work."""
+    with pytest.raises(ValueError, match=f"init_lora_weights={init!r}.*one of True, False, 'gaussian'.*'lora_ga'"):
+        LoraConfig(use_gralora=True, init_lora_weights=init)
+
+
+WRONG_INITIALISATIONS = {
+    "rho": ({"init_lora_weights": "eva", "eva_config": EvaConfig()}, r"eva_config.rho=2.0.*EvaConfig\(rho=1.0\)"),
+    "pruned": ({"init_lora_weights": "corda", "corda_config": CordaConfig()}, "prune_temporary_fields=False"),
+    "no config": ({"init_lora_weights": "lora_ga"}, r"needs lora_ga_config, e.g. LoraGAConfig\(\)"),
+    "bits": ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 2, "loftq_iter": 1}}, "loftq_bits 4 or 8"),
+    "aLoRA": ({"init_lora_weights": "pissa", "alora_invocation_tokens": [1]}, "alora_invocation_tokens=.1.*=True"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:aLoRA is currently only")
+@pytest.mark.parametrize("case", WRONG_INITIALISATIONS)
+def test_fields_of_initialisations_that_do_not_fit_a_grid(case):
+    """The error names the field, its value and what would work, and PEFT's own config takes them."""
+    fields, message = WRONG_INITIALISATIONS[case]
+    with pytest.raises(ValueError, match=message):
+        LoraConfig(use_gralora=True, **fields)
+    peft.LoraConfig(**fields)
+
+
+def test_defaults_of_initialisations_fit_a_grid():
+    """What the user leaves out is chosen so that it works, and a config from JSON is one again."""
+    assert LoraConfig(use_gralora=True, init_lora_weights="eva").eva_config.rho == 1
+    config = LoraConfig(use_gralora=True, init_lora_weights="corda")
+    assert not config.corda_config.prune_temporary_fields
+    assert LoraConfig(**config.to_dict()).corda_config == config.corda_config
 
 
 @pytest.mark.parametrize("fields", [f for f, _ in REFUSED.values()], ids=str)
@@ -344,7 +366,7 @@ DERIVED = {  # what each tool goes by, as written out before it was derived
         "use_gralora gralora_format gralora_scaling r lora_alpha lora_dropout peft_type init_lora_weights use_rslora "
         "rank_pattern alpha_pattern gralora_k_pattern exclude_modules task_type auto_mapping peft_version "
         "base_model_name_or_path revision inference_mode target_modules fan_in_fan_out layers_to_transform "
-        "layers_pattern gralora_k hybrid_r accelerate",
+        "layers_pattern gralora_k hybrid_r accelerate loftq_config eva_config corda_config lora_ga_config",
     ),
     "merge": (
         lambda f: f.beside_factors and f.mergeable,

@@ -863,7 +863,7 @@ CHANGES = {
     "rank-pattern": ({"rank_pattern": {"layers.1": 9}}, "=9"),
     "hybrid": ({"hybrid_r": 8}, "hybrid_r=8"),
     "variant": ({"use_qalora": True}, "use_qalora=True"),
-    "initialisation": ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+    "initialisation": ({"init_lora_weights": "gauss"}, "init_lora_weights='gauss'"),
 }
 
 

@@ -698,12 +698,15 @@ def test_bfloat16_adapter_is_saved_in_bfloat16(config_name, tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-def test_conversion_of_mutated_initialisations_is_refused(tmp_path):
-    """Saving the difference to an initial adapter is for methods that change the base weights; GraLoRA does not."""
-    model = adapted(MODELS["llama"](), SAVED["k2-hybrid"](TARGETS["llama"]))
+def test_conversion_of_an_initialisation_that_left_the_base_alone(tmp_path):
+    """The difference to the initial adapter is the adapter, of a grid that has zeros in its second half."""
+    model = peft.get_peft_model(MODELS["llama"](), SAVED["k2-hybrid"](TARGETS["llama"]))
     model.save_pretrained(tmp_path / "initial")
-    with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion.*save it without"):
-        model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    randomize(model).eval()
+    model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    loaded = PeftModel.from_pretrained(MODELS["llama"](), tmp_path / "end")
+    ids = token_ids(2, 7)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
 # A plain LoRA through gralora.LoraConfig

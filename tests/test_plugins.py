@@ -263,8 +263,8 @@ def test_ms_swift_settings(swift, model, monkeypatch):
     monkeypatch.delenv("GRALORA_K", raising=False)
     with pytest.raises(ValueError, match="--lorap_lr_ratio 2.0 cannot be combined with --tuner_type gralora"):
         swift.prepare_model(SimpleNamespace(**ARGS | {"lorap_lr_ratio": 2.0}), model)
-    with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
-        swift.prepare_model(SimpleNamespace(**ARGS | {"init_weights": "pissa"}), model)
+    with pytest.raises(ValueError, match="init_lora_weights='lora-ga'"):
+        swift.prepare_model(SimpleNamespace(**ARGS | {"init_weights": "lora-ga"}), model)
     adapted = swift.prepare_model(SimpleNamespace(**ARGS | {"lora_dtype": "bfloat16"}), model)
     assert adapted.peft_config["default"].gralora_k == 2, "what auto stands for"
     dtypes = {p.dtype for name, p in adapted.named_parameters() if p.requires_grad and "lora_" in name}

@@ -37,6 +37,8 @@ from helpers import (
 from peft import PeftConfig, PeftType, get_peft_model
 from peft.helpers import DoraCaching
 from peft.tuners import lora
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import MixtralConfig, Trainer, TrainingArguments
@@ -546,6 +548,55 @@ def test_wrap_hotswap(monkeypatch):
     monkeypatch.setattr(seam.hotswap, "hotswap_adapter_from_state_dict", None)
     seam.wrap_hotswap(lambda stock: (stock, "wrapped"))
     assert seam.hotswap.hotswap_adapter_from_state_dict == (seam.hotswap_adapter_from_state_dict, "wrapped")
+
+
+def test_what_preprocessing_leaves(monkeypatch):
+    """The gradient and the covariance of a layer's inputs, under the seam's names, and nothing after forgetting."""
+    model, x = OneLayer(nn.Linear(4, 6)), torch.randn(5, 4)
+    fields = {"r": 2, "target_modules": ["layer"]}
+    corda = seam.CordaConfig(prune_temporary_fields=False)
+    before = set(vars(model.layer))
+    preprocess_corda(model, peft.LoraConfig(init_lora_weights="corda", corda_config=corda, **fields), lambda: model(x))
+    torch.testing.assert_close(getattr(model.layer, seam.COVARIANCE), (x / x.max()).T @ (x / x.max()))
+    lora_ga = peft.LoraConfig(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig(), **fields)
+    preprocess_loraga(model, lora_ga, lambda: model(x.requires_grad_()).sum().backward())
+    torch.testing.assert_close(getattr(model.layer, seam.GRADIENT), x.detach().sum(0).expand(6, 4))
+    assert set(vars(model.layer)) > before
+    seam.forget_preprocessing(model.layer)
+    assert set(vars(model.layer)) == before
+
+
+def test_corda_decomposition():
+    """U S V^T is W, and U S is that of W times the damped covariance."""
+    W, x = torch.randn(6, 4), torch.randn(50, 4)
+    U, S, V = seam.corda_decomposition(W, x.T @ x)
+    torch.testing.assert_close(U @ torch.diag(S) @ V.T, W, rtol=1e-4, atol=1e-4)
+    damped = x.T @ x + 0.01 * (x.T @ x).diagonal().mean() * torch.eye(4)
+    torch.testing.assert_close(S, torch.linalg.svdvals(W @ damped), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_as_floats_and_whole(monkeypatch):
+    """`seam.dequantize_module_weight` gives an ordinary weight itself, and so does `seam.gather_params_ctx`."""
+    layer = nn.Linear(4, 6)
+    assert seam.dequantize_module_weight(layer) is layer.weight
+    with seam.gather_params_ctx(layer.weight):
+        assert layer.weight.shape == (6, 4)
+
+
+def test_wrap_eva(monkeypatch):
+    """PEFT's initialize_lora_eva_weights asks its module for both functions, with these arguments."""
+    calls = []
+    for name in ("get_eva_state_dict", "_load_eva_state_dict"):
+        monkeypatch.setattr(seam.eva, name, getattr(seam.eva, name))  # restored afterwards
+    seam.wrap_eva(
+        lambda stock: lambda **kwargs: calls.append(kwargs) or {"found": True},
+        lambda stock: lambda model, found, adapter_name: calls.append((model, found, adapter_name)),
+    )
+    model = plain_lora(OneLayer(nn.Linear(4, 6)), init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0))
+    peft.initialize_lora_eva_weights(model, [1])
+    assert {"model", "dataloader", "adapter_name", "prepare_layer_inputs_fn"} <= calls[0].keys()
+    assert calls[1] == (model, {"found": True}, "default")
+    assert "peft_config" in inspect.signature(peft.get_eva_state_dict).parameters
 
 
 def test_LORA_METADATA():

@@ -193,6 +193,16 @@ def blocks_of_B(B: Tensor) -> Tensor:
     return B.unflatten(-2, (B.shape[-3], -1)).mT
 
 
+def split_blocks(matrix: Tensor, k: int) -> Tensor:
+    """View `[..., O, I]` as k x k blocks, `[..., k_j, k_i, O/k, I/k]`."""
+    return matrix.unflatten(-1, (k, -1)).unflatten(-3, (k, -1)).transpose(-2, -3)
+
+
+def join_blocks(blocks: Tensor) -> Tensor:
+    """The inverse of `split_blocks`, in memory of its own."""
+    return blocks.transpose(-2, -3).flatten(-2).flatten(-3, -2)
+
+
 def transposed(factors: Factors) -> Factors:
     """The factors, as views, of the grid whose dW is the transpose: A and B swap their roles."""
     A, B, hybrid_A, hybrid_B, scaling = factors

@@ -12,16 +12,16 @@ from math import gcd
 from typing import Any, Literal, get_args, get_type_hints
 
 import peft
+from peft import EvaConfig, LoraGAConfig
 
 from . import fields
 from .fields import Facts
-from .inits import INITS
-from .seam import get_pattern_key, is_from_file
+from .inits import INITS, changes_base, find
+from .seam import CordaConfig, get_pattern_key, is_from_file
 
 FORMAT = 1  # of the saved tensors; rises when an older gralora could misread them
 FORMAT_MATCHED = 2  # the same tensors with gralora_scaling="matched", which an older gralora would not know
 SUPPORTED_VARIANTS = ("use_dora", "alora_invocation_tokens")
-SUPPORTED_INITS = tuple(INITS)
 OWN = Facts(beside_factors=False, hotswap=True, resume=True)  # a GraLoRA field that says how factors are read
 
 
@@ -146,6 +146,8 @@ class LoraConfig(peft.LoraConfig):
 
     def __post_init__(self) -> None:
         from_file = is_from_file(self)  # before it is set for all
+        if self.use_gralora:
+            self._set_initialisation_fields()
         super().__post_init__()
         if self.use_gralora and from_file:
             self._check_format()
@@ -154,6 +156,17 @@ class LoraConfig(peft.LoraConfig):
             self._warn_about_unused_fields()
             return
         self.check()
+
+    def _set_initialisation_fields(self) -> None:
+        """Make objects of dictionaries, as a file has them, and fill in where PEFT's defaults do not fit a grid."""
+        kinds = {"eva_config": EvaConfig, "corda_config": CordaConfig, "lora_ga_config": LoraGAConfig}
+        for name, kind in kinds.items():
+            if isinstance(value := getattr(self, name), dict):  # PEFT 0.20 leaves them
+                setattr(self, name, kind(**value))
+        if self.init_lora_weights == "eva" and self.eva_config is None:
+            self.eva_config = EvaConfig(rho=1.0)
+        if self.init_lora_weights == "corda" and self.corda_config is None:
+            self.corda_config = CordaConfig(prune_temporary_fields=False)
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's; a plain LoRA's dictionary has none of gralora's keys, so it is saved as PEFT would save it."""
@@ -235,7 +248,18 @@ class LoraConfig(peft.LoraConfig):
         default = LoraConfig()
         plain = {name: getattr(default, name) for name in GRALORA_FIELDS}
         return dataclasses.replace(
-            self, r=r, lora_alpha=r, use_rslora=False, rank_pattern={}, alpha_pattern={}, **plain
+            self,
+            r=r,
+            lora_alpha=r,
+            use_rslora=False,
+            rank_pattern={},
+            alpha_pattern={},
+            init_lora_weights=True,
+            loftq_config={},
+            eva_config=None,
+            corda_config=None,
+            lora_ga_config=None,
+            **plain,
         )
 
     def _warn_about_unused_fields(self) -> None:
@@ -274,11 +298,44 @@ class LoraConfig(peft.LoraConfig):
                 f"use_dora=True cannot be combined with alora_invocation_tokens={self.alora_invocation_tokens!r}: "
                 "PEFT takes one variant of LoRA; leave one of them at its default."
             )
-        if self.init_lora_weights not in SUPPORTED_INITS:
+        self._check_initialisation()
+
+    def _check_initialisation(self) -> None:
+        init = self.init_lora_weights
+        if find(init) is None:
             raise ValueError(
-                f"init_lora_weights={self.init_lora_weights!r} cannot be combined with use_gralora=True: it "
-                "decomposes the weight as one product B A, which a grid of blocks is not; use True, False or "
-                "'gaussian'."
+                f"init_lora_weights={init!r} cannot be combined with use_gralora=True; use one of "
+                f"{', '.join(map(repr, INITS))}."
+            )
+        name = str(init).lower()
+        if name == "eva" and self.eva_config is not None and self.eva_config.rho != 1:
+            raise ValueError(
+                f"eva_config.rho={self.eva_config.rho!r} with init_lora_weights='eva' lets EVA give layers other "
+                "ranks, which gralora_k need not divide; use EvaConfig(rho=1.0), and rank_pattern for ranks by layer."
+            )
+        if name == "corda" and self.corda_config is not None and self.corda_config.prune_temporary_fields:
+            raise ValueError(
+                "corda_config.prune_temporary_fields=True with init_lora_weights='corda' throws the covariances away, "
+                "by which each block is decomposed; use CordaConfig(prune_temporary_fields=False)."
+            )
+        if name == "lora_ga" and self.lora_ga_config is None:
+            raise ValueError("init_lora_weights='lora_ga' needs lora_ga_config, e.g. LoraGAConfig().")
+        if name == "loftq":
+            self._check_loftq()
+        if changes_base(self) and self.alora_invocation_tokens:
+            raise ValueError(
+                f"init_lora_weights={init!r} changes the base weights, which alora_invocation_tokens="
+                f"{self.alora_invocation_tokens!r} needs as they are: the adapter acts on some tokens alone. Use "
+                "init_lora_weights=True."
+            )
+
+    def _check_loftq(self) -> None:
+        given: Any = self.loftq_config  # a dictionary, which PEFT has made of a LoftQConfig
+        bits, iterations = (given.get(name) for name in ("loftq_bits", "loftq_iter"))
+        if bits not in (4, 8) or not _is_positive(iterations):
+            raise ValueError(
+                f"loftq_config={self.loftq_config!r} must have loftq_bits 4 or 8, and a positive loftq_iter; use "
+                "LoftQConfig(loftq_bits=4)."
             )
 
     def _check_ranks(self) -> None:

@@ -51,6 +51,7 @@ class Facts:
 _LABEL = Facts(beside_factors=False, in_peft_tuner=True)  # of the file, without effect on the output
 _LAYERS = Facts(beside_factors=False, in_peft_tuner=True)  # selects layers, or says how their weights are stored
 _BESIDE = Facts(mergeable=True, in_lora=True)
+_START = Facts(beside_factors=False, json_type=dict[str, Any] | None)  # of an initialisation, over once it is done
 
 PEFT_FACTS = {
     "task_type": _LABEL,
@@ -73,7 +74,11 @@ PEFT_FACTS = {
     "alpha_pattern": Facts(beside_factors=False, json_type=dict[str, int | float]),
     "use_rslora": Facts(beside_factors=False, resume=True, flag="use_rslora"),
     "lora_dropout": Facts(beside_factors=False, resume=True, flag="lora_dropout", json_type=int | float),
-    "init_lora_weights": Facts(beside_factors=False, json_type=bool | str),
+    "init_lora_weights": Facts(beside_factors=False, json_type=bool | str),  # but see inits.changes_base
+    "loftq_config": _START,
+    "eva_config": _START,
+    "corda_config": _START,
+    "lora_ga_config": _START,
     "target_modules": dataclasses.replace(_LAYERS, resume=True, flag="lora_target_modules"),
     "exclude_modules": Facts(beside_factors=False),
     "layers_to_transform": _LAYERS,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import seam
 from .blocks import GranularDown, GranularUp, scaling_gain
 from .factors import pad_grid, pad_lora
+from .inits import changes_base
 from .layers import GraloraLayer
 
 
@@ -123,6 +124,11 @@ def hotswap_adapter(
         raise ValueError(
             f"alora_invocation_tokens={config.alora_invocation_tokens!r} are not those of adapter {adapter_name!r}, "
             f"{loaded.alora_invocation_tokens!r}, which would go on to be used."
+        )
+    for one in filter(changes_base, (loaded, config)):
+        raise ValueError(
+            f"init_lora_weights={one.init_lora_weights!r}: such adapters belong to other base weights than the next; "
+            "hotswap those that were saved with path_initial_model_for_weight_conversion."
         )
     tensors = load_peft_weights(model_name_or_path, device=torch_device, **kwargs)
     layers = {where.removeprefix("_orig_mod."): m for where, m in model.named_modules() if isinstance(m, GraloraLayer)}

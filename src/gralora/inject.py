@@ -11,7 +11,8 @@ which kind of layer PEFT chose, on the order in which plain LoRA and GraLoRA ada
    of models that are accelerated to acceleration.py;
 3. hotswap's list of config fields that must agree gets GraLoRA's: it would put a grid's tensors into another layer;
 4. what diffusers asks of PEFT beside that, in diffusion.py;
-5. model cards say that gralora is needed, in cards.py.
+5. model cards say that gralora is needed, in cards.py;
+6. PEFT's EVA finds and writes the components of chunks, in eva.py.
 """
 
 import functools
@@ -25,11 +26,11 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from . import acceleration, cards, diffusion, parents, unsloth
+from . import acceleration, cards, diffusion, eva, parents, unsloth
 from .config import SUPPORTED_VARIANTS, LoraConfig, auto_k, names
 from .dora import GranularDora
 from .experts import TargetParameter, param_wrapper, targeted_parameters
-from .inits import INITS
+from .inits import Target, changes_base, check_model, check_target, find
 from .kinds import base_layer, check_fields, check_kind, keep_weights_unpacked, kind_of
 from .layers import ARROW
 from .model import GraloraModel
@@ -55,6 +56,7 @@ def install() -> None:
     compared = names(lambda facts: facts.hotswap)  # the first that differs is named
     CONFIG_KEYS_TO_CHECK[PeftType.LORA] += sorted(compared, key=lambda name: (name != "use_gralora", name))
     diffusion.install()
+    eva.install()
     unsloth.install()
     cards.install()
 
@@ -108,7 +110,8 @@ def create_and_replace(
         check_layer(config, current_key, target, tuner.model)
     if isinstance(tuner, lora.LoraModel):
         promote(tuner, GraloraModel)
-    init = INITS[config.init_lora_weights]
+    init = find(config.init_lora_weights)
+    assert init is not None  # by config.check()
     tied = target_name in (getattr(config, "target_modules_to_tie", None) or ())
     # PEFT would share a tied embedding's factors as those of a plain LoRA
     for_peft = {"init_lora_weights": init.drawn} | ({"target_modules_to_tie": None} if tied else {})
@@ -131,6 +134,7 @@ def create_and_replace(
         if adapter_name in part.lora_B:
             part.lora_B[adapter_name].gralora_scaling = config.gralora_scaling
         init.fill(part, adapter_name, config)
+        part.changed_for = part.changed_for - {adapter_name} | ({adapter_name} if init.changes_base else set())
     if config.use_dora:
         factors = layer.lora_A[adapter_name], layer.lora_B[adapter_name], layer.scaling[adapter_name]
         stock_dora = layer.lora_magnitude_vector[adapter_name]
@@ -171,6 +175,8 @@ def plan(tuner: Any, adapter_name: str, config: LoraConfig) -> LoraConfig:
     settled = settle_ks(config, {name: features(layer) for name, layer in layers.items()})
     for name, layer in layers.items():
         check_layer(settled, name, layer, tuner.model)
+    weights = {} if not changes_base(config) else {name: weight_of(layer) for name, layer in layers.items()}
+    check_model(tuner.model, settled, weights, tuner.peft_config.keys() - {adapter_name})
     keep_weights_unpacked(tuner.model)
     tuner.peft_config[adapter_name] = settled
     tuner._gralora_plan = (adapter_name, config)
@@ -182,7 +188,10 @@ def check_layer(config: LoraConfig, name: str, layer: nn.Module | TargetParamete
     check_kind(name, layer, model)
     check_fields(name, layer, config)
     check_variant(config, name, layer)
-    config.check_layer(name, *features(layer), what=kind_of(base_layer(layer)).name)
+    base, sizes = base_layer(layer), features(layer)
+    config.check_layer(name, *sizes, what=kind_of(base).name)
+    k, r, alpha = (config.of_layer(field, name) for field in ("gralora_k", "r", "lora_alpha"))
+    check_target(name, Target(config, base, kind_of(base).quantised, k, r, min(sizes), alpha))
 
 
 def check_variant(config: LoraConfig, name: str, layer: nn.Module | TargetParameter) -> None:
@@ -259,6 +268,14 @@ def targeted_layers(model: nn.Module, config: LoraConfig) -> Iterator[tuple[str,
                 "take one of them out of target_parameters or target_modules ([] for none)."
             )
         yield name, parameter
+
+
+def weight_of(layer: nn.Module | TargetParameter) -> Any:
+    """The parameter that an adapter of a supported layer adds to; of attention, that of the in-projection."""
+    base = base_layer(layer)
+    if isinstance(base, TargetParameter):
+        return base.value
+    return base.in_proj_weight if isinstance(base, nn.MultiheadAttention) else base.weight
 
 
 def features(layer: nn.Module | TargetParameter) -> tuple[int, int]:

@@ -60,6 +60,9 @@ class GraloraLayer(FusedLayer):
     fuses_plain = False
     """Plain LoRA adapters are PEFT's, unless `gralora.accelerate` has set this in the layer."""
 
+    changed_for: frozenset[str] = frozenset()
+    """Names of the adapters whose initialisation has changed the base weight."""
+
     keeps_name = False
     __reduce_ex__ = Promoted.__reduce_ex__  # its adapters need gralora
 
@@ -159,6 +162,11 @@ class GraloraLayer(FusedLayer):
             )
         return self.as_matrix(weight.detach())
 
+    def set_base_matrix(self, matrix: Tensor) -> None:
+        """Give the base weight new values, `[O, I]`, in memory of their own."""
+        weight = self.base_weight()
+        weight.data = self.as_weight(matrix).to(weight.dtype).contiguous()
+
     def delta_weight(self, adapter: str) -> Tensor:
         """dW of one GraLoRA adapter, scaling included, in the layout of the base weight.
 
@@ -202,8 +210,11 @@ class GraloraLayer(FusedLayer):
             super().unmerge()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether `peft.convert_to_lora` may take dW for all that the adapter does; it would lose DoRA and aLoRA."""
-        if self.is_gralora(adapter_name) and adapter_name in self.lora_variant:
+        """Whether `peft.convert_to_lora` may take dW for all that the adapter does.
+
+        It would lose DoRA and aLoRA, and an initialisation's change of the base weight.
+        """
+        if self.is_gralora(adapter_name) and (adapter_name in self.lora_variant or adapter_name in self.changed_for):
             return False
         return super().supports_lora_conversion(adapter_name)
 

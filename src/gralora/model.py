@@ -8,7 +8,9 @@ from torch import Tensor
 
 from . import parents
 from .config import SUPPORTED_VARIANTS
+from .conversion import less_initial
 from .factors import pad_lora
+from .inits import changes_base
 from .kinds import is_coarse, mixin_of
 from .layers import GraloraLayer
 from .ops.torch_seam import parameters_of
@@ -62,6 +64,13 @@ class GraloraModel(Promoted, Stock):
             variants = [name for name in granular if getattr(self.peft_config[name], field)]
             if variants:
                 raise ValueError(f"adapter(s) {variants} have {field}, which their combination would lose.")
+        changed = [name for name in granular if changes_base(self.peft_config[name])]
+        if changed:
+            raise ValueError(
+                f"adapter(s) {changed} belong to base weights that their initialisation has changed, and their "
+                "combination would not; combine what save_pretrained writes of them with "
+                "path_initial_model_for_weight_conversion."
+            )
         biased = [name for name in granular if self.peft_config[name].lora_bias]
         if biased:
             raise ValueError(f"adapter(s) {biased} have lora_bias=True; the combination would lose their biases.")
@@ -154,9 +163,18 @@ class GraloraModel(Promoted, Stock):
     def subtract_mutated_init(
         self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None
     ) -> Any:
-        if getattr(self.peft_config[adapter_name], "use_gralora", False):
+        """As PEFT's: the difference of an adapter to what it was before training, for the original base weights."""
+        config = self.peft_config[adapter_name]
+        if not getattr(config, "use_gralora", False):
+            return super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
+        if any(str(other.init_lora_weights).lower() == "loftq" for other in self.peft_config.values()):
             raise ValueError(
-                "path_initial_model_for_weight_conversion is for PiSSA, CorDA, OLoRA and LoRA-GA adapters; GraLoRA "
-                "does not change the base weights, so save it without."
+                "path_initial_model_for_weight_conversion gives an adapter for the original base weights, and what "
+                "init_lora_weights='loftq' took from them in quantising is in no adapter; save it without."
             )
-        return super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
+        layers = {
+            f"base_model.model.{where}": layer
+            for where, layer in self.model.named_modules()
+            if isinstance(layer, GraloraLayer) and layer.is_gralora(adapter_name)
+        }
+        return less_initial(config, layers, output_state_dict, adapter_name)

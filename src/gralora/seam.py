@@ -21,6 +21,16 @@ from peft.tuners import lora
 from peft.tuners.lora import (
     # ENABLE_DORA_CACHING, which `peft.helpers.DoraCaching` sets: norms are kept in evaluation mode
     dora,
+    # what `initialize_lora_eva_weights` calls
+    eva,
+)
+from peft.tuners.lora.config import (
+    # how PEFT's preprocessing for CorDA is done, which PEFT documents and exports from nowhere else
+    CordaConfig,
+)
+from peft.tuners.lora.corda import (
+    # U, S and V of W times the covariance of its inputs, damped, as `collect_eigens_for_layer` takes both from a layer
+    collect_eigens_for_layer,
 )
 from peft.tuners.lora.dora import (
     # DoRA's magnitude module: DoraLinearVariant calls it with lora_A, lora_B, scaling and base_layer, without dropout
@@ -59,11 +69,17 @@ from peft.utils.hotswap import (
     # makes all scalings tensors, and pads the ranks of plain LoRAs to `target_rank` unless that is None
     prepare_model_for_compiled_hotswap,
 )
+from peft.utils.integrations import (
+    # the weight of a layer that bitsandbytes has quantised, or of any other, as a tensor of floats
+    dequantize_module_weight,
+    # while the context lasts, a parameter that DeepSpeed ZeRO-3 has distributed is whole, and written to on all ranks
+    gather_params_ctx,
+)
 from peft.utils.other import (
     # the first of some patterns that a layer's name matches, whole or after a dot; else the name itself
     get_pattern_key,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import (
     # the linear layer of GPT-2 and its like: weight `[in, out]`, forward is addmm(bias, x, weight)
     Conv1D,
@@ -79,7 +95,9 @@ if TYPE_CHECKING:
 __all__ = [
     "ATTRIBUTES",
     "CONFIG_KEYS_TO_CHECK",
+    "COVARIANCE",
     "FLUX",
+    "GRADIENT",
     "INTEGRATION_TO_CALLBACK",
     "LAZY",
     "LORA_METADATA",
@@ -96,6 +114,7 @@ __all__ = [
     "UNSLOTH_WRITES",
     "Conv1D",
     "Conv1d",
+    "CordaConfig",
     "DoraLinearLayer",
     "DoraLinearVariant",
     "HfArg",
@@ -105,8 +124,12 @@ __all__ = [
     "SchedulerType",
     "check_adapters_to_merge",
     "check_hotswap_configs_compatible",
+    "corda_decomposition",
+    "dequantize_module_weight",
     "dora_is_cached",
     "experts_implementation",
+    "forget_preprocessing",
+    "gather_params_ctx",
     "get_pattern_key",
     "hotswap_adapter_from_state_dict",
     "in_out_features",
@@ -117,6 +140,7 @@ __all__ = [
     "string_to_bool",
     "type_validator",
     "wrap_create_and_replace",
+    "wrap_eva",
     "wrap_flux_expansions",
     "wrap_hotswap",
     "wrap_model_card",
@@ -158,6 +182,21 @@ def wrap_hotswap(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> No
     config=...)`; its names are those of the model's state dict, but for tensors whose names it does not know.
     """
     hotswap.hotswap_adapter_from_state_dict = wrap(hotswap_adapter_from_state_dict)
+
+
+def wrap_eva(
+    wrap_find: Callable[[Callable[..., Any]], Callable[..., Any]],
+    wrap_write: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> None:
+    """Put functions around the two that `initialize_lora_eva_weights` calls in its module, `peft.tuners.lora.eva`.
+
+    Args:
+        wrap_find: around `get_eva_state_dict`, called with `(model=, dataloader=, forward_fn=, adapter_name=,
+            prepare_layer_inputs_fn=, ...)`; it takes the config as `peft_config=` as well.
+        wrap_write: around the one that writes what it returned, called with `(model, eva_state_dict, adapter_name)`.
+    """
+    eva.get_eva_state_dict = wrap_find(eva.get_eva_state_dict)
+    eva._load_eva_state_dict = wrap_write(eva._load_eva_state_dict)
 
 
 # The module of diffusers' pipelines that load LoRAs, and the key of an adapter's config in the metadata of its files.
@@ -262,6 +301,35 @@ def experts_implementation(experts: Any) -> str | None:
         "grouped_mm": moe.grouped_mm_experts_forward,
     }
     return name if name in functions and interface.get_interface(name, eager) is functions[name] else None
+
+
+# Where PEFT's preprocessing leaves the gradient of a layer's weight for LoRA-GA, in the weight's layout, and the
+# covariance of its inputs for CorDA, `[I, I]`, if prune_temporary_fields=False. CORDA: what it leaves beside that.
+GRADIENT = "_peft_loraga_grad"
+COVARIANCE = "covariance_matrix"
+CORDA = ("eigens", "sample_count", "corda_method", "rank")
+
+
+def corda_decomposition(W: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """PEFT's decomposition for CorDA: U `[O, m]`, S `[m]`, V `[I, m]` with W = U S V^T, and m the smaller of O and I.
+
+    Args:
+        W: `[O, I]`.
+        covariance: of the inputs, `[I, I]`.
+    """
+    layer: Any = nn.Linear(1, 1, bias=False)
+    layer.weight = nn.Parameter(W, requires_grad=False)
+    setattr(layer, COVARIANCE, covariance)
+    eigens = collect_eigens_for_layer(layer, peft.LoraConfig())
+    return eigens.U_WC, eigens.S_WC, eigens.V_WC
+
+
+def forget_preprocessing(base: nn.Module) -> None:
+    """Delete what PEFT's preprocessing has left in a layer for its initialisation."""
+    left = [GRADIENT] if hasattr(base, GRADIENT) else []
+    left += [COVARIANCE, *CORDA] if hasattr(base, COVARIANCE) else []
+    for name in left:
+        vars(base).pop(name, None)
 
 
 # Whether PEFT merges DoRA rightly into Conv1D layers, and beside other adapters: since 0.21.

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..blocks import scaling_gain
 from ..config import LoraConfig, is_set
 from ..fields import plain
+from ..inits import changes_base
 from ..kinds import not_linear
 from ..seam import is_targeted
 from .files import LazyTensors
@@ -43,6 +44,17 @@ class NotByFiles(ValueError):
         """Take the reason, and what else to do, in sentences of their own."""
         super().__init__(f"{reason}. {advice}".strip())
         self.reason = reason
+
+
+def check_base(config: Any) -> None:
+    """Raise ValueError if an adapter's factors belong to base weights that its initialisation has changed."""
+    if changes_base(config):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} changed the base weights that the adapter belongs to, "
+            "so that its factors mean nothing for the original ones. `gralora merge` changes and merges them; or save "
+            "the adapter with save_pretrained(..., path_initial_model_for_weight_conversion=FOLDER), FOLDER holding "
+            "it as it was before training: what this writes can be exported."
+        )
 
 
 class Factors(NamedTuple):

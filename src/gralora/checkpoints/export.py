@@ -20,7 +20,7 @@ from ..config import names
 from ..ops import reference
 from ..strings import check_printable, printable
 from . import formats, prompting
-from .adapter import PREFIX, Adapter, set_fields
+from .adapter import PREFIX, Adapter, check_base, set_fields
 from .base import BaseModel, base_folder
 from .files import WEIGHTS, new_folder, read_adapter_folder, read_json, write_json
 from .in_memory import config_of, model_class
@@ -87,6 +87,7 @@ def check_exportable(adapter: Adapter, target: str, kept: frozenset[str], holds:
                 f"{target} takes no adapters of {place.kind}, and the adapter has one of {layer!r}; `gralora merge` "
                 "writes it into the model."
             )
+    check_base(adapter.config)
     held = {"target_parameters"} if adapter.places else set()
     beside = names(lambda facts: facts.beside_factors)
     extra = {name: value for name, value in set_fields(adapter.config).items() if name in beside}

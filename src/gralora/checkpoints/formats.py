@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config import FORMAT, SUPPORTED_VARIANTS, LoraConfig, is_set, names
 from ..fields import plain
 from ..strings import printable
-from .adapter import PREFIX, Adapter, check, check_plain, json_config, set_fields
+from .adapter import PREFIX, Adapter, check, check_base, check_plain, json_config, set_fields
 from .files import LazyTensors
 from .untrusted import check_fields, check_matching_time, check_rank
 from .views import HYBRID_A, HYBRID_B, A, B, Place, linear_maps
@@ -235,6 +235,7 @@ def _gralora_from_gralora(adapter: Adapter) -> dict[str, Any]:
 def _gralora_to_peft(adapter: Adapter) -> dict[str, Any]:
     """PEFT's GRALORA config, in which the rank and scale of all layers are the same two numbers."""
     config = adapter.config
+    check_base(config)
     expressible = names(lambda facts: facts.in_peft_tuner or not facts.beside_factors) | {"bias"}
     for name in sorted(set_fields(config).keys() - expressible):
         others = ["`gralora export --for peft` writes a plain LoRA that has it"] if name in IN_LORA else []

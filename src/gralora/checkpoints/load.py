@@ -196,12 +196,12 @@ def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 
 @contextmanager
 def unchanged_after_error(model: nn.Module) -> Iterator[None]:
-    """Restore the model's modules, classes, attributes, configs and requires_grad after an error in the block.
+    """Restore the model's modules, classes, attributes, configs and parameters after an error in the block.
 
-    PEFT changes a model layer by layer, so an error in the middle would leave it half changed. The values of tensors
-    are not restored, since adding an adapter changes none.
+    PEFT changes a model layer by layer, so an error in the middle would leave it half changed. What is in a tensor is
+    not restored: adding an adapter changes none, but for a parameter that gets another one (PiSSA and its like).
     """
-    modules, trainable = list(model.modules()), [(p, p.requires_grad) for p in model.parameters()]
+    modules, parameters = list(model.modules()), [(p, p.requires_grad, p.data) for p in model.parameters()]
     classes = [type(module) for module in modules]
     attributes = [vars(module) for module in modules]
     values = [value for a in attributes for value in a.values()]
@@ -216,7 +216,8 @@ def unchanged_after_error(model: nn.Module) -> Iterator[None]:
         for container, before in zip(containers, copies, strict=True):
             container.clear()
             container.extend(before) if isinstance(container, list) else container.update(before)
-        for p, requires_grad in trainable:
+        for p, requires_grad, data in parameters:
+            p.data = data
             p.requires_grad = requires_grad
         raise
 

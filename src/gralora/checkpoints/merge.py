@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import blocks
 from ..config import names
 from ..factors import hybrid_to_lora
+from ..inits import changes_base
 from ..ops import Factors
 from . import formats
 from .adapter import PREFIX, Adapter, NotByFiles, set_fields
@@ -196,6 +197,8 @@ class Merges:
 
     def __init__(self, adapter: Adapter, model: BaseModel, device: str) -> None:
         self.adapter, self.model, self.device = adapter, model, device
+        if changes_base(adapter.config):
+            raise NotByFiles(f"init_lora_weights={adapter.config.init_lora_weights!r} changes the base weights first")
         for name in sorted(set_fields(adapter.config).keys() - MERGEABLE):
             raise ValueError(f"{name}={getattr(adapter.config, name)!r} cannot be merged into the base's files.")
         strip = self._prefix_to_strip()

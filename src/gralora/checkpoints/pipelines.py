@@ -22,7 +22,7 @@ from ..config import LoraConfig, is_set, names
 from ..factors import hybrid_to_lora
 from ..ops import reference
 from ..seam import LORA_METADATA
-from .adapter import PREFIX
+from .adapter import PREFIX, check_base
 from .files import CONFIG, WEIGHTS, new_folder, write_json
 from .load import expected_tensors
 from .plain import fold
@@ -166,6 +166,7 @@ def plain_layers(component: Component, dtype: torch.dtype | None) -> Iterator[tu
 
 def check(component: Component) -> None:
     """Raise ValueError, naming field or tensor, for what a plain LoRA in these layouts cannot have."""
+    check_base(component.config)
     beside = names(lambda facts: facts.beside_factors)
     for name in sorted(beside):
         value = getattr(component.config, name, None)
