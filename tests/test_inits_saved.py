@@ -11,11 +11,13 @@ from kinds_table import FEW, Kind
 from peft import EvaConfig, LoraGAConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
+from peft.utils.integrations import dequantize_module_weight
+from safetensors.torch import save_file
 from saved import logits
 from torch import nn
 
 import gralora
-from gralora.blocks import blocks_of_A, split_blocks
+from gralora.blocks import blocks_of_A, join_blocks, split_blocks
 from gralora.checkpoints.convert import convert_adapter
 from gralora.checkpoints.export import to_lora
 from gralora.checkpoints.load import load_adapter
@@ -189,6 +191,74 @@ def test_weighted_sum_of_an_adapter_that_left_the_weights_alone() -> None:
         model.float().add_weighted_adapter(["default"], [1.0], "sum", combination_type="cat")
         model.set_adapter("sum")
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+# Quantised bases
+
+
+class Quantised(nn.Module):
+    """A layer that bitsandbytes has quantised to 4 bits, and what transformers says of such a model."""
+
+    is_loaded_in_4bit = True
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        bnb = pytest.importorskip("bitsandbytes")
+        self.layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, compute_dtype=torch.float32)
+        self.layer.load_state_dict(linear.state_dict())
+        self.layer.to("cpu")
+        self.layer.support_avx512bf16_for_cpu = False  # which would repack it
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.filterwarnings("ignore:Unmerge lora module")
+def test_olora_of_a_4_bit_base() -> None:
+    """With k = 1 it is PEFT's; with k = 2 the quantised rest and dW are as close to what they were."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(128, 64), torch.randn(300, 128)
+    fields: dict[str, Any] = {"r": 8, "lora_alpha": 8, "target_modules": ["layer"], "init_lora_weights": "olora"}
+    configs = [
+        peft.LoraConfig(**fields),
+        *(gralora.LoraConfig(use_gralora=True, gralora_k=k, **fields) for k in (1, 2)),
+    ]
+    expected = Quantised(linear)(x)
+    outputs = [get_peft_model(Quantised(linear), config)(x).detach() for config in configs]
+    assert (outputs[1] - outputs[0]).norm() < 1e-3 * expected.norm()
+    errors = [((y - expected).norm() / expected.norm()).item() for y in outputs]
+    assert errors[2] < 1.1 * errors[0] < 0.2
+    with pytest.raises(ValueError, match="init_lora_weights='pissa'.*'layer': its weight is quantised"):
+        get_peft_model(
+            Quantised(linear), gralora.LoraConfig(use_gralora=True, **fields | {"init_lora_weights": "pissa"})
+        )
+
+
+def test_loftq_of_a_4_bit_base(tmp_path: Path) -> None:
+    """Each block of dW is the best approximation of what quantising took from the block; a callback may refuse it."""
+    torch.manual_seed(0)
+    linear, config = (
+        nn.Linear(128, 64),
+        gralora.LoraConfig(use_gralora=True, gralora_k=2, r=10, hybrid_r=2, lora_alpha=16, target_modules=["layer"]),
+    )
+    save_file({"layer.weight": linear.weight.detach().clone()}, tmp_path / "model.safetensors")
+    model = get_peft_model(Quantised(linear), config)
+    (layer,) = adapter_layers(model)
+    lost = linear.weight.detach() - dequantize_module_weight(layer.base_layer)
+    seen: list[str] = []
+    gralora.replace_lora_weights_loftq(
+        model, tmp_path / "model.safetensors", callback=lambda _, name: seen.append(name)
+    )
+    assert seen == ["layer"] and not layer.get_delta_weight("default").count_nonzero()
+    gralora.replace_lora_weights_loftq(model, tmp_path / "model.safetensors")
+    U, S, Vh = torch.linalg.svd(split_blocks(lost, 2), full_matrices=False)
+    best = join_blocks(U[..., :4] * S[..., None, :4] @ Vh[..., :4, :])
+    torch.testing.assert_close(layer.get_delta_weight("default"), best, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="no quantised layer.*use init_lora_weights='loftq'"):
+        gralora.replace_lora_weights_loftq(started(), tmp_path / "model.safetensors")
+    save_file({"other.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="have no 'layer.weight'"):
+        gralora.replace_lora_weights_loftq(model, tmp_path / "other.safetensors")
 
 
 # EVA

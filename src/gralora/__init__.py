@@ -21,6 +21,7 @@ _LAZY = {  # name -> module, imported when the name is first used
     "load_adapter": "checkpoints.load",
     "merge_adapter": "checkpoints.merge",
     "prepare_model_for_compiled_hotswap": "hotswap",
+    "replace_lora_weights_loftq": "loftq",
     "to_lora": "checkpoints.export",
 }
 
@@ -36,6 +37,7 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "prepare_model_for_compiled_hotswap",
+    "replace_lora_weights_loftq",
     "to_lora",
 ]
 
