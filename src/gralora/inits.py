@@ -103,7 +103,7 @@ def _more_ranks_than(count: int) -> Callable[[Target], str]:
             return ""
         return (
             f"each of its blocks needs {count * target.q} singular vectors and has {target.smaller // target.k}; "
-            f"(r - hybrid_r) / gralora_k may be {most} at most, and is {target.q}"
+            f"r - hybrid_r may be {most * target.k} at most, and is {target.q * target.k}"
         )
 
     return refuse
