@@ -74,7 +74,7 @@ def test_a_config_never_chooses_an_import(tmp_path: Path, base: Path, trap: str,
     except ValueError as error:
         assert field in str(error).replace("task type", "task_type")
     else:  # what has no effect here
-        assert field in ("auto_mapping", "megatron_core", "task_type", "base_model_name_or_path")
+        assert field in ("auto_mapping", "megatron_core", "task_type", "base_model_name_or_path", "corda_config")
 
 
 def test_peft_refuses_an_import_outside_its_list(tmp_path: Path, trap: str) -> None:

@@ -162,7 +162,10 @@ class LoraConfig(peft.LoraConfig):
         kinds = {"eva_config": EvaConfig, "corda_config": CordaConfig, "lora_ga_config": LoraGAConfig}
         for name, kind in kinds.items():
             if isinstance(value := getattr(self, name), dict):  # PEFT 0.20 leaves them
-                setattr(self, name, kind(**value))
+                try:
+                    setattr(self, name, kind(**value))
+                except TypeError as error:
+                    raise ValueError(f"{name}={value!r}: {error}.") from None
         if self.init_lora_weights == "eva" and self.eva_config is None:
             self.eva_config = EvaConfig(rho=1.0)
         if self.init_lora_weights == "corda" and self.corda_config is None:
