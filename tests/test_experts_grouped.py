@@ -1,6 +1,7 @@
 """Experts computed row by row: `ops.grouped`, and the modules of transformers that `routed` computes by it."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import peft
@@ -27,7 +28,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import OlmoeConfig, OlmoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
+from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
@@ -36,8 +37,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 import gralora
 from gralora import routed
 from gralora.ops import Factors
+from gralora.ops.activations import ACTIVATIONS
 from gralora.ops.grouped import GroupedLinear, grouped_linear
 from gralora.ops.routing import Groups, Routing, combine, gather
+from gralora.ops.weighted_gate import weighted_gate
 
 E, IN, OUT = 4, 12, 20
 COUNTS = {"unequal": [3, 1, 6, 2], "one without": [4, 0, 7, 0], "all to one": [0, 0, 9, 0], "none": [0, 0, 0, 0]}
@@ -97,6 +100,31 @@ def test_gradients_of_gradients():
     assert torch.autograd.gradgradcheck(product, (x, A, B))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_weighted_gate(activation):
+    """Gradients, and theirs, which go through the definition; weights may have more digits than what they weigh."""
+    x, weights = random_input(5, 12).requires_grad_(), random_input(5, 1, seed=2).requires_grad_()
+    gate = partial(weighted_gate, activation=activation)
+    assert torch.autograd.gradcheck(gate, (x, weights)) and torch.autograd.gradgradcheck(gate, (x, weights))
+    small, d_out = x.detach().bfloat16().requires_grad_(), random_input(5, 6, seed=3).bfloat16()
+    large = weights.detach().float().requires_grad_()
+    y = gate(small, large)
+    grads = y.detach(), *torch.autograd.grad(y, (small, large), d_out)
+    assert [t.dtype for t in grads] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    exact, plain = [], []
+    for found, dtype in ((exact, torch.float64), (plain, torch.bfloat16)):
+        inputs = (
+            small.detach().to(dtype).requires_grad_(),
+            large.detach().to(torch.promote_types(dtype, torch.float32)),
+        )
+        inputs[1].requires_grad_()
+        e, u = inputs[0].chunk(2, dim=1)
+        z = (ACTIVATIONS[activation].value(e) * u * inputs[1]).to(dtype)
+        found += z.detach(), *torch.autograd.grad(z, inputs, d_out.to(dtype))
+    for values in zip(grads, exact, plain, strict=True):
+        assert_accurate(*values)
+
+
 def test_routing():
     """Rows are sorted by expert, and `combine` is the transpose of `gather`."""
     chosen = torch.tensor([[2, 0], [2, 3], [0, 2]])
@@ -130,10 +158,12 @@ class UngatedExperts(nn.Module):
         return y
 
 
+# its name in transformers 5.6
+DEEPSEEK = getattr(modeling_deepseek_v3, "DeepseekV3NaiveMoe", None) or modeling_deepseek_v3.DeepseekV3Experts
 MODULES = {
     "mixtral": MixtralExperts,
     "qwen3-moe": Qwen3MoeExperts,
-    "deepseek-v3": DeepseekV3Experts,
+    "deepseek-v3": DEEPSEEK,
     "olmoe": OlmoeExperts,
     "gpt-oss": GptOssExperts,
     "ungated": UngatedExperts,

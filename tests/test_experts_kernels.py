@@ -24,7 +24,7 @@ INTERPRETED = """
 import torch
 from torch import nn
 from triton.runtime import interpreter
-from gralora.ops import Factors, grouped_kernels, grouped_loops, plans
+from gralora.ops import Factors, grouped_kernels, grouped_loops, plans, weighted_gate
 from gralora.ops.grouped import GroupedLinear, grouped_linear
 from gralora.ops.routing import Groups
 
@@ -60,6 +60,16 @@ for counts, (k, r, n_in, n_out) in zip(COUNTS, [(2, 4, 40, 60), (4, 16, 96, 288)
         grouped_loops.factor_gradient(x.double(), dh.double(), truth, groups)
         grouped_kernels.factor_gradient(x, dh, out, groups)
         assert_near(out, truth, counts)
+
+for S, F, activation in [(3, 24, "silu"), (5, 1030, "gelu"), (2, 64, "gelu_tanh")]:
+    x, weights, d_out = torch.randn(S, 2 * F), torch.rand(S, 1), torch.randn(S, F)
+    doubles = [t.double().requires_grad_() for t in (x, weights)]
+    truth = weighted_gate.definition(*doubles, activation)
+    for kernels in (grouped_kernels, grouped_loops):
+        assert_near(kernels.weighted_gate(x, weights, activation), truth, kernels, F)
+        grads = kernels.weighted_gate_backward(x, weights, d_out, activation)
+        for grad, wanted in zip(grads, torch.autograd.grad(truth, doubles, d_out.double(), retain_graph=True)):
+            assert_near(grad, wanted, kernels, F)
 
 # whole layers
 launches = []
@@ -109,6 +119,9 @@ def test_launches(factors, cuda):  # noqa: F811
     check_launch(cuda, grouped_kernels.up, g, B, y, groups)
     check_launch(cuda, grouped_kernels.factor_gradient, x, g, torch.empty_like(A), groups)
     check_launch(cuda, grouped_kernels.factor_gradient, y, g, torch.empty_like(B).mT, groups)
+    weights = draw(S, 1, dtype=factors)
+    check_launch(cuda, grouped_kernels.weighted_gate, y, weights, "silu")
+    check_launch(cuda, grouped_kernels.weighted_gate_backward, y, weights, draw(S, 48), "silu")
 
 
 @pytest.mark.gpu

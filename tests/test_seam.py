@@ -41,8 +41,9 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from transformers import MixtralConfig, Trainer, TrainingArguments
+from transformers import GptOssConfig, MixtralConfig, Trainer, TrainingArguments
 from transformers.integrations import moe
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import gralora
@@ -1033,6 +1034,9 @@ def test_apply_gate():
     experts = MixtralExperts(MixtralConfig(num_local_experts=2, hidden_size=8, intermediate_size=4))
     e, u = torch.randn(3, 4), torch.randn(3, 4)
     torch.testing.assert_close(experts._apply_gate(torch.cat([e, u], dim=1)), nn.functional.silu(e) * u)
+    assert seam.has_default_gate(experts)
+    config = GptOssConfig(num_local_experts=2, hidden_size=8, intermediate_size=4)
+    assert not seam.has_default_gate(GptOssExperts(config)), "it clamps"
 
 
 def test_every_name_has_a_test():

@@ -1,5 +1,6 @@
 """Time and memory of steps: functions without arguments that do the same work at every call."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -87,14 +88,23 @@ def _kernel_ms(step: Step, repeats: int = 4) -> float:
     return sum(event.self_device_time_total for event in kernels) / repeats / 1e3
 
 
+def on_cpu(step: Step) -> dict[str, float]:
+    """`step_mib` of `on_gpu`, of a step on the CPU: the most that its tensors have in use at once."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    in_use = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return {"step_mib": max(in_use, default=0) / 2**20}
+
+
 def measure(
     steps: Mapping[str, Step], device: str, rounds: int, repeats: int, warmup: int = 3
 ) -> dict[str, dict[str, float]]:
-    """`interleave`, and what `on_gpu` tells if the device is one."""
+    """`interleave`, and what `on_gpu` or `on_cpu` tells."""
     timed = interleave(steps, device, rounds, repeats, warmup)
-    if device == "cuda":
-        for name, step in steps.items():
-            timed[name] |= on_gpu(step)
+    for name, step in steps.items():
+        timed[name] |= on_gpu(step) if device == "cuda" else on_cpu(step)
     return timed
 
 

@@ -6,6 +6,7 @@ be added to the weights. A module that goes another way, or an experts implement
 keeps PEFT's.
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from .ops import Factors, plans
+from .ops.activations import ACTIVATIONS
 from .ops.grouped import GroupedLinear, grouped_linear, has_kernels
 from .ops.routing import Routing, combine, gather
 from .ops.torch_seam import has_global_hooks, has_hooks, is_transformed, parameters_of
-from .seam import experts_implementation
+from .ops.weighted_gate import weighted_gate
+from .seam import experts_implementation, has_default_gate
 
 Adapters = Mapping[str, Sequence[Factors]]
 
@@ -65,7 +68,11 @@ class RoutedCall(NamedTuple):
         def activated(x: Tensor) -> Tensor:
             return act(x).to(matrix.dtype)
 
+        activation = activation_of(experts)
+
         def weighted(x: Tensor, weights: Tensor) -> Tensor:
+            if activation is not None:
+                return weighted_gate(x, weights, activation)
             return (act(x) * weights).to(matrix.dtype)
 
         x = grouped_linear((hidden,), gathered, layer(first), routing.groups)
@@ -85,6 +92,26 @@ class RoutedCall(NamedTuple):
 def parameter_names(experts: Any) -> tuple[str, str]:
     """The names of the weights of the first and of the last product."""
     return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
+
+
+_activations: "weakref.WeakKeyDictionary[Any, str | None]" = weakref.WeakKeyDictionary()  # of modules of experts
+
+
+def activation_of(experts: Any) -> str | None:
+    """The activation of experts that compute act(e) * u; a name of ACTIVATIONS, or None if there is none of it."""
+    if experts not in _activations:
+        _activations[experts] = _seen_activation(experts.act_fn) if has_default_gate(experts) else None
+    return _activations[experts]
+
+
+def _seen_activation(function: Any) -> str | None:
+    numbers = torch.linspace(-30, 30, 512)
+    try:
+        with torch.no_grad():
+            values = function(numbers)
+    except Exception:  # whatever it needs
+        return None
+    return next((name for name, act in ACTIVATIONS.items() if torch.equal(act.value(numbers), values)), None)
 
 
 def routed_call(wrapper: Any, args: tuple[Any, ...]) -> RoutedCall | None:

@@ -131,6 +131,7 @@ __all__ = [
     "forget_preprocessing",
     "gather_params_ctx",
     "get_pattern_key",
+    "has_default_gate",
     "hotswap_adapter_from_state_dict",
     "in_out_features",
     "is_from_file",
@@ -301,6 +302,13 @@ def experts_implementation(experts: Any) -> str | None:
         "grouped_mm": moe.grouped_mm_experts_forward,
     }
     return name if name in functions and interface.get_interface(name, eager) is functions[name] else None
+
+
+def has_default_gate(experts: Any) -> bool:
+    """Whether `_apply_gate` of a module of experts is transformers' own: act_fn(e) * u of e and u side by side."""
+    from transformers.integrations import moe
+
+    return experts.has_gate and type(experts)._apply_gate is moe._default_apply_gate
 
 
 # Where PEFT's preprocessing leaves the gradient of a layer's weight for LoRA-GA, in the weight's layout, and the

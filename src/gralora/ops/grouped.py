@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from . import grouped_loops, plans, reference
 from .autograd import differentiable
@@ -110,8 +111,11 @@ class GroupedLinearFunction(torch.autograd.Function):
         with torch.set_grad_enabled(any(needs[:n])):
             inputs = [t.detach().requires_grad_(need) for t, need in zip(inputs, needs[:n], strict=True)]
             x = ctx.before(*inputs)
-        dx, d_factors = _gradients(dy, x.detach(), layer, gs, ctx.groups, any(needs[:n]), needs[n:])
-        d_inputs = [None] * n if dx is None else differentiable([x], inputs, needs[:n], [dx])
+        edges = [get_gradient_edge(x)] if any(needs[:n]) else []
+        x = x.detach()
+        dx, d_factors = _gradients(dy, x, layer, gs, ctx.groups, bool(edges), needs[n:])
+        del x, dy  # not needed for what follows, which takes memory, too
+        d_inputs = differentiable(edges, inputs, needs[:n], [dx]) if edges else [None] * n
         return None, *d_inputs, *d_factors
 
 

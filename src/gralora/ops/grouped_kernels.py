@@ -1,6 +1,7 @@
 """`grouped.GroupedKernels` on a GPU: all experts in one launch, whatever each one's number of rows.
 
-That number is read on the GPU, which the host never waits for. The kernels run in Triton's interpreter, too.
+That number is read on the GPU, which the host never waits for. The kernels run in Triton's interpreter, too. And what
+`weighted_gate` computes.
 """
 
 import torch
@@ -8,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kernels import _activation
 from .launch import Launcher
 from .routing import Groups
 
@@ -164,9 +166,59 @@ def _factor_gradient_kernel(
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=(c[:, None] < CHUNK) & (n[None, :] < RANK))
 
 
+@triton.jit
+def _weighted_gate_kernel(
+    x_ptr,
+    weights_ptr,
+    out_ptr,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Compute part of one row of act(e) * u * weight."""
+    s, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    p_x = x_ptr + s * (2 * WIDTH) + c
+    b_e = tl.load(p_x, mask=c < WIDTH, other=0.0).to(tl.float32)
+    b_u = tl.load(p_x + WIDTH, mask=c < WIDTH, other=0.0).to(tl.float32)
+    b_act, _ = _activation(b_e, ACTIVATION)
+    b_out = b_act * b_u * tl.load(weights_ptr + s).to(tl.float32)
+    tl.store(out_ptr + s * WIDTH + c, b_out.to(out_ptr.dtype.element_ty), mask=c < WIDTH)
+
+
+@triton.jit
+def _weighted_gate_backward_kernel(
+    x_ptr,
+    weights_ptr,
+    d_out_ptr,
+    dx_ptr,
+    d_weights_ptr,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Compute one row of the gradients, and that of its weight."""
+    s, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    p_x, p_d_out, p_dx = x_ptr + s * (2 * WIDTH) + c, d_out_ptr + s * WIDTH + c, dx_ptr + s * (2 * WIDTH) + c
+    weight = tl.load(weights_ptr + s).to(tl.float32)
+    b_sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    for c0 in range(0, WIDTH, BLOCK):
+        inside = c0 + c < WIDTH
+        b_e = tl.load(p_x + c0, mask=inside, other=0.0).to(tl.float32)
+        b_u = tl.load(p_x + c0 + WIDTH, mask=inside, other=0.0).to(tl.float32)
+        b_d = tl.load(p_d_out + c0, mask=inside, other=0.0).to(tl.float32)
+        b_act, b_slope = _activation(b_e, ACTIVATION)
+        b_sums += b_act * b_u * b_d
+        b_d *= weight
+        tl.store(p_dx + c0, (b_d * b_u * b_slope).to(dx_ptr.dtype.element_ty), mask=inside)
+        tl.store(p_dx + c0 + WIDTH, (b_d * b_act).to(dx_ptr.dtype.element_ty), mask=inside)
+    tl.store(d_weights_ptr + s, tl.sum(b_sums, axis=0).to(d_weights_ptr.dtype.element_ty))
+
+
 _down = Launcher(__name__, _down_kernel, num_warps=4, num_stages=3)
 _up = Launcher(__name__, _up_kernel, num_warps=4)
 _factor_gradient = Launcher(__name__, _factor_gradient_kernel, num_warps=4, num_stages=4)
+_weighted_gate = Launcher(__name__, _weighted_gate_kernel, num_warps=4)
+_weighted_gate_backward = Launcher(__name__, _weighted_gate_backward_kernel, num_warps=4)
 
 
 def product(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
@@ -200,6 +252,23 @@ def factor_gradient(x: Tensor, h: Tensor, out: Tensor, groups: Groups) -> None:
     constants = (k, chunk, r, x.stride(0), *out.stride(), ROWS, block_c, block_r)
     grid = (experts * k * -(-chunk // block_c) * -(-r // block_r), 1, 1)
     _factor_gradient(constants, grid, (x, h, out, groups.ends), (), constants)
+
+
+def weighted_gate(x: Tensor, weights: Tensor, activation: str) -> Tensor:
+    """See `weighted_gate`: x `[S, 2 F]`, weights `[S, 1]` -> `[S, F]`, in one pass."""
+    out = x.new_empty(len(x), x.shape[1] // 2)
+    block = _size(out.shape[1], 1024)
+    constants = (out.shape[1], activation, block)
+    _weighted_gate(constants, (len(x), -(-out.shape[1] // block), 1), (x, weights, out), (), constants)
+    return out
+
+
+def weighted_gate_backward(x: Tensor, weights: Tensor, d_out: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the weights, from that of the result, `[S, F]`, in one pass."""
+    dx, d_weights = torch.empty_like(x), torch.empty_like(weights)
+    constants = (d_out.shape[1], activation, _size(d_out.shape[1], 1024))
+    _weighted_gate_backward(constants, (len(x), 1, 1), (x, weights, d_out, dx, d_weights), (), constants)
+    return dx, d_weights
 
 
 def _most_tiles(rows: int, experts: int) -> int:
