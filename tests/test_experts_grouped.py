@@ -444,6 +444,40 @@ def test_others_keep_the_weights_with_dw(prevent, calls, monkeypatch):
     assert not calls
 
 
+AS_TRANSFORMERS_5_6 = """
+from functools import wraps
+
+
+def patch(update_layer):
+    @wraps(update_layer)
+    def new_update_layer(layer, *args, **kwargs):
+        if not layer._did_swap_in_out_features:
+            layer.in_features, layer.out_features = layer.out_features, layer.in_features
+            layer._did_swap_in_out_features = True
+        return update_layer(layer, *args, **kwargs)
+
+    return new_update_layer
+"""
+
+
+def test_load_adapter_of_older_transformers(calls, monkeypatch):
+    """After it, PEFT takes transposed experts for what they are not: no GraLoRA does, and plain LoRAs stay PEFT's."""
+    there = {"__name__": "transformers.integrations.peft"}
+    exec(AS_TRANSFORMERS_5_6, there)
+    patched = there["patch"](there["patch"](lora.ParamWrapper.update_layer))  # at every call
+    monkeypatch.setattr(lora.ParamWrapper, "update_layer", patched)
+    base, x = experts_of("gpt-oss"), inputs()
+    model = with_grid(copy.deepcopy(base))
+    assert lora.ParamWrapper.update_layer is patched
+    assert_close64(model(*x), reference(model, base, x))
+    assert len(calls) == 1
+    config = peft.LoraConfig(r=3, target_modules=[], target_parameters=both(base))
+    plain = randomize(peft.get_peft_model(copy.deepcopy(base), config))
+    expected = plain(*x)
+    assert_close64(gralora.accelerate(plain)(*x), expected)
+    assert len(calls) == 1
+
+
 # Models
 
 FAMILIES = ARCHITECTURES | {"olmoe": (OlmoeForCausalLM, OlmoeConfig, {"num_experts": 4})}

@@ -61,6 +61,23 @@ def targeted_parameters(model: nn.Module, targets: list[str] | None) -> Iterator
                 yield key, TargetParameter(module, name)
 
 
+@contextmanager
+def pefts_own_features() -> Iterator[None]:
+    """Let PEFT alone tell input from output features of parameters that are adapted meanwhile.
+
+    `load_adapter` of transformers 5.6 to 5.16 or earlier puts a function around PEFT's, for the rest of the process,
+    that takes every parameter for `[E, O, I]`. PEFT has done it rightly since 0.19, also for gpt-oss's `[E, I, O]`.
+    """
+    before = inner = lora.ParamWrapper.update_layer
+    while inner.__globals__["__name__"] == "transformers.integrations.peft":
+        inner = inner.__wrapped__  # type: ignore[attr-defined]
+    lora.ParamWrapper.update_layer = inner  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        lora.ParamWrapper.update_layer = before  # type: ignore[method-assign]
+
+
 def param_wrapper(layer: Any, name: str) -> Any:
     """Return the `lora.ParamWrapper`, of those nested around a module, that adapts its parameter `name`, or None."""
     while isinstance(layer, BaseTunerLayer):
@@ -113,6 +130,8 @@ class FusedExperts(FusedLayer):
         names = [name for name in self.active_adapters if name in self.lora_A]
         if not all(map(self.fuses, names)):
             return None
+        if names and self.stores_in_out() != getattr(self.get_base_layer(), "is_transposed", False):
+            return None  # see `pefts_own_features`
         return [factors for name in names for factors in self.grids(name)]
 
     def grids(self, adapter: str) -> list[Factors]:

@@ -29,7 +29,7 @@ from torch import nn
 from . import acceleration, cards, diffusion, eva, parents, unsloth
 from .config import SUPPORTED_VARIANTS, LoraConfig, auto_k, names
 from .dora import GranularDora
-from .experts import TargetParameter, param_wrapper, targeted_parameters
+from .experts import TargetParameter, param_wrapper, pefts_own_features, targeted_parameters
 from .inits import Target, changes_base, check_model, check_target, find
 from .kinds import base_layer, check_fields, check_kind, keep_weights_unpacked, kind_of
 from .layers import ARROW
@@ -116,7 +116,7 @@ def create_and_replace(
     # PEFT would share a tied embedding's factors as those of a plain LoRA
     for_peft = {"init_lora_weights": init.drawn} | ({"target_modules_to_tie": None} if tied else {})
     try:
-        with _fields(config, for_peft):
+        with _fields(config, for_peft), pefts_own_features():
             stock(tuner, config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs)
     except BaseException:
         tuner._gralora_plan = None  # the next attempt is planned anew: model and config may be others by then
