@@ -6,6 +6,7 @@ TRL is in the environment of the tests.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gralora
@@ -151,6 +153,52 @@ def test_llamafactory(folder: Path) -> None:
     command = ["-m", "gralora.tool.cli", "run", "--gralora_k", "2", "--", program, "train", "llamafactory.yaml"]
     run([python, *command, "--hybrid_r", "4"], folder)
     check(folder, folder / "out")
+
+
+# Plain LoRA, which the plugins accelerate: what runs is written down where training ends
+
+SPY = """
+from pathlib import Path
+import gralora, transformers
+train = transformers.Trainer.train
+def spied(self, *args, **options):
+    found = train(self, *args, **options)
+    Path("described").write_text(gralora.describe(self.model))
+    return found
+transformers.Trainer.train = spied
+"""
+
+
+def check_accelerated(folder: Path, adapter: Path) -> None:
+    """PEFT's files of a plain LoRA that was trained, each layer of it as one operation."""
+    assert re.match(r"(\d+) of \1 LoRA layers run as one operation", (folder / "described").read_text())
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert not {name for name in config if "gralora" in name or name in ("hybrid_r", "accelerate")}
+    weights = load_file(adapter / "adapter_model.safetensors")
+    assert {tensor.dim() for tensor in weights.values()} == {2}
+    assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
+
+
+def test_axolotl_accelerates(folder: Path) -> None:
+    spy = SPY + "from axolotl.integrations.base import BasePlugin\nclass Spy(BasePlugin): pass\n"
+    (folder / "spy.py").write_text(spy)
+    text = (folder / "axolotl.yml").read_text().replace("GraloraPlugin]", "GraloraPlugin, spy.Spy]")
+    lines = text.replace("adapter: gralora", "adapter: lora\nlora_mlp_kernel: false").splitlines()
+    lines = [line for line in lines if not line.startswith(("gralora_k", "hybrid_r"))]
+    (folder / "axolotl.yml").write_text("\n".join(lines))
+    code = "import sys; sys.path.insert(0, '.'); from axolotl.cli.train import do_cli; do_cli('axolotl.yml')"
+    run([python_of("axolotl"), "-c", code], folder)
+    check_accelerated(folder, folder / "out")
+
+
+def test_ms_swift_accelerates(folder: Path) -> None:
+    (folder / "spy.py").write_text(SPY)
+    command = SWIFT.format(folder=folder, plugins=plugins[0]).replace(
+        "--tuner_type gralora", "--tuner_type accelerated_lora"
+    )
+    command = command.replace("/ms_swift.py", f"/ms_swift.py {folder}/spy.py")
+    run([python_of("swift"), *command.replace("--target_modules", "--target_modules all-linear").split()], folder)
+    check_accelerated(folder, folder / "out" / "checkpoint-3")
 
 
 UNSLOTH = """

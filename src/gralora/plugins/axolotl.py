@@ -14,7 +14,8 @@ hybrid_r: 0
 Axolotl's `lora_` and `peft_` settings mean the same as for `adapter: lora`. Axolotl saves the adapter; merge it with
 `gralora merge`, since Axolotl's own merge command reads plain LoRA only.
 
-With `adapter: lora` or `qlora` the plugin accelerates PEFT's layers, unless Axolotl's own LoRA kernels are on.
+With `adapter: lora` or `qlora` the plugin accelerates PEFT's layers, unless Axolotl's own LoRA kernels are on, which
+they are if none of them is set: `lora_mlp_kernel: false` turns them off.
 """
 
 import dataclasses
