@@ -28,7 +28,7 @@ class SharingInput(Transparent):
     """Mixin over a model's module that calls several adapted layers with the same input."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():  # there they are not computed together
             return nn.Module.__call__(self, *args, **kwargs)  # type: ignore[arg-type]
         children = children_of(self)  # type: ignore[arg-type]
         groups = groups_of(self)  # type: ignore[arg-type]
