@@ -235,3 +235,26 @@ def test_trl(folder: Path, processes: int) -> None:
     workers = ["--num_processes", "2", "--num_machines", "1"] if processes > 1 else []
     run([sys.executable, *TRL.format(folder=folder).split(), *workers], folder)
     check(folder, folder / "out")
+
+
+TORCHRUN = """
+import torch
+from datasets import load_dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+config = SFTConfig("{folder}/out", max_steps=3, learning_rate=1e-2, report_to=[], use_cpu=True, bf16=False)
+lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+data = load_dataset("json", data_files="{folder}/data.jsonl", split="train")
+trainer = SFTTrainer("{folder}/model", config, train_dataset=data, peft_config=lora)
+assert torch.distributed.get_world_size() == 2 and torch.distributed.get_backend() == "gloo"
+trainer.train()
+trainer.save_model()
+"""
+
+
+def test_torchrun(folder: Path) -> None:
+    """The line of docs/trainers.md: two workers, a script that knows PEFT only."""
+    (folder / "train.py").write_text(TORCHRUN.format(folder=folder))
+    words = "run --gralora_k 2 --hybrid_r 4 -- torchrun --nproc_per_node 2 train.py".split()
+    run([sys.executable, "-m", "gralora.tool.cli", *words], folder)
+    check(folder, folder / "out")
