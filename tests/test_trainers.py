@@ -255,6 +255,6 @@ trainer.save_model()
 def test_torchrun(folder: Path) -> None:
     """The line of docs/trainers.md: two workers, a script that knows PEFT only."""
     (folder / "train.py").write_text(TORCHRUN.format(folder=folder))
-    words = "run --gralora_k 2 --hybrid_r 4 -- torchrun --nproc_per_node 2 train.py".split()
+    words = ["run", "--gralora_k", "2", "--hybrid_r", "4", "--", "torchrun", "--nproc_per_node", "2", "train.py"]
     run([sys.executable, "-m", "gralora.tool.cli", *words], folder)
     check(folder, folder / "out")
