@@ -1,11 +1,14 @@
 """The quality benchmark: what it runs, that it goes on where it stopped, what it trains, and what it concludes."""
 
+import io
 import itertools
 import json
 import math
 import multiprocessing
 import re
 import statistics
+import tarfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.quality import __main__ as quality
+from benchmarks.quality import corpus, runs, stats
 from benchmarks.quality import data as quality_data
 from benchmarks.quality import plan as quality_plan
 from benchmarks.quality import report as quality_report
-from benchmarks.quality import runs, stats
 from benchmarks.quality.data import Task
 from benchmarks.quality.generate import Generator
 from benchmarks.quality.plan import Results, Stage
@@ -297,7 +300,94 @@ def test_tiny_does_all_of_it(capsys: Any) -> None:
     assert "0 or more to do" in text and "GraLoRA k=2 r=8 against LoRA r=8" in text and "diverged" not in text
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("init", ["lora_ga", "corda", "eva", "pissa", "orthogonal"])
+def test_initialised_run_starts_at_the_model(init: str, task: Task) -> None:
+    """LoRA and grid alike; the second run starts where the first did, though the seed is another."""
+    for cell in (LORA, GRID):
+        own = trainer(replace(cell, r=4, init=init), task)
+        plain = trainer(replace(cell, r=4), task).test()["test_loss"]
+        first = own.run(Job(own.cell, 1e-2, 1, **RUN))
+        assert first["start_loss"] == pytest.approx(plain, abs=1e-4)
+        assert len(first["curve"]) == 4 and init in own.cell.name
+        own.reset(1e-2, 2)
+        assert own.test()["test_loss"] == pytest.approx(plain, abs=1e-4)
+        assert all(map(torch.equal, own.trainable, own.start))
+
+
+def test_loraplus_gives_B_another_rate(task: Task) -> None:
+    """A run with ratio 4 is one of torch's AdamW with two groups."""
+    cell = replace(GRID, ratio=4.0)
+    result = trainer(cell, task).run(Job(cell, 1e-2, 2, **RUN))
+    other = trainer(cell, task)
+    other.reset(1e-2, 2)
+    parts = [[p for n, p in other.lm.named_parameters() if f".lora_{f}." in n] for f in "AB"]
+    optimizer = torch.optim.AdamW([{"params": part} for part in parts], weight_decay=0.0)
+    for step in range(4):
+        for group, factor in zip(optimizer.param_groups, (1, 4), strict=True):
+            group["lr"] = 1e-2 * factor * schedule(step, 4)
+        rows = other.order[step]
+        optimizer.zero_grad()
+        (other.row_losses(other.tokens[rows], other.mask[rows]).sum() / other.mask[rows][:, 1:].sum()).backward()
+        optimizer.step()
+    assert result["test_loss"] == pytest.approx(other.test()["test_loss"], abs=1e-6)
+    assert "LoRA+ x4" in cell.name
+
+
 # Data
+
+
+def archive(folder: Path, name: str, metadata: str, files: dict[str, str]) -> None:
+    """A wheel, or by its name a source distribution."""
+    folder.mkdir(exist_ok=True)
+    if name.endswith(".whl"):
+        with zipfile.ZipFile(folder / name, "w") as wheel:
+            for path, text in files.items() | {"a.dist-info/METADATA": metadata}.items():
+                wheel.writestr(path, text)
+        return
+    with tarfile.open(folder / name, "w:gz") as sdist:
+        for path, text in files.items() | {"PKG-INFO": metadata}.items():
+            member = tarfile.TarInfo(f"a-1/{path}")
+            member.size = len(text)
+            sdist.addfile(member, io.BytesIO(text.encode()))
+
+
+def test_corpus_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there is not downloaded again, files of other kinds and outside of the archive are left out."""
+    monkeypatch.setattr(corpus.subprocess, "run", lambda *args, **kwargs: pytest.fail("pip was called"))
+    monkeypatch.setattr(corpus, "requirements", lambda domain: ["some-name==1.0"])
+    permissive = "Metadata-Version: 2.1\nClassifier: License :: OSI Approved :: MIT License\n"
+    files = {"a/m.py": "x = 1", "a/data.bin": "1", "../../escaped.py": "y = 2", "doc/index.rst": "Words"}
+    archive(tmp_path / "wheels", "some_name-1.0-py3-none-any.whl", permissive, files)
+    archive(tmp_path / "sdists", "Some.Name-1.0.tar.gz", permissive, files)
+    found = {domain: corpus.fetch(domain, tmp_path) for domain in corpus.DOMAINS}
+    kept = {d: {str(p.relative_to(f / "some-name")) for p in f.rglob("*.*")} for d, f in found.items()}
+    assert kept == {"source": {"a/m.py"}, "docs": {"doc/index.rst"}}
+    assert (found["source"] / "some-name/a/m.py").read_text() == "x = 1"
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "License-Expression: GPL-3.0-only\n",
+        "License: Mine\n",
+        "Classifier: License :: OSI Approved :: BSD License\nClassifier: License :: OSI Approved :: LGPLv3+\n",
+        "Name: a\n",
+    ],
+)
+def test_only_permissive_licences_are_read(metadata: str, tmp_path: Path) -> None:
+    archive(tmp_path / "wheels", "a-1-py3-none-any.whl", metadata, {"a/m.py": "x = 1"})
+    with pytest.raises(ValueError, match="a-1-py3-none-any.whl: its metadata have the licence"):
+        corpus.unpack(tmp_path / "wheels" / "a-1-py3-none-any.whl", tmp_path / "out", (".py",))
+    assert not (tmp_path / "out").exists()
+
+
+def test_lists_of_packages_have_both_parts() -> None:
+    """Versions are fixed, and there are packages to train on and to hold out."""
+    for domain in corpus.DOMAINS:
+        names = [requirement.partition("==") for requirement in corpus.requirements(domain)]
+        assert all(version for _, _, version in names) and len(set(names)) == len(names)
+        assert {quality_data.held_out(name) for name, _, _ in names} == {True, False}
 
 
 def test_python_is_held_out_by_package(tmp_path: Path) -> None:
@@ -308,12 +398,12 @@ def test_python_is_held_out_by_package(tmp_path: Path) -> None:
             (folder / name).mkdir(parents=True, exist_ok=True)
             letter = chr(ord("A") + number) if not name else "x"
             (folder / name / "m.py").write_text(letter * 50)
-    made = quality_data.python_task([tmp_path], lambda text: list(text.encode()), 0, 10, 50, 3, per_package=25)
+    made = quality_data.text_task("python", [tmp_path], lambda text: list(text.encode()), 0, 10, 50, 3, per_package=25)
     train, test = (set(np.unique(t)) - {0} for t in (made.train_tokens, made.test_tokens))
     assert not train & test and ord("x") not in train | test
     assert all(quality_data.held_out(f"package{letter - ord('A')}") for letter in test)
     with pytest.raises(ValueError, match="fewer than 5000"):
-        quality_data.python_task([tmp_path], lambda text: list(text.encode()), 0, 10, 5000, 3, per_package=25)
+        quality_data.text_task("python", [tmp_path], lambda text: list(text.encode()), 0, 10, 5000, 3, per_package=25)
 
 
 def test_fewer_rows_are_a_part_with_the_same_test(task: Task) -> None:

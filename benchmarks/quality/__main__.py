@@ -1,6 +1,7 @@
 """Quality of GraLoRA against LoRA at equal trainable parameters, each method at its own best learning rate.
 
     python -m benchmarks.quality data --task python --model MODEL --out python.npz [--data FOLDER ...]
+    python -m benchmarks.quality data --task source --model MODEL --packages FOLDER --out source.npz --train_rows 52000
     python -m benchmarks.quality run --model MODEL --tasks python.npz gsm8k.npz --results results.jsonl --budget_s 500
     python -m benchmarks.quality report benchmarks/results/quality-*.jsonl --out docs/quality.md
     python -m benchmarks.quality --tiny            # all of it on the CPU, in less than a minute
@@ -17,8 +18,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from . import corpus, plan, report
 from . import data as tasks
-from . import plan, report
 from .data import Task
 from .plan import Results
 from .runs import read, run
@@ -38,9 +39,14 @@ def data(args: argparse.Namespace) -> None:
         return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     end, length = tokenizer.eos_token_id, args.length + 1
+    rows = args.train_rows, args.test_rows, args.per_package
     if args.task == "python":
-        folders = args.data or tasks.default_folders()
-        task = tasks.python_task(folders, encode, end, length, args.train_rows, args.test_rows, args.per_package)
+        task = tasks.text_task("python", args.data or tasks.default_folders(), encode, end, length, *rows)
+    elif args.task in corpus.DOMAINS:
+        if args.packages is None:
+            raise ValueError(f"--task {args.task} needs --packages, a folder for what it downloads.")
+        folder, suffixes = corpus.fetch(args.task, args.packages), corpus.DOMAINS[args.task]
+        task = tasks.text_task(args.task, [folder], encode, end, length, *rows, suffixes, longest=100_000)
     elif args.task == "gsm8k":
         task = tasks.gsm8k_task(args.train[0], args.test, encode, end, length)
     else:
@@ -59,7 +65,7 @@ def tiny(folder: Path, workers: int) -> Results:
     def encode(text: str) -> list[int]:
         return list(text.encode())
 
-    task = tasks.python_task([tasks.default_folders()[0]], encode, 0, 65, 256, 32, 8)
+    task = tasks.text_task("python", [tasks.default_folders()[0]], encode, 0, 65, 256, 32, 8)
     task.save(folder / "python.npz")
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -82,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tiny", action="store_true", help="run everything in the small on the CPU, print the report")
     commands = p.add_subparsers(dest="command")
     d = commands.add_parser("data", help="make a task's tokens")
-    d.add_argument("--task", choices=["python", "gsm8k", "choice", "fewer"], required=True)
+    d.add_argument("--task", choices=["python", "gsm8k", "choice", "fewer", *corpus.DOMAINS], required=True)
     d.add_argument("--model", type=Path, help="folder with the tokenizer; not for fewer")
     d.add_argument("--out", type=Path, required=True)
     d.add_argument(
@@ -95,10 +101,11 @@ def parser() -> argparse.ArgumentParser:
         help="gsm8k: the .jsonl; choice: .json files in LLM-Adapters' layout; fewer: a task's .npz",
     )
     d.add_argument("--test", type=Path, help="as --train")
+    d.add_argument("--packages", type=Path, help="source, docs: folder for the packages, about 0.5 GB")
     d.add_argument("--length", type=int, default=512, help="tokens a row [512]")
-    d.add_argument("--train_rows", type=int, default=6400, help="python, fewer: [6400]")
-    d.add_argument("--test_rows", type=int, default=128, help="python: [128]")
-    d.add_argument("--per_package", type=int, default=200, help="python: most rows of one package [200]")
+    d.add_argument("--train_rows", type=int, default=6400, help="not for questions: [6400]")
+    d.add_argument("--test_rows", type=int, default=128, help="of text: [128]")
+    d.add_argument("--per_package", type=int, default=200, help="of text: most rows of one package [200]")
     r = commands.add_parser("run", help="make the runs that are not there yet")
     r.add_argument("--model", type=Path, required=True, help="folder of a causal LM of the Llama family")
     r.add_argument("--tasks", type=Path, nargs="+", required=True, help=".npz files of `data`")

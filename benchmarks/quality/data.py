@@ -65,16 +65,16 @@ def fewer_rows(task: Task, rows: int) -> Task:
     return replace(task, **names)
 
 
-# Python source
+# Text by package
 
 
-def python_files(folders: list[Path]) -> dict[str, list[Path]]:
-    """Source files by package, the first part of their path below one of the folders; no tests, no vendored copies."""
+def files_by_package(folders: list[Path], suffixes: tuple[str, ...] = (".py",)) -> dict[str, list[Path]]:
+    """Files by package, the first part of their path below one of the folders; no tests, no vendored copies."""
     packages: dict[str, list[Path]] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise ValueError(f"--data {str(folder)!r} is no folder of Python packages.")
-        for path in sorted(folder.rglob("*.py")):
+            raise ValueError(f"--data {str(folder)!r} is no folder of packages.")
+        for path in sorted(p for p in folder.rglob("*") if p.name.endswith(suffixes) and p.is_file()):
             parts = path.relative_to(folder).parts
             excluded = {"_vendor", "site-packages", "test", "tests", "idlelib", "lib2to3"}.intersection(parts[:-1])
             if not excluded and not parts[0].startswith("."):
@@ -87,45 +87,58 @@ def held_out(package: str, one_in: int = 8) -> bool:
     return int(hashlib.sha256(package.encode()).hexdigest(), 16) % one_in == 0
 
 
-def python_task(
-    folders: list[Path], encode: Encode, end: int, length: int, train_rows: int, test_rows: int, per_package: int
+def text_task(
+    name: str,
+    folders: list[Path],
+    encode: Encode,
+    end: int,
+    length: int,
+    train_rows: int,
+    test_rows: int,
+    per_package: int,
+    suffixes: tuple[str, ...] = (".py",),
+    longest: int = 20_000,
 ) -> Task:
-    """Python source held out by package: rows of text in order, at most `per_package` from one package.
+    """Text held out by package: rows of it in order, at most `per_package` from one package.
 
     Args:
+        name: of the task.
         folders: whose subfolders and modules are the packages; the standard library and site-packages, say.
         encode: text to token ids below 65536.
         end: the id between two files.
         length: tokens a row; one more than the model sees, since targets are shifted.
+        suffixes: of the files.
+        longest: characters of a file that are read.
     """
     rows: dict[bool, list[list[int]]] = {True: [], False: []}
     wanted = {True: test_rows, False: train_rows}
     # in the order of a hash: the alphabet would fill the rows with the first packages
     for package, files in sorted(
-        python_files(folders).items(), key=lambda item: hashlib.md5(item[0].encode()).digest()
+        files_by_package(folders, suffixes).items(), key=lambda item: hashlib.md5(item[0].encode()).digest()
     ):
         test = held_out(package)
         limit = max(per_package // 25, 1) if test else per_package  # the test is small: of many packages a little
         if len(rows[test]) < wanted[test]:
-            rows[test] += _rows_of(files, encode, end, length, limit)
+            rows[test] += _rows_of(files, encode, end, length, limit, longest)
     for test, count in wanted.items():
         if len(rows[test]) < count:
             raise ValueError(
-                f"the Python files under {[str(f) for f in folders]} give {len(rows[test])} rows of {length} tokens "
-                f"for the {'test' if test else 'training'}, fewer than {count}; add folders with --data."
+                f"the {', '.join(suffixes)} files under {[str(f) for f in folders]} give {len(rows[test])} rows of "
+                f"{length} tokens for the {'test' if test else 'training'}, fewer than {count}; add folders with "
+                "--data, raise --per_package, or ask for fewer."
             )
     train, test_ = (np.array(rows[test][: wanted[test]], dtype=np.uint16) for test in (False, True))
-    return Task("python", train, np.ones(train.shape, bool), test_, np.ones(test_.shape, bool))
+    return Task(name, train, np.ones(train.shape, bool), test_, np.ones(test_.shape, bool))
 
 
-def _rows_of(files: list[Path], encode: Encode, end: int, length: int, limit: int) -> list[list[int]]:
+def _rows_of(files: list[Path], encode: Encode, end: int, length: int, limit: int, longest: int) -> list[list[int]]:
     stream: list[int] = []
     for path in files:
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        stream += encode(text[:20_000]) + [end]  # of generated tables the beginning is enough
+        stream += encode(text[:longest]) + [end]  # of generated tables the beginning is enough
         if len(stream) >= limit * length:
             break
     return [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)][:limit]

@@ -49,7 +49,7 @@ class Results:
             self.add(record)
 
     def add(self, record: dict[str, Any]) -> None:
-        record = {"start": 1.0} | record  # the first runs were made before there was a start
+        record = {"start": 1.0, "init": "", "ratio": 1.0} | record  # earlier runs were made before there were these
         self._records[_identity(record)] = record
 
     def get(self, job: Job) -> dict[str, Any] | None:
@@ -69,7 +69,10 @@ class Results:
         return len(self._records)
 
 
-KEY = ("task", "method", "r", "k", "hybrid_r", "scale", "start", "lr", "seed", "steps", "tokens_per_step")
+KEY = (
+    *("task", "method", "r", "k", "hybrid_r", "scale", "start", "init", "ratio"),
+    *("lr", "seed", "steps", "tokens_per_step"),
+)
 
 
 def _identity(record: dict[str, Any]) -> tuple:
@@ -140,6 +143,38 @@ def grid(task: str, r: int, k: int, hybrid_r: int = 0, power: float = 0.0, small
     return Cell(task, "gralora", r, k, hybrid_r, scale, 1 / scale if smaller_start else 1.0)
 
 
+def much_data(task: str) -> list[Stage]:
+    """What high rank is worth where there is much to learn, for text of this kind; what decides comes first."""
+
+    def matched(r: int, k: int) -> Cell:
+        return grid(task, r, k, power=0.5)
+
+    wide = (-3, -2, -1, 0, 1, 2, 3, 4)  # to see how far from the best rate a method still works
+    return [
+        Stage(f"{task}, r=128", (lora(task, 128), matched(128, 4)), seeds=3, seeds_at_loras=1),
+        Stage(f"{task}, r=256 and 16", (lora(task, 256), matched(256, 4), lora(task, 16), matched(16, 2)), seeds=3),
+        Stage(f"{task}, full fine-tuning and rsLoRA", (Cell(task, "full"), Cell(task, "rslora", 128)), seeds=3),
+        Stage(f"{task}, other k", (matched(128, 2), matched(128, 8), matched(256, 8)), seeds=3),
+        Stage(f"{task}, r=64", (lora(task, 64), matched(64, 4)), seeds=3),
+        Stage(f"{task}, lora_alpha / r", (grid(task, 128, 4), grid(task, 256, 4)), seeds=3, seeds_at_loras=1),
+        Stage(
+            f"{task}, LoRA-GA", tuple(replace(c, init="lora_ga") for c in (lora(task, 64), matched(64, 4))), seeds=3
+        ),
+        Stage(f"{task}, width", (lora(task, 128), matched(128, 4), grid(task, 128, 4)), seeds=0, exponents=wide),
+        Stage(f"{task}, LoRA+", tuple(replace(c, ratio=4.0) for c in (lora(task, 128), matched(128, 4))), seeds=3),
+        Stage(f"{task}, rsLoRA", tuple(Cell(task, "rslora", r) for r in (256, 64, 16)), seeds=3),
+        Stage(
+            f"{task}, initialisations",
+            tuple(
+                replace(c, init=init)
+                for init in ("pissa", "olora", "orthogonal", "eva", "corda")
+                for c in (lora(task, 64), matched(64, 4))
+            ),
+            seeds=0,
+        ),
+    ]
+
+
 def stages(tasks: Iterable[str]) -> list[Stage]:
     """What is asked, first to last; of the tasks that are there."""
     tasks = list(tasks)
@@ -195,6 +230,7 @@ def stages(tasks: Iterable[str]) -> list[Stage]:
         Stage("smaller start of A", (grid(python, 64, 4, power=0.5, smaller_start=True),), seeds=4),
         Stage("larger scaling", tuple(grid(python, 64, k, power=1.0) for k in (4, 2, 8)), seeds=0),
     ]
+    order = much_data("source") + order + much_data("docs")
     kept = [replace(stage, cells=tuple(c for c in stage.cells if c.task in tasks)) for stage in order]
     return [stage for stage in kept if stage.cells]
 

@@ -23,9 +23,11 @@ import gralora
 
 from .data import Task, gsm8k_number
 from .generate import Generator
+from .starts import adapted
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NEW_TOKENS = 192  # of a generated answer; 99% of GSM8K's have fewer
+POINTS = 40  # of a learning curve
 SIZES_AT = (1, 10, 50)  # steps after which the size of the update is noted, and after the last
 
 
@@ -38,6 +40,8 @@ class Cell:
         r: total rank; 0 for full fine-tuning.
         scale: factor on lora_alpha / r, which is 1 (rsLoRA: on lora_alpha / sqrt(r), lora_alpha = r).
         start: factor on the initial entries of A.
+        init: of PEFT's `init_lora_weights`; empty for its default. All seeds then start from the same factors.
+        ratio: the learning rate of B over that of A, as in LoRA+ (arXiv 2402.12354).
     """
 
     task: str
@@ -47,6 +51,8 @@ class Cell:
     hybrid_r: int = 0
     scale: float = 1.0
     start: float = 1.0
+    init: str = ""
+    ratio: float = 1.0
 
     @property
     def name(self) -> str:
@@ -55,7 +61,10 @@ class Cell:
         words = {"lora": "LoRA", "rslora": "rsLoRA", "gralora": f"GraLoRA k={self.k}"}[self.method]
         words += f" hybrid_r={self.hybrid_r}" if self.hybrid_r else ""
         words += f" scaling x{self.scale:.3g}" if self.scale != 1 else ""
-        return words + (f" A x{self.start:.3g}" if self.start != 1 else "") + f" r={self.r}"
+        words += f" A x{self.start:.3g}" if self.start != 1 else ""
+        words += f" {self.init}" if self.init else ""
+        words += f" LoRA+ x{self.ratio:.3g}" if self.ratio != 1 else ""
+        return f"{words} r={self.r}"
 
     def config(self) -> peft.LoraConfig:
         """All linears of the decoder layers, no dropout."""
@@ -95,9 +104,10 @@ class Trainer:
             self.lm = model
             self.start = [p.detach().clone() for p in model.parameters()]
         else:
-            for p in model.requires_grad_(False).parameters():  # not the rotary frequencies, which are a buffer
-                p.data = p.data.to(torch.bfloat16 if self.cuda else torch.float32)
-            self.lm = peft.get_peft_model(model, cell.config()).base_model.model
+            self.lm = adapted(model.requires_grad_(False), cell, torch.from_numpy(task.train_tokens.astype(np.int64)))
+            for p in self.lm.parameters():  # not the rotary frequencies, which are a buffer
+                if not p.requires_grad:
+                    p.data = p.data.to(torch.bfloat16 if self.cuda else torch.float32)
         self.decoder = self.lm.model.train()
         self.layers: list[Callable[..., Tensor]] = list(self.decoder.layers)
         self.row_loss: Callable[..., Tensor] = row_loss
@@ -108,6 +118,8 @@ class Trainer:
         self.trainable = [p for p in self.lm.parameters() if p.requires_grad]
         for p in self.trainable:
             p.data = p.data.float()
+        if cell.init:
+            self.start = [p.detach().clone() for p in self.trainable]
         self.adapted = [m for m in self.lm.modules() if isinstance(m, LoraLayer)]
 
         length = task.train_tokens.shape[1] - 1
@@ -119,9 +131,15 @@ class Trainer:
         self.lrs, self.losses = (torch.zeros(steps, device=self.device) for _ in range(2))
         self.count = torch.zeros(1, dtype=torch.long, device=self.device)
         self.test_rows = torch.zeros(self.batch, dtype=torch.long, device=self.device)
-        self.lr = torch.zeros((), device=self.device)
+        of_B = {id(p) for layer in self.adapted for p in layer.lora_B.parameters()} if cell.ratio != 1 else set()
+        groups = [([p for p in self.trainable if id(p) not in of_B], 1.0)]
+        groups += [([p for p in self.trainable if id(p) in of_B], cell.ratio)] if of_B else []
+        self.rates = [(torch.zeros((), device=self.device), factor) for _, factor in groups]
         self.optimizer = torch.optim.AdamW(
-            self.trainable, lr=self.lr, weight_decay=0.0, fused=True, capturable=self.cuda
+            [{"params": members, "lr": lr} for (members, _), (lr, _) in zip(groups, self.rates, strict=True)],
+            weight_decay=0.0,
+            fused=True,
+            capturable=self.cuda,
         )
         self.before: dict[str, float | None] = {}
         self.generator: Generator | None = None
@@ -152,7 +170,8 @@ class Trainer:
         for p, gradient in zip(self.trainable, torch.autograd.grad(loss, self.trainable), strict=True):
             p.grad = gradient.contiguous()  # a fused AdamW reads memory in the parameter's order
         self.losses.index_copy_(0, self.count, loss.detach()[None])
-        self.lr.copy_(self.lrs.index_select(0, self.count)[0])
+        for lr, factor in self.rates:
+            lr.copy_(self.lrs.index_select(0, self.count)[0] * factor)
         self.optimizer.step()
         self.count += 1
 
@@ -185,7 +204,7 @@ class Trainer:
     def reset(self, lr: float, seed: int) -> None:
         """Back to the start: adapters as PEFT initialises them, from this seed; rows in this seed's order."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        if self.cell.method == "full":
+        if self.cell.method == "full" or self.cell.init:
             for p, start in zip(self.trainable, self.start, strict=True):
                 p.copy_(start)
         else:
@@ -216,8 +235,9 @@ class Trainer:
 
         Returns:
             test_loss (held out, nats a token), for some tasks accuracy or exact_match, each also before training
-            (start_loss, ...); train_loss (mean of the last tenth), update_rms (steps -> root mean square of dW's
-            entries, mean over layers), parameters, seconds. Losses are None where the run diverged.
+            (start_loss, ...); train_loss (mean of the last tenth), curve (of each fortieth), update_rms (steps -> root
+            mean square of dW's entries, mean over layers), parameters, seconds. Losses are None where the run
+            diverged.
         """
         start = time.perf_counter()
         self.reset(job.lr, job.seed)
@@ -234,6 +254,7 @@ class Trainer:
         results = {
             "test_loss": None,
             "train_loss": _finite(self.losses[-max(self.steps // 10, 1) :].mean().item()),
+            "curve": [_finite(part.mean().item()) for part in self.losses.tensor_split(min(POINTS, self.steps))],
             "update_rms": {str(step): _finite(size) for step, size in sizes.items()},
             "parameters": sum(p.numel() for p in self.trainable),
             "train_s": time.perf_counter() - start,
