@@ -12,7 +12,7 @@ FLOORS = (  # lowest first, as in docs/design.md; a file that is named nowhere i
     {"versions", "strings", "seam"},
     {"ops"},
     {"blocks", "factors"},
-    {"config", "fields", "inits"},
+    {"config", "decompositions", "fields", "inits"},
     set(),
     {"checkpoints"},
     {"tool", "plugins"},

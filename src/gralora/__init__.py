@@ -21,7 +21,7 @@ _LAZY = {  # name -> module, imported when the name is first used
     "load_adapter": "checkpoints.load",
     "merge_adapter": "checkpoints.merge",
     "prepare_model_for_compiled_hotswap": "hotswap",
-    "replace_lora_weights_loftq": "loftq",
+    "replace_lora_weights_loftq": "checkpoints.loftq",
     "to_lora": "checkpoints.export",
 }
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import blocks_of_A, blocks_of_B
-from .checkpoints.base import SINGLE, BaseModel, base_folder
-from .checkpoints.files import read_safetensors
-from .decompositions import blocks_of, pissa, write
-from .layers import GraloraLayer
-from .seam import dequantize_module_weight
+from ..blocks import blocks_of_A, blocks_of_B
+from ..decompositions import blocks_of, pissa, write
+from ..layers import GraloraLayer
+from ..seam import dequantize_module_weight
+from .base import SINGLE, BaseModel, base_folder
+from .files import read_safetensors
 
 
 @torch.no_grad()
