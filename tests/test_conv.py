@@ -24,6 +24,11 @@ from kinds_table import GEOMETRIES, naive_kernel
 from kinds_table import IMAGES as SIZES
 from peft import get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import gralora
+from gralora.ops import Factors
+from gralora.ops.convolution import FEW, definition, parts
 
 CASES = [Case(1, 4, 0, 6, 10), Case(2, 7, 3, 8, 6), Case(4, 10, 2, 8, 12)]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
@@ -162,3 +167,107 @@ def test_auto_k_counts_the_channels():
         get_peft_model(model, gralora_config("auto", 64, target_modules=["layer"])).peft_config["default"].gralora_k
         == 2
     )
+
+
+LAYOUTS = [
+    (1, torch.contiguous_format),
+    (2, torch.contiguous_format),
+    (2, torch.channels_last),
+    (3, torch.channels_last_3d),
+]
+MANY, MORE = Case(4, 36, 4, 8, 12), Case(2, 36, 0, 8, 12)  # more sub-ranks than one dense convolution is made of
+
+
+def one_operation(case, dims, dtype, memory_format, geometry="strided"):
+    """A trained layer and its input, in a memory format."""
+    model = adapted(one_conv(case, dims, geometry).to(dtype), case_config(case), autocast_adapter_dtype=False).train()
+    x = images(case, dims).to(dtype).contiguous(memory_format=memory_format)
+    return model.to(memory_format=memory_format) if dims > 1 else model, x
+
+
+def formula(model, x):
+    """The definition in torch's operations, of any dtype."""
+    layer = only_layer(model)
+    A, B, *hybrid = factors_of(layer)
+    y = definition(x, Factors(A, B, *hybrid), layer.lora_A["default"].geometry)
+    return layer.base_layer(x) + 3 * y
+
+
+def results(model, x, compute, mode=""):
+    x = x.detach().clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        y = checkpoint(compute, x, use_reentrant=False) if mode == "checkpointing" else compute(x)
+    inputs = [x, *adapter_parameters(model).values()]
+    return [y, *torch.autograd.grad(y, inputs, random_input(*y.shape, seed=9).to(y.dtype))]
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[-1], MANY, MORE], ids=str)
+@pytest.mark.parametrize("dims, memory_format", LAYOUTS, ids=str)
+@pytest.mark.parametrize("mode", ["bfloat16", "autocast", "checkpointing"])
+def test_one_operation(case, dims, memory_format, mode, monkeypatch):
+    """Any number of sub-ranks, memory format and dtype: at most twice as far from float64 as plain torch."""
+    monkeypatch.setitem(FEW, "cpu", FEW["cuda"])
+    dtype = {"autocast": torch.float32, "checkpointing": torch.float64}.get(mode, torch.bfloat16)
+    model, x = one_operation(case, dims, dtype, memory_format)
+    call = only_layer(model).fused_call(x)
+    assert call is not None and gralora.describe(model).startswith("1 of 1 LoRA layers run as one operation")
+    laid_out = parts(call.adapters[0].factors, dtype)
+    assert len(laid_out) == (2 if case is MANY else 1)
+    assert laid_out[0].groups == (case.k if case in (MANY, MORE) else 1)
+    exact = copy.deepcopy(model).double()
+    wanted = results(exact, x.double(), lambda x: formula(exact, x))
+    found = results(model, x, model, mode)
+    assert found[0].stride() == only_layer(model).base_layer(x).stride()
+    for own, expected, plain in zip(found, wanted, results(model, x, lambda x: formula(model, x), mode), strict=True):
+        if dtype is torch.float64:
+            assert_close64(own, expected)
+        assert_accurate(own, expected, plain)
+
+
+@pytest.mark.parametrize("case", [CASES[-1], MANY], ids=str)
+def test_second_derivatives_and_those_that_nobody_needs(case):
+    model, x = one_operation(case, 2, torch.float64, torch.contiguous_format)
+    tensors = factors_of(only_layer(model)).tensors()
+    found = []
+    for compute in (model, lambda x: formula(model, x)):
+        gradients = torch.autograd.grad(1e-2 * compute(x).square().mean(), tensors, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), tensors))
+    for own, expected in zip(*found, strict=True):
+        assert_close64(own, expected)
+    dy = torch.autograd.grad(formula(model, x).square().sum(), tensors)
+    for n, t in enumerate(tensors):
+        model.requires_grad_(False)
+        t.requires_grad_(True)
+        model(x).square().sum().backward()
+        assert_close64(t.grad, dy[n])
+        t.grad = None
+        assert all(p.grad is None for p in model.parameters())
+
+
+@dims
+def test_base_layer_keeps_what_it_returns(dims):
+    """A hook on the base layer sees its output, which nothing changes afterwards; the layer's own may be changed."""
+    case = CASES[1]
+    model, x = adapted(one_conv(case, dims), case_config(case)).train(), images(case, dims)
+    layer, seen = only_layer(model), []
+    wanted = model(x)
+    handle = layer.base_layer.register_forward_hook(lambda module, args, y: seen.append(y))
+    assert_close64(model(x), wanted)
+    assert_close64(seen[0], layer.base_layer(x))
+    handle.remove()
+    y = model(x)
+    y.mul_(2).sum().backward()
+    assert_close64(y, 2 * wanted)
+
+
+def test_dropout_without_bias():
+    """As torch's own dropout with the same seed, one mask for each adapter."""
+    case = CASES[1]
+    model = adapted(one_conv(case, 2), case_config(case, lora_dropout=0.5)).train()
+    layer, x = only_layer(model), images(case, 2)
+    assert layer.fused_call(x).adapters[0].p == 0.5
+    torch.manual_seed(0)
+    out = model(x)
+    torch.manual_seed(0)
+    dropped = nn.functional.dropout(x, 0.5)
+    assert_close64(out, layer.base_layer(x) + 3 * like(layer.base_layer, naive_kernel(layer))(dropped))

@@ -6,19 +6,21 @@ dilation. The sub-ranks are exchanged at every position, and B_j is a 1x1 convol
 `[O, I, *kernel]`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
 from .blocks import GranularDown, GranularUp
+from .fast_path import Adapter, adapters_of, setting_of
 from .layers import GraloraLayer
 from .ops import Factors
-from .ops.torch_seam import reversed_padding
+from .ops.convolution import Geometry, conv_down, conv_update, convolve
+from .ops.torch_seam import has_hooks, is_view, reversed_padding
 from .seam import Conv1d
 
-CONVOLUTIONS = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)
+FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 class ConvDown(GranularDown):
@@ -32,11 +34,15 @@ class ConvDown(GranularDown):
     def __init__(self, weight: Tensor, hybrid_weight: Tensor | None, base: Any) -> None:
         """Take the attributes, and in `base` the adapted nn.Conv1d, nn.Conv2d or nn.Conv3d."""
         super().__init__(weight, hybrid_weight)
-        self.options = {"stride": base.stride, "padding": base.padding, "dilation": base.dilation}
-        self.pad: tuple[list[int], str] | None = None
-        if base.padding_mode != "zeros":  # as nn.Conv2d does it
-            self.pad = reversed_padding(base), base.padding_mode
-            self.options["padding"] = 0
+        self.geometry, self.pad = geometry_of(base)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Do what `to` and the like do; as a matrix for each block, A is no image to `to(memory_format=...)`."""
+
+        def apply(t: Tensor) -> Tensor:
+            return fn(t) if t.dim() != self.weight.dim() else fn(t.flatten(1, -2)).unflatten(1, t.shape[1:-1])
+
+        return super()._apply(apply, recurse)
 
     @classmethod
     def from_conv(cls, conv: Any, base: Any, k: int, hybrid_r: int) -> "ConvDown":
@@ -48,16 +54,11 @@ class ConvDown(GranularDown):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., I, *space]` -> exchanged sub-ranks and hybrid part, `[..., k * r_g + hybrid_r, *space']`."""
-        if self.pad is not None:
-            x = nn.functional.pad(x, self.pad[0], mode=self.pad[1])
-        k, r_g, dims = self.weight.shape[0], self.weight.shape[-1], self.weight.ndim - 3
-        convolve = CONVOLUTIONS[dims - 1]
-        h = convolve(x, self.weight.movedim(-1, 1).flatten(0, 1), groups=k, **self.options)
-        channels = h.ndim - dims - 1
-        g = h.unflatten(channels, (k, k, r_g // k)).transpose(channels, channels + 1).flatten(channels, channels + 2)
+        x = padded(x, self.pad)
+        g = conv_down(x, self.weight, self.geometry)
         if self.hybrid_weight is None:
             return g
-        return torch.cat([g, convolve(x, self.hybrid_weight, **self.options)], dim=channels)
+        return torch.cat([g, convolve(x, self.hybrid_weight, self.geometry)], dim=2 - self.weight.dim())
 
     def features(self) -> str:
         return f"{super().features()}, kernel={tuple(self.weight.shape[2:-1])}"
@@ -122,11 +123,82 @@ class GranularConv(GraloraLayer):
         """Recognise a factor with more than three dimensions; `target_parameters` tells experts' factors apart."""
         return "a convolution's factor" if tensor.endswith(".lora_A.weight") and ndim > 3 else ""
 
-    def fused_call(self, x: Tensor) -> None:
-        return None
+    factor_modules = ConvDown, ConvUp
+
+    def fused_call(self, x: Tensor) -> "ConvCall | None":  # type: ignore[override]
+        """The operation that computes this layer for x `[N, I, *space]`, or None where PEFT's forward is needed."""
+        setting = setting_of(self, x)
+        if setting is None or torch.compiler.is_compiling() or x.dim() != len(self.get_base_layer().kernel_size) + 2:
+            return None
+        names, dtype, autocast = setting
+        adapters = adapters_of(self, names, None if autocast else dtype)
+        if not adapters:
+            return None
+        down = self.lora_A[names[0]]
+        return ConvCall(self.base_layer, adapters, dtype, down.geometry, down.pad)
 
     def mixed_output(self, x: Tensor, adapter_names: Any) -> None:
         return None
+
+
+class ConvCall(NamedTuple):
+    """One operation that computes an adapted convolution: `call(x)` is the layer's output.
+
+    Attributes:
+        base: the base layer, which is called.
+        adapters: the active ones, each of which adds its output.
+        dtype: what they are computed in.
+        geometry, pad: of the layer; see `geometry_of`.
+    """
+
+    base: nn.Module
+    adapters: list[Adapter]
+    dtype: torch.dtype
+    geometry: Geometry
+    pad: Any
+
+    @property
+    def weight(self) -> None:
+        """None, since the base layer is called: no operation of several layers takes this one in."""
+        return None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if type(self.base).forward not in FORWARDS or is_view(y) or has_hooks(self.base) or not _is_dense(y):
+            y = y.clone(memory_format=torch.contiguous_format)  # must be nobody else's, nor kept for the backward
+        for factors, p, _ in self.adapters:
+            seen = nn.functional.dropout(x, p) if p else x
+            y = conv_update(y, padded(seen.to(self.dtype), self.pad), factors, self.geometry)
+        return y
+
+
+def _is_dense(y: Tensor) -> bool:
+    """Whether y is contiguous in one of torch's memory formats."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return y.is_contiguous() or y.dim() in formats and y.is_contiguous(memory_format=formats[y.dim()])
+
+
+def geometry_of(base: Any) -> tuple[Geometry, tuple[list[int], str] | None]:
+    """How the kernel of a convolution moves, and what x is padded with before: arguments of `padded`, or None.
+
+    Padding that is not of zeros, or not the same on both sides, is done before, as torch's own layers do it.
+    """
+    padding, pad = base.padding, None
+    if padding == "valid":
+        padding = (0,) * len(base.kernel_size)
+    elif padding == "same":
+        sizes = reversed_padding(base)[::-1]  # right and left of each axis, in their order
+        if sizes[::2] == sizes[1::2]:
+            padding = tuple(sizes[::2])
+        else:
+            pad = reversed_padding(base), "constant"
+    if base.padding_mode != "zeros":
+        pad = reversed_padding(base), base.padding_mode
+    return Geometry(base.stride, (0,) * len(base.kernel_size) if pad else padding, base.dilation), pad
+
+
+def padded(x: Tensor, pad: tuple[list[int], str] | None) -> Tensor:
+    return x if pad is None else nn.functional.pad(x, pad[0], mode=pad[1])
 
 
 def conv_obstacle(base: Any) -> str:
@@ -136,6 +208,6 @@ def conv_obstacle(base: Any) -> str:
             f"with groups={base.groups}, whose channels are connected only within a group, so that a grid over all "
             "channels could not be merged into its weight"
         )
-    if type(base).forward not in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
+    if type(base).forward not in FORWARDS:
         return "whose class has a forward of its own, so that it may be another map than its weight's convolution"
     return ""

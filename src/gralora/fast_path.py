@@ -156,21 +156,10 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
         layer: a `FusedLayer` over PEFT's layer for a linear map.
         x: its input, `[..., I]`.
     """
-    own = layer.__dict__
-    if own["_disable_adapters"] or own["merged_adapters"] or plans.choice == "reference" or not x.numel():
+    setting = setting_of(layer, x)
+    if setting is None:
         return None
-    if has_global_hooks() or is_transformed():
-        return None
-    modules = own["_modules"]
-    downs = children_of(modules["lora_A"])
-    names = layer.active_adapters
-    if len(names) != 1:
-        names = [name for name in names if name in downs]
-    device = "cuda" if x.is_cuda else x.device.type  # making the string costs more than all the checks above
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    if x.dtype == torch.float64 if autocast else False:
-        return None
+    names, dtype, autocast = setting
     adapters = adapters_of(layer, names, None if autocast else dtype)
     if not adapters:
         return None
@@ -181,7 +170,7 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
         adapters = _together(adapters)
     (factors, p, _), *more = adapters
 
-    base = modules["base_layer"]
+    base = layer.__dict__["_modules"]["base_layer"]
     weight: Tensor | PackedWeight | None
     weight, bias = _weights(base)
     if weight is not None and not autocast and weight.dtype != dtype:
@@ -198,6 +187,35 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
     return FusedCall(base, weight, bias, factors, p, dtype, tuple(more), magnitude)
 
 
+def setting_of(layer: Any, x: Tensor) -> tuple[list[str], torch.dtype, bool] | None:
+    """The active adapters, the dtype that is computed in, and whether autocast sets it; None if PEFT's forward is.
+
+    What it asks of layer and call does not depend on the kind of layer; see `fused_call`.
+    """
+    own = layer.__dict__
+    if own["_disable_adapters"] or own["merged_adapters"] or not _is_ordinary(x):
+        return None
+    names = layer.active_adapters
+    if len(names) != 1:
+        downs = children_of(own["_modules"]["lora_A"])
+        names = [name for name in names if name in downs]
+    dtype, autocast = _dtype_of(x)
+    return None if dtype is None else (names, dtype, autocast)
+
+
+def _is_ordinary(x: Tensor) -> bool:
+    """Whether x is not empty, and nothing at work has to see single operations."""
+    return plans.choice != "reference" and x.numel() > 0 and not has_global_hooks() and not is_transformed()
+
+
+def _dtype_of(x: Tensor) -> tuple[torch.dtype | None, bool]:
+    """What is computed in, and whether autocast sets it; None for what autocast leaves as it is."""
+    device = "cuda" if x.is_cuda else x.device.type  # making the string costs more than all other checks
+    if not torch.is_autocast_enabled(device):
+        return x.dtype, False
+    return None if x.dtype == torch.float64 else torch.get_autocast_dtype(device), True
+
+
 def adapters_of(layer: Any, names: Sequence[str], dtype: torch.dtype | None) -> list[Adapter] | None:
     """The adapters of these names, or None if `fused_call` is not to compute one of them.
 
@@ -209,7 +227,8 @@ def adapters_of(layer: Any, names: Sequence[str], dtype: torch.dtype | None) -> 
     own = layer.__dict__
     modules = own["_modules"]
     downs, ups, dropouts = (children_of(modules[name]) for name in ("lora_A", "lora_B", "lora_dropout"))
-    fuses_plain = layer.fuses_plain or len(names) > 1 and any(type(downs.get(name)) is GranularDown for name in names)
+    down_class, up_class = layer.factor_modules
+    fuses_plain = layer.fuses_plain or len(names) > 1 and any(type(downs.get(name)) is down_class for name in names)
     adapters = []
     for name in names:
         if name not in downs:
@@ -220,7 +239,7 @@ def adapters_of(layer: Any, names: Sequence[str], dtype: torch.dtype | None) -> 
             if magnitude is None:
                 return None
         A, B, dropout = downs[name], ups[name], dropouts[name]
-        is_grid = type(A) is GranularDown and type(B) is GranularUp
+        is_grid = type(A) is down_class and type(B) is up_class
         if not (is_grid or fuses_plain and type(A) is type(B) is Linear) or type(dropout) not in (Identity, Dropout):
             return None
         factors_A, factors_B = unhooked_parameters(A), unhooked_parameters(B)
@@ -235,7 +254,7 @@ def adapters_of(layer: Any, names: Sequence[str], dtype: torch.dtype | None) -> 
         A_hybrid, B_hybrid = factors_A.get("hybrid_weight"), factors_B.get("hybrid_weight")
         scaling = own["scaling"][name]
         if is_grid and B.gralora_scaling != "lora":
-            k, _, r_g = A_weight.shape
+            k, *_, r_g = A_weight.shape
             scaling = scaling * scaling_gain(B.gralora_scaling, k, r_g, 0 if A_hybrid is None else A_hybrid.shape[0])
         if isinstance(scaling, Tensor):  # prepare_model_for_compiled_hotswap: a number would be compiled in
             B_weight, B_hybrid = B_weight * scaling, None if B_hybrid is None else B_hybrid * scaling
@@ -259,13 +278,8 @@ def mixed_output(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> Tensor 
         x: its input, `[N, ..., I]`.
         adapter_names: of each row; a name that the layer has no adapter of, as "__base__", stands for none.
     """
-    if plans.choice == "reference" or not x.numel() or has_global_hooks() or is_transformed():
-        return None
-    if torch.compiler.is_compiling():
-        return None
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    if x.dtype == torch.float64 if autocast else False:
+    dtype, autocast = _dtype_of(x)
+    if dtype is None or not _is_ordinary(x) or torch.compiler.is_compiling():
         return None
     names = [name for name in dict.fromkeys(adapter_names) if name in layer.lora_A]
     adapters = adapters_of(layer, names, None if autocast else dtype)
@@ -331,6 +345,9 @@ class FusedLayer(Transparent, Stock):
 
     fuses_plain = True
     """Whether plain LoRA adapters are computed so; `accelerate` sets it in single layers of subclasses."""
+
+    factor_modules: tuple[type[GranularDown], type[GranularUp]] = GranularDown, GranularUp
+    """The classes of A and B of a GraLoRA adapter."""
 
     fused_call = fused_call
     """The operation that computes this layer's output for an input, or None where PEFT's forward is needed."""

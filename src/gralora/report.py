@@ -153,9 +153,10 @@ def _adapters_obstacle(layer: Any, name: str, x: torch.Tensor) -> str:
 
 
 def _input_like(layer: Any, adapter: str) -> torch.Tensor:
-    """An input of one token, of the dtype in which the base layer computes."""
+    """An input of one token, or one position, of the dtype in which the base layer computes."""
     A, base = layer.lora_A[adapter].weight, layer.get_base_layer()
     weight = getattr(base, "weight", None)
     dtype = getattr(base, "compute_dtype", None) or getattr(weight, "dtype", None)
     dtype = dtype if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1 else A.dtype
-    return torch.empty(1, layer.in_features, dtype=dtype, device="cpu" if A.is_meta else A.device)
+    space = [1] * len(getattr(base, "kernel_size", ()))
+    return torch.empty(1, layer.in_features, *space, dtype=dtype, device="cpu" if A.is_meta else A.device)
