@@ -27,8 +27,10 @@ from helpers import factors_of as linear_factors_of
 from kinds_table import embedding_factors as factors_of
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
+import gralora
 from gralora import LoraConfig
 
 pytestmark = [
@@ -265,3 +267,69 @@ def test_auto_k_counts_the_vocabulary():
         assert settled.of_layer("gralora_k", "model.layers.0.self_attn.q_proj") == 4
     with pytest.warns(UserWarning, match="found no k > 1"):
         get_peft_model(tiny_llama(vocab_size=33), gralora_config("auto", 64, target_modules=["embed_tokens"]))
+
+
+@cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast", "mixed"], ids=str)
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 1, "scale_grad_by_freq": True}], ids=["", "options"])
+def test_one_operation(case, dtype, options):
+    """The adapter is added in place, at most twice as far from float64 as by the definition, and keeps no mask."""
+    base_dtype = {"autocast": torch.float32, "mixed": torch.bfloat16}.get(dtype, dtype)
+    model = adapted(one_embedding(case, **options), case_config(case)).train()
+    model.to(base_dtype)
+    layer, ids = only_layer(model), tokens(case, 3, 101)
+    parameters = [layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]]
+    for p in parameters:
+        p.data = p.data.to(torch.float32 if dtype in ("autocast", "mixed") else base_dtype)
+    assert layer.fused_call(ids) is not None and gralora.describe(model).startswith("1 of 1")
+
+    def results(compute):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+            y = compute()
+        return [y, *torch.autograd.grad(y, parameters, random_input(*y.shape, seed=9).to(y.dtype))]
+
+    def by_definition():
+        y = layer.base_layer(ids)
+        return (y + layer.update("default", ids)).to(y.dtype)
+
+    found, plain = results(lambda: model(ids)), results(by_definition)
+    exact = copy.deepcopy(model).double()
+    layer, dtype = only_layer(exact), None
+    parameters = [layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]]
+    for own, expected, theirs in zip(found, results(by_definition), plain, strict=True):
+        assert_accurate(own, expected, theirs)
+
+
+def test_second_derivatives_and_one_gradient_alone():
+    case = CASES[-1]
+    model, ids = adapted(one_embedding(case), case_config(case)).train(), tokens(case, 2, 3)
+    layer = only_layer(model)
+    parameters, found = [layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]], []
+    for compute in (lambda: model(ids), lambda: layer.base_layer(ids) + layer.update("default", ids)):
+        gradients = torch.autograd.grad(1e-2 * compute().square().mean(), parameters, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), parameters))
+    for own, expected in zip(*found, strict=True):
+        assert_close64(own, expected)
+    wanted = torch.autograd.grad((layer.base_layer(ids) + layer.update("default", ids)).square().sum(), parameters)
+    for p, gradient in zip(parameters, wanted, strict=True):
+        model.requires_grad_(False)
+        p.requires_grad_(True)
+        model(ids).square().sum().backward()
+        assert_close64(p.grad, gradient)
+
+
+def test_checkpointed_and_hooked():
+    """Recomputed blocks give the same gradients; what a hook on the base layer saw is not changed afterwards."""
+    case = CASES[2]
+    model, ids = adapted(one_embedding(case), case_config(case)).train(), tokens(case, 2, 3)
+    layer, seen = only_layer(model), []
+    wanted = model(ids)
+    model(ids).square().sum().backward()
+    gradients = [p.grad.clone() for p in adapter_parameters(model).values()]
+    model.zero_grad()
+    checkpoint(model, ids, use_reentrant=False).square().sum().backward()
+    for p, gradient in zip(adapter_parameters(model).values(), gradients, strict=True):
+        assert_close64(p.grad, gradient)
+    layer.base_layer.register_forward_hook(lambda module, args, y: seen.append(y))
+    assert_close64(model(ids), wanted)
+    assert_close64(seen[0], layer.base_layer.weight[ids])

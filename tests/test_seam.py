@@ -1039,6 +1039,22 @@ def test_apply_gate():
     assert not seam.has_default_gate(GptOssExperts(config)), "it clamps"
 
 
+def test_apply_to():
+    """Module.to calls the method `_apply` of each module, and parameters stay the objects that they are."""
+    module, calls = nn.Linear(2, 3), []
+    weight = module.weight
+    torch_seam.apply_to(module, lambda t: t + 1, True)
+    assert module.weight is weight
+
+    class Called(nn.Linear):
+        def _apply(self, fn, recurse=True):
+            calls.append(fn(torch.zeros(2)).dtype)
+            return torch_seam.apply_to(self, fn, recurse)
+
+    assert nn.Sequential(Called(2, 3)).to(torch.float64)[0].weight.dtype == torch.float64
+    assert calls == [torch.float64]
+
+
 def test_every_name_has_a_test():
     """The seams' names are all looked at in this file."""
     text = Path(__file__).read_text()

@@ -17,7 +17,7 @@ from .fast_path import Adapter, adapters_of, setting_of
 from .layers import GraloraLayer
 from .ops import Factors
 from .ops.convolution import Geometry, conv_down, conv_update, convolve
-from .ops.torch_seam import has_hooks, is_view, reversed_padding
+from .ops.torch_seam import apply_to, has_hooks, is_view, reversed_padding
 from .seam import Conv1d
 
 FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
@@ -42,7 +42,7 @@ class ConvDown(GranularDown):
         def apply(t: Tensor) -> Tensor:
             return fn(t) if t.dim() != self.weight.dim() else fn(t.flatten(1, -2)).unflatten(1, t.shape[1:-1])
 
-        return super()._apply(apply, recurse)
+        return apply_to(self, apply, recurse)
 
     @classmethod
     def from_conv(cls, conv: Any, base: Any, k: int, hybrid_r: int) -> "ConvDown":

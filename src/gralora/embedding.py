@@ -5,14 +5,17 @@ h = A_i[token], `[r_g]`. The j-th sub-rank of h goes to place i of output block 
 are zero. As in PEFT's LoRA, A starts at zero and B is drawn from the normal distribution.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from .fast_path import is_ordinary
 from .layers import GraloraLayer
-from .ops import Factors, reference
+from .ops import Factors
+from .ops.embedding import Lookup, definition, embedding_update
+from .ops.torch_seam import has_hooks
 from .seam import LoraVariant
 
 
@@ -66,16 +69,14 @@ class GranularEmbedding(GraloraLayer):
 
     def update(self, adapter: str, ids: Tensor) -> Tensor:
         """Compute the adapter's output `[..., O]`, scaling included, for token ids `[...]`."""
-        A, (_, B, _, hybrid_B, scaling) = self.lora_embedding_A[adapter], self.factors(adapter)
-        (r, k, chunk), r_g = A.shape, B.shape[1]
-        hybrid, h = self._embed(ids, A.flatten(1).T).split([r - r_g, r_g], dim=-1)
-        place = (ids // chunk).unsqueeze(-1) == torch.arange(k, device=ids.device)  # [..., k_i]
-        g = h.unflatten(-1, (k, 1, -1)) * place.unsqueeze(-1).unsqueeze(-3)  # [..., k_j, k_i, q]
-        y = reference.up(g.flatten(-3), B)
-        if hybrid_B is not None:
-            y = y + nn.functional.linear(hybrid, hybrid_B)
-        embed_scale = self._get_embed_scale()  # Gemma's embeddings multiply by it in forward
-        return y * scaling * (1 if embed_scale is None else embed_scale.to(y.dtype))
+        A, B = self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
+        return definition(ids, A, B, self.lookup(adapter))
+
+    def lookup(self, adapter: str) -> Lookup:
+        """What an adapter is beside its factors; Gemma's embeddings multiply by a factor in their forward."""
+        base, hybrid_r = self.get_base_layer(), self.lora_variant[adapter].hybrid_r
+        padding_idx = -1 if base.padding_idx is None else base.padding_idx
+        return Lookup(hybrid_r, self.scaling[adapter], self._get_embed_scale(), padding_idx, base.scale_grad_by_freq)
 
     def as_weight(self, matrix: Tensor) -> Tensor:
         """`[O, V]` -> `[V, O]`."""
@@ -93,8 +94,21 @@ class GranularEmbedding(GraloraLayer):
     def names_saved(cls, tensor: str, ndim: int) -> str:
         return "an embedding's factor" if ".lora_embedding_" in tensor else ""
 
-    def fused_call(self, x: Tensor) -> None:
-        return None
+    def fused_call(self, x: Tensor) -> "EmbeddingCall | None":  # type: ignore[override]
+        """The operation that computes this layer for ids `[...]`, or None where PEFT's forward is needed."""
+        if self.disable_adapters or self.merged or not is_ordinary(x) or torch.compiler.is_compiling():
+            return None
+        names = [name for name in self.active_adapters if name in self.lora_embedding_A]
+        if not names or not all(map(self.is_gralora, names)):
+            return None
+        factors = [(self.lora_embedding_A[name], self.lora_embedding_B[name], self.lookup(name)) for name in names]
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if any(t.dtype == torch.float64 for A, B, _ in factors for t in (A, B)):
+            dtype = None  # autocast leaves it as it is
+        if any(type(t) is not nn.Parameter for A, B, _ in factors for t in (A, B)):
+            return None  # DTensors
+        return EmbeddingCall(self.base_layer, factors, dtype)
 
     def mixed_output(self, x: Tensor, adapter_names: Any) -> None:
         return None
@@ -107,6 +121,33 @@ class GranularEmbedding(GraloraLayer):
             rows = torch.tensor([name == adapter for name in adapter_names], device=x.device)
             result[rows] += self.update(adapter, x[rows]).to(result.dtype)
         return result
+
+
+class EmbeddingCall(NamedTuple):
+    """One operation that computes an adapted embedding: `call(ids)` is the layer's output.
+
+    Attributes:
+        base: the base layer, which is called.
+        adapters: A, B and the rest of each active adapter; each adds its output.
+        dtype: what they are computed in; None for their own.
+    """
+
+    base: nn.Module
+    adapters: list[tuple[Tensor, Tensor, Lookup]]
+    dtype: torch.dtype | None
+
+    @property
+    def weight(self) -> None:
+        """None, since the base layer is called: no operation of several layers takes this one in."""
+        return None
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        y = self.base(ids)
+        if type(self.base).forward is not nn.Embedding.forward or has_hooks(self.base) or not y.is_contiguous():
+            y = y.clone(memory_format=torch.contiguous_format)  # must be nobody else's, nor kept for the backward
+        for A, B, lookup in self.adapters:
+            y = embedding_update(y, ids, A, B, lookup, self.dtype)
+        return y
 
 
 def embedding_obstacle(base: Any) -> str:

@@ -193,7 +193,7 @@ def setting_of(layer: Any, x: Tensor) -> tuple[list[str], torch.dtype, bool] | N
     What it asks of layer and call does not depend on the kind of layer; see `fused_call`.
     """
     own = layer.__dict__
-    if own["_disable_adapters"] or own["merged_adapters"] or not _is_ordinary(x):
+    if own["_disable_adapters"] or own["merged_adapters"] or not is_ordinary(x):
         return None
     names = layer.active_adapters
     if len(names) != 1:
@@ -203,7 +203,7 @@ def setting_of(layer: Any, x: Tensor) -> tuple[list[str], torch.dtype, bool] | N
     return None if dtype is None else (names, dtype, autocast)
 
 
-def _is_ordinary(x: Tensor) -> bool:
+def is_ordinary(x: Tensor) -> bool:
     """Whether x is not empty, and nothing at work has to see single operations."""
     return plans.choice != "reference" and x.numel() > 0 and not has_global_hooks() and not is_transformed()
 
@@ -279,7 +279,7 @@ def mixed_output(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> Tensor 
         adapter_names: of each row; a name that the layer has no adapter of, as "__base__", stands for none.
     """
     dtype, autocast = _dtype_of(x)
-    if dtype is None or not _is_ordinary(x) or torch.compiler.is_compiling():
+    if dtype is None or not is_ordinary(x) or torch.compiler.is_compiling():
         return None
     names = [name for name in dict.fromkeys(adapter_names) if name in layer.lora_A]
     adapters = adapters_of(layer, names, None if autocast else dtype)

@@ -124,7 +124,9 @@ def _obstacle(layer: Any) -> str:
         if len(names) > 1:
             return "with several active adapters"
         return "" if layer.single_adapter(names) else f"over {layer.get_param().dtype} or not accelerated"
-    if not isinstance(layer, FusedLayer) or any(name not in layer.lora_A for name in names):
+    if not isinstance(layer, FusedLayer) or any(
+        name not in layer.lora_A and name not in layer.lora_embedding_A for name in names
+    ):
         return f"over {type(base).__name__}"
     x = _input_like(layer, names[0])
     if layer.fused_call(x) is not None:
@@ -139,6 +141,10 @@ def _adapters_obstacle(layer: Any, name: str, x: torch.Tensor) -> str:
     """Say why one adapter keeps a layer from running as one operation for x; empty if it does not."""
     if name in layer.lora_variant:
         return f"with {type(layer.lora_variant[name]).__name__}"
+    if name in layer.lora_embedding_A:
+        return (
+            "" if isinstance(layer, GraloraLayer) and layer.is_gralora(name) else "with a plain LoRA on an embedding"
+        )
     if not layer.fuses_plain and isinstance(layer.lora_A[name], nn.Linear):
         return "with a plain LoRA that is not accelerated"
     if layer.lora_bias.get(name):
@@ -154,6 +160,9 @@ def _adapters_obstacle(layer: Any, name: str, x: torch.Tensor) -> str:
 
 def _input_like(layer: Any, adapter: str) -> torch.Tensor:
     """An input of one token, or one position, of the dtype in which the base layer computes."""
+    if adapter in layer.lora_embedding_A:
+        A = layer.lora_embedding_A[adapter]
+        return torch.zeros(1, dtype=torch.int64, device="cpu" if A.is_meta else A.device)
     A, base = layer.lora_A[adapter].weight, layer.get_base_layer()
     weight = getattr(base, "weight", None)
     dtype = getattr(base, "compute_dtype", None) or getattr(weight, "dtype", None)

@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 __all__ = [
     "NonDynamicallyQuantizableLinear",
+    "apply_to",
     "children_of",
     "current_device",
     "current_raw_stream",
@@ -47,6 +48,10 @@ has_global_hooks = _has_any_global_hook
 current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 current_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 is_capturing: Any = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
+
+# (module, function, recurse) -> the module with function(t) in the place of each tensor t, in the same parameters:
+# what `to`, `half` and the like call, as the method `_apply`.
+apply_to = nn.Module._apply
 
 # Whether autograd takes a tensor for a view of another, so that changing it in place would change that one.
 is_view = Tensor._is_view
