@@ -168,6 +168,12 @@ MODULES = {
     "gpt-oss": GptOssExperts,
     "ungated": UngatedExperts,
 }
+try:  # since transformers 5.23 or earlier: a norm after the last product
+    from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
+
+    MODULES["muse-spark"] = MuseSparkExperts
+except ImportError:
+    pass
 TOKENS, HIDDEN = 9, 16
 modules = pytest.mark.parametrize("name", MODULES)
 
@@ -190,6 +196,7 @@ def experts_of(name="mixtral", implementation="eager", dtype=torch.float64, widt
     config = SimpleNamespace(
         **dict.fromkeys(names, width), **dict.fromkeys(counts, E), hidden_size=HIDDEN, hidden_act="silu"
     )
+    config.moe_hidden_size, config.post_norm_eps = HIDDEN, 1e-6
     config.swiglu_alpha, config.swiglu_limit = 1.702, 0.5  # so low that it clamps
     config._experts_implementation = implementation
     experts = MODULES[name](config)
@@ -362,6 +369,7 @@ def test_adapters_of_both_kinds(calls):
     y = model(*x)
     assert_close64(y, reference(model, base, x, names))
     assert_same_gradients(model, y, reference(model, base, x, names), x)
+    assert gralora.describe(model).startswith("2 of 2 LoRA layers run as one operation")
     model.set_adapter("plain")
     assert_close64(model(*x), reference(model, base, x, ["plain"]))
     expected = model(*x)
@@ -431,6 +439,7 @@ def plain(model, experts):
     model.add_adapter("plain", peft.LoraConfig(r=3, target_modules=[], target_parameters=BOTH))
     randomize(model, "plain")
     model.base_model.set_adapter(["default", "plain"])
+    assert "2 with several active adapters" in gralora.describe(model)
 
 
 @pytest.mark.parametrize("prevent", [hooked, trained, another_implementation, another_forward, spread, plain])

@@ -41,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=_batch, help="sequences and tokens of training steps, as 1x2048")
     p.add_argument("--methods", nargs="+", choices=[*METHODS, UNSLOTH], help="which methods to compare [all]")
     p.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 128], help="ranks of the section linear")
+    p.add_argument(
+        "--only", default="", metavar="WORDS", help="rows of the section kinds that have these in their name"
+    )
     p.add_argument("--rounds", type=int, default=7, help="rounds over all methods")
     p.add_argument("--repeats", type=int, default=2, help="training steps in a row in one round")
     p.add_argument("--unsloth", type=Path, metavar="WHEEL", help="compare Unsloth's functions, of this wheel, too")

@@ -139,7 +139,7 @@ def _embedding(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     return OneLayer(layer).to(args.device, dtype_of(args)), ids
 
 
-def _experts(experts: int, hidden: int, intermediate: int, active: int):
+def _experts(experts: int, hidden: int, intermediate: int, active: int, tokens: int = 8192):
     def make(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
         from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
 
@@ -150,9 +150,9 @@ def _experts(experts: int, hidden: int, intermediate: int, active: int):
             layer = MixtralExperts(config)
             for parameter in layer.parameters():
                 nn.init.normal_(parameter, std=0.02)
-            tokens = size(8192, args)
-            weights, index = torch.randn(tokens, experts).softmax(-1).topk(active)
-            x = torch.randn(tokens, sizes["hidden_size"]).to(dtype_of(args)).requires_grad_()
+            rows = size(tokens, args)
+            weights, index = torch.randn(rows, experts).softmax(-1).topk(active)
+            x = torch.randn(rows, sizes["hidden_size"]).to(dtype_of(args)).requires_grad_()
         return Routed(layer.to(dtype_of(args)), index, weights), x
 
     return make
@@ -174,6 +174,7 @@ KINDS = [
     KindCase("experts 8 of 4096->14336, 2 active, r=16", _experts(8, 4096, 14336, 2), EXPERTS, r=16),
     KindCase("experts 64 of 2048->1024, 8 active, r=16", _experts(64, 2048, 1024, 8), EXPERTS, r=16),
     KindCase("experts 128 of 2048->768, 8 active, r=16", _experts(128, 2048, 768, 8), EXPERTS, r=16),
+    KindCase("experts 128 of 2048->768, 8 active, r=16, 16 tokens", _experts(128, 2048, 768, 8, 16), EXPERTS, r=16),
 ]
 
 
@@ -181,6 +182,8 @@ def kinds(args: argparse.Namespace) -> list[Row]:
     """One layer of each kind, as a multiple of PEFT LoRA's time for it; sizes are those named, on a CPU smaller."""
     rows = []
     for case in KINDS:
+        if args.only not in case.name:
+            continue
         steps = case.steps(args)
         if "lora_dropout" in case.fields:  # masks differ from method to method: compared without one
             for step in steps.values():

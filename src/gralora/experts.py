@@ -120,6 +120,12 @@ class FusedExperts(FusedLayer):
         call = None if kwargs else routed_call(self, args)
         return super().forward(*args, **kwargs) if call is None else call()
 
+    def is_routed(self) -> bool:
+        """Whether the adapters of this wrapper, and of those inside, would act on rows, of the parameter's dtype."""
+        param = self.get_param()
+        chosen = torch.zeros(1, 1, dtype=torch.long, device=param.device)
+        return routed_call(self, (param.new_empty(1, 1), chosen, param.new_empty(1, 1))) is not None
+
     def expert_factors(self) -> list[Factors] | None:
         """The factors of all adapters in effect: A `[E, k, I/k, r]` and B `[E, k, r, O/k]`, of all experts.
 

@@ -121,6 +121,8 @@ def _obstacle(layer: Any) -> str:
     if "forward" in vars(layer):
         return "with a forward of their own, as device maps give them"
     if isinstance(layer, FusedExperts):
+        if layer.is_routed():
+            return ""
         if len(names) > 1:
             return "with several active adapters"
         return "" if layer.single_adapter(names) else f"over {layer.get_param().dtype} or not accelerated"
