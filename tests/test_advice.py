@@ -17,7 +17,7 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import gralora_config, randomize, tiny_llama
+from helpers import MERGES_DORA, gralora_config, randomize, tiny_llama
 from safetensors.torch import load_file, save_file
 from saved import CONFIG, WEIGHTS, edit, logits, read, save, save_gralora, write
 from test_families import FAMILIES, TOKENS, make_model, saved_adapter
@@ -294,7 +294,7 @@ def _(path):
 def _(path):
     fields: dict[str, dict[str, Any]] = {
         "lora_bias": {"lora_bias": True},
-        "use_dora": {"use_dora": True},
+        **({"use_dora": {"use_dora": True}} if MERGES_DORA else {}),
         "trainable_token_indices": {"trainable_token_indices": [3]},
         "alora_invocation_tokens": {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"},
         "layer_replication": {"layer_replication": [[0, 2], [1, 2]]},

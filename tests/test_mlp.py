@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
+from helpers import dora
 from torch import nn
 
 import gralora
@@ -311,9 +312,10 @@ def test_layers_on_their_own(obstacle, used, monkeypatch):
     check_same(own, without(monkeypatch, model, loss_and_gradients))
 
 
-@pytest.mark.parametrize(
-    "fields", [{"lora_dropout": 0.1}, {"target_modules": ["gate_proj", "up_proj"]}, {"use_dora": True}], ids=str
-)
+ON_THEIR_OWN = [{"lora_dropout": 0.1}, {"target_modules": ["gate_proj", "up_proj"]}]
+
+
+@pytest.mark.parametrize("fields", [*ON_THEIR_OWN, pytest.param({"use_dora": True}, marks=dora)], ids=str)
 def test_adapters_on_their_own(fields, used):
     model = model_of("Llama", **fields)
     assert torch.isfinite(loss_and_gradients(model)[0])

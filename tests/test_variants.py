@@ -19,6 +19,7 @@ from helpers import (
     assert_unchanged,
     case_config,
     cases,
+    dora,
     factors_of,
     few_cases,
     gralora_config,
@@ -57,11 +58,6 @@ def dora_weight(layer, scaling: float = 3.0, adapter: str = "default") -> Tensor
     """W' = m (W + dW) / |W + dW|, with the norm a constant, from the definitions."""
     V = weight_of(layer) + scaling * naive_delta(factors_of(layer, adapter))
     return (magnitude_of(layer, adapter) / V.detach().norm(dim=1))[:, None] * V
-
-
-dora = pytest.mark.skipif(
-    not hasattr(peft.tuners.lora.LoraLayer, "_unmerged_base_weight"), reason="PEFT before 0.21 merges DoRA wrongly"
-)
 
 
 def dora_model(case: Case, kind: str = "linear", **fields):
