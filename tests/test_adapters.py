@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import gralora
-from gralora.checkpoints import files, formats, inspection, merge
+from gralora.checkpoints import drawing, files, formats, merge
 from gralora.checkpoints.base import INDEX
 from gralora.checkpoints.files import LazyTensors, new_folder, read_safetensors, write_safetensors
 from gralora.tool import adapters, cli
@@ -490,10 +491,61 @@ def test_inspect_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     png = tmp_path / "norms.png"
     adapters.inspect_command([str(tmp_path / "in"), "--png", str(png), "--layers", "q_proj"])
     out = capsys.readouterr().out
-    assert "no anomalies" in out and "drew 2 layers" in out and "q_proj" in out
+    assert "no anomalies" in out and "drew the blocks of 2 layers" in out and "q_proj" in out
     assert png.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="matches none"):
         adapters.inspect_command([str(tmp_path / "in"), "--png", str(png), "--layers", "nothing"])
+
+
+def test_inspect_prints_numbers_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """In a pipe of any width, and in 80 columns, where long names go on in the next line."""
+    save_gralora(tmp_path / "in")
+    layers = gralora.inspect_adapter(tmp_path / "in")["layers"]
+    for columns in ("20", "80"):
+        monkeypatch.setenv("COLUMNS", columns)
+        adapters.inspect_command([str(tmp_path / "in")])
+        printed = capsys.readouterr().out
+        rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.startswith(" layers.")}
+        assert len(rows) == len(layers) and "\N{HORIZONTAL ELLIPSIS}" not in printed
+        for name, d in layers.items():
+            shown = rows[name.removeprefix("model.")]
+            assert shown[:2] == [str(d["in_features"]), str(d["out_features"])], shown
+            assert f"{d['norm']:.3g}" in shown and f"{d['rank']}/{d['lora_rank']}" in shown
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    adapters.inspect_command([str(tmp_path / "in")])
+    printed = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    assert max(map(len, printed.splitlines())) <= 80 and "\N{HORIZONTAL ELLIPSIS}" not in printed
+
+
+def test_a_heat_map_of_all_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A row for each kind of layer, a column for each depth; nothing where an adapter has no layer."""
+    save_gralora(tmp_path / "in")
+    config, tensors = read(tmp_path / "in")
+    renamed = {name.replace("layers.1.", "layers.3."): t for name, t in tensors.items() if "layers.1.mlp" not in name}
+    write(tmp_path / "in", config, renamed)
+    drawn: list[Any] = []
+    imshow = Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda self, image, **options: drawn.append(image) or imshow(self, image))
+    assert cli.main(["inspect", str(tmp_path / "in"), "--png", str(tmp_path / "norms.png")]) == 0
+    found = gralora.inspect_adapter(tmp_path / "in")["layers"]
+    assert f"drew the norms of all {len(found)} layers" in capsys.readouterr().out
+    kinds = list(dict.fromkeys(name.split(".", 3)[3] for name in found))
+    norms = {name: d["norm"] for name, d in found.items()}
+    expected = [[norms.get(f"model.layers.{d}.{kind}", torch.nan) for d in range(4)] for kind in kinds]
+    torch.testing.assert_close(torch.tensor(drawn[0]), torch.tensor(expected), equal_nan=True)
+    with pytest.raises(SystemExit):
+        cli.main(["inspect", str(tmp_path / "in"), "--layers", "q_proj"])
+
+
+def test_kinds_and_depths_of_layers() -> None:
+    places = {
+        "model.layers.12.self_attn.q_proj": ("self_attn.q_proj", 12),
+        "model.layers.3.mlp.experts.7.w1": ("mlp.experts.*.w1", 3),
+        "transformer.h.4.attn.c_attn": ("transformer.attn.c_attn", 4),
+        "lm_head": ("lm_head", 0),
+        "down_blocks.1.resnets.0.conv1": ("down_blocks.resnets.*.conv1", 1),
+    }
+    assert {name: drawing.place_of(name) for name in places} == places
 
 
 def test_commands_are_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -542,10 +594,11 @@ def test_heat_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
     imshow = Axes.imshow
     monkeypatch.setattr(Axes, "imshow", lambda self, image, **options: drawn.append(image) or imshow(self, image))
-    monkeypatch.setattr(inspection, "PANELS", 3)
-    layers = inspection.draw_block_norms(tmp_path / "in", tmp_path / "norms.png")
-    assert layers == list(gralora.inspect_adapter(tmp_path / "in")["layers"])[::2]
-    assert [name.split(".")[2] for name in layers] == ["2", "2", "10"]
+    monkeypatch.setattr(drawing, "PANELS", 3)
+    layers, matching = drawing.draw_block_norms(tmp_path / "in", tmp_path / "norms.png")
+    assert matching == len(gralora.inspect_adapter(tmp_path / "in")["layers"])
+    assert len({name.split(".")[-1] for name in layers}) == len(layers) == 3, "of three kinds"
+    assert {name.split(".")[2] for name in layers} == {"2", "10"}, "and of both depths"
     read_back = formats.read(*files.read_adapter_folder(tmp_path / "in"))
     for layer, norms in zip(layers, drawn, strict=True):
         dW = read_back.scaling(layer) * naive_delta(Factors(*read_back.factors(layer)[:4]))

@@ -4,20 +4,16 @@ Norms and singular values come from the factors; no dW is formed.
 """
 
 import os
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..factors import block_norms, hybrid_to_lora, singular_values
+from ..factors import hybrid_to_lora, singular_values
 from ..fields import plain
 from . import formats
 from .adapter import Adapter
-from .files import new_file, read_adapter_folder
+from .files import read_adapter_folder
 from .untrusted import is_finite
-
-PANELS = 16  # most layers drawn in one picture
 
 
 def inspect_adapter(adapter: str | os.PathLike[str], source: str | None = None) -> dict[str, Any]:
@@ -36,7 +32,7 @@ def inspect_adapter(adapter: str | os.PathLike[str], source: str | None = None) 
         OSError, ValueError: as `gralora.checkpoints.formats.read`.
     """
     read = formats.read(*read_adapter_folder(adapter), source=source, as_linear=True)
-    layers = {layer: describe_layer(read, layer) for layer in sorted(read.layers, key=_natural)}
+    layers = {layer: describe_layer(read, layer) for layer in sorted(read.layers, key=natural)}
     specs = read.tensors.specs
     factors = [t for layer in read.layers for t in read.specs(layer) if t is not None]
     return {
@@ -60,7 +56,7 @@ def inspect_adapter(adapter: str | os.PathLike[str], source: str | None = None) 
     }
 
 
-def _natural(name: str) -> list[tuple[bool, int, str]]:
+def natural(name: str) -> list[tuple[bool, int, str]]:
     """Return a sort key that puts layer 2 before layer 10."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
@@ -115,52 +111,3 @@ def anomalies(adapter: Adapter, layers: dict[str, dict[str, Any]]) -> list[str]:
         if not any(f".{module}." in name for name in adapter.others):
             found.append(f"modules_to_save names {module!r}, and no tensor is of it")
     return found
-
-
-def draw_block_norms(
-    adapter: str | os.PathLike[str], png: str | os.PathLike[str], layers: str = ".*", source: str | None = None
-) -> list[str]:
-    """Draw the norms of the k x k blocks of the grids' updates into a PNG file, as one heat map per layer.
-
-    Args:
-        adapter: folder of the adapter.
-        png: the file to write.
-        layers: regular expression that selects layers by name; at most PANELS, spread evenly, are drawn.
-        source: format of the adapter, needed only if its config leaves that open.
-
-    Returns:
-        The names of the layers drawn.
-
-    Raises:
-        ValueError: if no layer matches.
-    """
-    from matplotlib.figure import Figure
-
-    read = formats.read(*read_adapter_folder(adapter), source=source, as_linear=True)
-    names = [layer for layer in sorted(read.layers, key=_natural) if re.search(layers, layer)]
-    if not names:
-        raise ValueError(f"--layers {layers!r} matches none of the adapter's layers, e.g. {read.layers[0]!r}.")
-    names = names[:: -(-len(names) // PANELS)]
-    norms = {}
-    for name in names:
-        f = read.factors(name)
-        norms[name] = (read.scaling(name) * block_norms(f.A, f.B)).numpy()
-    columns = min(4, len(names))
-    rows = -(-len(names) // columns)
-    figure = Figure(figsize=(3.6 * columns, 3 * rows), layout="constrained")
-    panels = iter(figure.subplots(rows, columns, squeeze=False).flat)
-    top = max(n.max() for n in norms.values())
-    image: Any = None
-    for name, panel in zip(names, panels, strict=False):
-        image = panel.imshow(norms[name], vmin=0, vmax=top, cmap="viridis")
-        panel.set_title(name.removeprefix("model."), fontsize=7)
-        panel.set_xticks(range(len(norms[name])))
-        panel.set_yticks(range(len(norms[name])))
-    for panel in panels:
-        panel.set_axis_off()
-    figure.colorbar(image, ax=figure.axes, label="norm of the block")
-    figure.supxlabel("input block")
-    figure.supylabel("output block")
-    with new_file(Path(png)) as file:
-        figure.savefig(file, format="png", dpi=120)
-    return names

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,24 +165,37 @@ def merge_command(argv: list[str]) -> None:
 
 def inspect_command(argv: list[str]) -> None:
     """`gralora inspect`: what is in an adapter."""
-    from ..checkpoints.inspection import draw_block_norms, inspect_adapter
+    from ..checkpoints.drawing import draw_block_norms, draw_norms
+    from ..checkpoints.inspection import inspect_adapter
 
     parser = _parser(
         "inspect", "Show format, sizes, norms and ranks of an adapter, and anomalies.", adapter="folder of the adapter"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--png", type=Path, help="also draw the norms of the k x k blocks into this file")
-    parser.add_argument("--layers", default=".*", help="regular expression that selects the layers to draw")
+    parser.add_argument("--png", type=Path, help="also draw the norms of all layers into this file, by kind and depth")
+    parser.add_argument(
+        "--layers",
+        metavar="REGEX",
+        help="with --png: draw the norms of the k x k blocks of layers that it matches",
+    )
     args = parser.parse_args(argv)
+    if args.layers is not None and not args.png:
+        parser.error("--layers selects what --png draws; give --png, too")
     description = inspect_adapter(args.adapter, args.source)
     if args.json:
         print(json.dumps(description, indent=2))
     else:
         print_tables(description)
-    if args.png:
-        drawn = draw_block_norms(args.adapter, args.png, args.layers, args.source)
-        if not args.json:
-            print(f"drew {len(drawn)} layers into {args.png}")
+    if args.png and args.layers is None:
+        draw_norms(description, args.png)
+        said = f"drew the norms of all {len(description['layers'])} layers into {args.png}"
+    elif args.png:
+        drawn, matching = draw_block_norms(args.adapter, args.png, args.layers, args.source)
+        said = f"drew the blocks of {len(drawn)} layers into {args.png}"
+        if len(drawn) < matching:
+            said += f", of {matching} that {args.layers!r} matches: some of each kind and depth"
+    if args.png and not args.json:
+        print(said)
 
 
 def print_tables(description: dict[str, Any]) -> None:
@@ -192,7 +207,8 @@ def print_tables(description: dict[str, Any]) -> None:
     def shown(text: object) -> Text:  # a plain string would be read as markup
         return Text(printable(text))
 
-    console = Console()
+    # where no terminal limits the width, nothing is shortened
+    console = Console() if sys.stdout.isatty() else Console(width=sys.maxsize >> 32)
     head = Table(show_header=False, box=None)
     plain = ("format", "base", "r", "gralora_k", "hybrid_r", "lora_alpha", "use_rslora", "target_modules", "dtype")
     for name in plain:
@@ -203,18 +219,32 @@ def print_tables(description: dict[str, Any]) -> None:
     head.add_row("norm of dW", f"{description['norm']:.4g}")
     for name, shape in description["others"].items():
         head.add_row("also saved", shown(f"{name} {shape}"))
-    console.print(head)
 
-    table = Table(
-        "layer", "in", "out", "r", "k", "scaling", "norm", "2-norm", "rank", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    table.columns[0].no_wrap = True
-    for layer, d in description["layers"].items():
-        sizes = map(str, (d["in_features"], d["out_features"], d["r"], d["k"]))
-        numbers = (f"{d[name]:.3g}" for name in ("scaling", "norm", "spectral_norm"))
-        table.add_row(shown(layer.removeprefix("model.")), *sizes, *numbers, f"{d['rank']}/{d['lora_rank']}")
+    rows = {layer.removeprefix("model."): d for layer, d in description["layers"].items()}
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "in": lambda d: str(d["in_features"]),
+        "out": lambda d: str(d["out_features"]),
+        "r": lambda d: str(d["r"]),
+        "k": lambda d: str(d["k"]),
+        "scaling": lambda d: f"{d['scaling']:.3g}",
+        "norm": lambda d: f"{d['norm']:.3g}",
+        "2-norm": lambda d: f"{d['spectral_norm']:.3g}",
+        "rank": lambda d: f"{d['rank']}/{d['lora_rank']}",
+    }
+    same = {}  # in all layers, so that it is said once
+    for name in ("r", "k", "scaling"):
+        if len(values := {columns[name](d) for d in rows.values()}) == 1:
+            same[name] = values.pop()
+            del columns[name]
+    if same:
+        head.add_row("all layers", ", ".join(f"{name} {value}" for name, value in same.items()))
+    console.print(head)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer, d in rows.items():
+        table.add_row(shown(layer), *(show(d) for show in columns.values()))
     console.print(table)
     for notice in description["notices"]:
         console.print(shown(f"notice: {notice}"), style="yellow")
