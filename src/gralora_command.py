@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
+import json
 import logging
 import os
 import re
@@ -134,11 +135,30 @@ def load(module: str, command: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("gralora"):
-            raise
-        raise ImportError(
-            f"{command} needs the package {error.name}, which is not installed: pip install 'gralora[finetune]'"
-        ) from error
+        raise missing(command, error) from error
+
+
+def missing(command: str, error: ModuleNotFoundError) -> ImportError:
+    """The error of a missing package with what to install; the same error if a module of gralora's is missing."""
+    if (error.name or "gralora").startswith("gralora"):
+        return error
+    return ImportError(f"{command} needs the package {error.name}, which is not installed: {install('finetune')}")
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra of gralora from where gralora itself came from."""
+    tree = Path(__file__).resolve().parents[1]
+    if (tree / "pyproject.toml").is_file():  # a clone
+        return f"pip install '{tree}[{extra}]'"
+    try:
+        text = importlib.metadata.distribution("gralora").read_text("direct_url.json")  # as PEP 610 defines it
+    except importlib.metadata.PackageNotFoundError:
+        text = None
+    source = json.loads(text) if text else {}
+    if not source.get("url"):
+        return f"pip install 'gralora[{extra}]'"
+    kind = f"{source['vcs_info']['vcs']}+" if "vcs_info" in source else ""
+    return f"pip install 'gralora[{extra}] @ {kind}{source['url']}'"
 
 
 def cache_folder() -> Path:
@@ -206,10 +226,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gralora {call.command}: {printable(stop) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     except USER_ERRORS as error:
+        shown = missing(call.command, error) if isinstance(error, ModuleNotFoundError) else error
         if debug:
             traceback.print_exc()
         hint = "" if debug else " (--debug shows where)"
-        print(f"gralora {call.command}: error: {printable(error)}{hint}", file=sys.stderr)
+        print(f"gralora {call.command}: error: {printable(shown)}{hint}", file=sys.stderr)
         return USER_ERROR
     return 0
 

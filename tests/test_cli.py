@@ -1,14 +1,18 @@
 """The command line: which commands there are, and how it ends."""
 
 import importlib
+import importlib.metadata
+import json
 import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import gralora_command
 from gralora.tool import cli
 from gralora_command import LIGHT
 
@@ -151,6 +155,33 @@ logging.getLogger("torchao").warning("another")
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
     lines = [line for line in said.splitlines() if "FutureWarning" in line or "another" in line or "load" in line]
     assert lines == ["file:1: FutureWarning: transformers.training_args", "file:1: FutureWarning: data", "another"]
+
+
+GIT = {"url": "https://host/gralora.git", "vcs_info": {"vcs": "git", "commit_id": "1"}}
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        (None, "pip install 'gralora[finetune]'"),  # from an index
+        (GIT, "pip install 'gralora[finetune] @ git+https://host/gralora.git'"),
+        (
+            {"url": "file:///wheels/gralora.whl", "archive_info": {}},
+            "'gralora[finetune] @ file:///wheels/gralora.whl'",
+        ),
+    ],
+)
+def test_what_to_install_comes_from_where_gralora_came_from(source, expected, monkeypatch, tmp_path, command, capsys):
+    """A module that a command imports late is no other case."""
+    assert gralora_command.install("x") == f"pip install '{EXAMPLE.parent}[x]'", "a clone"
+    monkeypatch.setattr(gralora_command, "__file__", str(tmp_path / "site-packages" / "gralora_command.py"))
+    said = SimpleNamespace(read_text=lambda name: json.dumps(source) if source and name == "direct_url.json" else None)
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: said)
+    command(failing(ModuleNotFoundError("No module named 'rich'", name="rich")))
+    assert cli.main(["try"]) == cli.USER_ERROR
+    said = capsys.readouterr().err
+    assert "gralora try: error: try needs the package rich, which is not installed: pip install " in said
+    assert expected in said
 
 
 def test_arguments_reach_the_command(command):

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -68,9 +70,9 @@ def test_installed_versions_are_supported() -> None:
 
 
 def package_files() -> set[str]:
-    """Of src/gralora, as a wheel names them."""
+    """Of src, as a wheel names them."""
     found = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "gralora").rglob("*") if path.is_file()}
-    return {name for name in found if "__pycache__" not in name}
+    return {"gralora_command.py", *(name for name in found if "__pycache__" not in name)}
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    (source / "src").mkdir()
+    shutil.copy(ROOT / "src" / "gralora_command.py", source / "src")
     shutil.copytree(ROOT / "src" / "gralora", source / "src" / "gralora", ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "build", "--no-isolation", str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -92,8 +96,21 @@ def test_wheel_and_sdist_have_every_file(built: Path) -> None:
     assert {name for name in shipped if ".dist-info/" not in name} == package_files()
     assert any(name.endswith("licenses/LICENSE") for name in shipped)
     with tarfile.open(sdist) as archive:
-        packed = {name.split("/src/", 1)[1] for name in archive.getnames() if "/src/gralora/" in name}
+        packed = {name.split("/src/", 1)[1] for name in archive.getnames() if "/src/gralora" in name}
     assert package_files() <= packed
+
+
+def test_the_description_on_an_index_has_absolute_links() -> None:
+    """As the release workflow writes them; each is a file of the repository."""
+    address = runpy.run_path(str(ROOT / ".github" / "address.py"))["with_address"]
+    text = address((ROOT / "README.md").read_text(encoding="utf-8"), "https://host/us/gralora", "v1")
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    ours = [link for link in links if link.startswith("https://host/us/gralora/")]
+    assert len(ours) > 10 and all(link.startswith("https://") for link in links)
+    for link in ours:
+        kind, file = re.fullmatch(r"https://host/us/gralora/(blob|raw)/v1/([^#]+)(?:#.*)?", link).groups()
+        assert (ROOT / file).is_file() and (kind == "raw") == file.endswith(".svg"), link
+    assert "REPOSITORY" not in text and "git clone https://host/us/gralora" in text
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gralora_command import Parser
+from gralora_command import Parser, install
 
 LOSS = "loss"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -182,7 +182,7 @@ def loss() -> Any:
 def harness() -> Any:
     """Return the module that calls the harness, whose import takes seconds; ImportError if it is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise ImportError("--tasks needs lm-evaluation-harness: pip install 'gralora[evaluate]'")
+        raise ImportError(f"--tasks needs lm-evaluation-harness: {install('evaluate')}")
     from .evaluation import harness
 
     return harness

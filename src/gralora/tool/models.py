@@ -15,6 +15,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gralora_command import install
+
 from .embedded import embedded_model
 
 EMBEDDED = "embedded"
@@ -47,7 +49,7 @@ def load_model(base_model: str, dtype: torch.dtype, quantization: str = "none", 
     """Load the base model in `dtype`, or quantised by bitsandbytes and computing in `dtype`."""
     if quantization != "none":
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise ImportError(f"quantization={quantization!r} needs bitsandbytes: pip install 'gralora[quantized]'")
+            raise ImportError(f"quantization={quantization!r} needs bitsandbytes: {install('quantized')}")
         # it would warn in every 8-bit layer and pass that inputs are cast
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         config = BitsAndBytesConfig(**QUANTIZATIONS[quantization], bnb_4bit_compute_dtype=dtype)
