@@ -25,7 +25,7 @@ bench: $(STAMP)
 
 # SmolLM2-135M with GraLoRA on Python's standard library, in minutes on a laptop's CPU
 finetune: $(VENV)/.finetune
-	$(VENV)/bin/gralora finetune --use_gralora --lora_target_modules all-linear --max_steps 40 --batch_size 4 \
+	$(VENV)/bin/gralora finetune --use_gralora --gralora_scaling matched --lora_target_modules all-linear --max_steps 40 --batch_size 4 \
 		--max_seq_length 96 --val_set_size 32 --learning_rate 5e-4 --logging_steps 2 --output_dir outputs/finetune --overwrite --verify
 
 # Kills, races, full disks, lying headers, absurd configs, patterns, pickles and templates, drawn from a seed; 15 minutes

@@ -1,6 +1,6 @@
 """Fine-tune a language model with GraLoRA; the same as the command `gralora finetune`.
 
-python example_gralora_finetuning.py --base_model "gpt2" --use_gralora --gralora_k 4
+python example_gralora_finetuning.py --base_model "gpt2" --use_gralora --gralora_scaling matched
 """
 
 import sys

@@ -1,6 +1,6 @@
 """What an outlier in one input channel does to the update that LoRA and GraLoRA make of a gradient, block by block.
 
-    python benchmarks/outlier.py --model MODEL --out benchmarks/results/outlier.json --figure docs/outlier.svg
+    python -m benchmarks.outlier --model MODEL --out benchmarks/results/outlier.json --figure docs/outlier.svg
 
 A gradient step on the factors changes dW by U, a linear function of G, the gradient of full fine-tuning:
 U = G A^T A + B B^T G for LoRA (scaling 1), and the same within every block for GraLoRA. An outlier in channel c makes
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.pictures import pyplot, save
 from gralora import ops
 
 METHODS = ("full fine-tuning", "LoRA", "GraLoRA")
@@ -145,12 +146,7 @@ def real(folder: Path, k: int, r: int, seeds: int) -> dict:
 
 def draw(results: dict, path: Path) -> None:
     """Blocks of LoRA and GraLoRA, synthetic and real, one colour scale a row, and the deviation by the factor."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "outlier"
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     rows = [("synthetic\none channel x30", results["synthetic"]["maps_at_30"])]
     if "real" in results:
@@ -174,10 +170,10 @@ def draw(results: dict, path: Path) -> None:
         line = [row["methods"][name]["other_blocks"] for row in points]
         axis.plot([row["factor"] for row in points], line, style, marker="o", ms=3, label=name)
     axis.set(xscale="log", title="blocks without the outlier", xlabel="factor on the channel", ylabel="deviation")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, frameon=False)
     for axis_row in axes[1:]:
         axis_row[3].axis("off")
-    figure.savefig(path, metadata={"Date": None})
+    save(figure, path)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""How large an adapter's update is after some steps of Adam, for LoRA and for grids: the check of docs/scaling.md.
+"""How large an adapter's update is after some steps of Adam, for LoRA and for grids: the check of docs/gralora.md.
 
     python benchmarks/update_size.py --out benchmarks/results/update-size.json
 

@@ -1,20 +1,16 @@
-"""Draws the figures of the documentation: `python docs/figures.py` writes docs/*.svg."""
+"""Draws the figures that explain: `python -m docs.figures` writes docs/*.svg. Those of results: benchmarks/."""
 
-import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from benchmarks.pictures import INK, PALE, pyplot, save
 from matplotlib.patches import Rectangle
 
 from gralora import ops
 
+plt = pyplot()
 COLOURS = ["#4c78a8", "#f58518", "#54a24b", "#b279a2"]
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-INK, PALE = "#333333", "#f2f2f2"
+GREY, RED = "#6b7482", "#d1333a"
 
 
 def box(ax, x, y, width, height, colour, text="", fontsize=9):
@@ -40,9 +36,9 @@ def grid(k: int = 4) -> plt.Figure:
             ax.plot([2.67, 4.18], ends, color=COLOURS[i], linewidth=0.9, alpha=0.8)
         ax.annotate("", (2.3, y + 0.42), (1.9, y + 0.42), arrowprops={"arrowstyle": "->", "color": INK})
         ax.annotate("", (5.0, y + 0.42), (4.57, y + 0.42), arrowprops={"arrowstyle": "->", "color": INK})
-        box(ax, 5.0, y + 0.1, 0.9, 0.65, INK, f"$B_{i + 1}$")
+        box(ax, 5.0, y + 0.1, 0.9, 0.65, GREY, f"$B_{i + 1}$")
         ax.annotate("", (6.3, y + 0.42), (5.9, y + 0.42), arrowprops={"arrowstyle": "->", "color": INK})
-        box(ax, 6.3, y, 0.5, 0.85, INK, f"$y_{i + 1}$")
+        box(ax, 6.3, y, 0.5, 0.85, GREY, f"$y_{i + 1}$")
     for j in range(k):
         for i in range(k):
             product = f"$B_{j + 1}[{i + 1}]A_{i + 1}[{j + 1}]$"
@@ -166,48 +162,40 @@ def forward() -> plt.Figure:
     return fig
 
 
-SETTINGS = {  # what people use -> where in benchmarks/results it was measured
-    "QLoRA: nf4 base,\nfloat32 adapters, autocast": ("nf4-h200", "fp32 adapters + autocast, eager"),
-    "the same with\ngradient checkpointing": ("nf4-h200", "fp32 adapters + autocast, eager, gradient checkpointing"),
-    "bf16 base,\nfloat32 adapters, autocast": ("unsloth-h200", "fp32 adapters + autocast, eager"),
-    "the same with\nLiger's kernels": ("liger-h200", "fp32 adapters + autocast, eager"),
-}
-BARS = {"PEFT LoRA": "#b9bec6", "Unsloth": COLOURS[1], "gralora": COLOURS[0]}
-
-
-def speed() -> plt.Figure:
-    """What adapters add to the time of a training step without them, in percent; of the results that are stored."""
-    measured = {}
-    for label, (file, setting) in SETTINGS.items():
-        rows = json.loads((RESULTS / f"{file}.json").read_text())
-        here = {row["method"]: row for row in rows if row["setting"].endswith(f", {setting}")}
-        measured[label] = {name: 100 * (here[name]["ratio_to_frozen"] - 1) for name in BARS if name in here}
-    names = [name for name in BARS if any(name in bars for bars in measured.values())]
-    fig, ax = plt.subplots(figsize=(7.5, 3.6))
-    height = 0.8 / len(names)
-    for place, bars in enumerate(measured.values()):
-        for number, name in enumerate(name for name in names if name in bars):
-            y = place + (number - (len(names) - 1) / 2) * height
-            ax.barh(y, bars[name], height * 0.92, color=BARS[name], label=name if place == 0 else None)
-            weight = "bold" if name == "gralora" else "normal"
-            ax.text(bars[name] + 0.6, y, f"+{bars[name]:.0f}%", va="center", fontsize=9, color=INK, weight=weight)
-    ax.set_yticks(range(len(measured)), list(measured), fontsize=9, color=INK)
-    ax.invert_yaxis()
-    title = "Time that adapters add to a training step (1.24B Llama, 4 x 2048 tokens, r = 64, one H200)"
-    ax.set_title(title, loc="right", fontsize=10, color=INK)
-    ax.set_xticks([])
-    ax.set_xlim(0, 1.12 * max(max(bars.values()) for bars in measured.values()))
-    ax.legend(loc="upper right", frameon=False, fontsize=9)
-    ax.spines[["top", "right", "bottom"]].set_visible(False)
-    ax.tick_params(left=False)
-    fig.tight_layout(pad=0.4)
+def update(k: int = 4) -> plt.Figure:
+    """LoRA's update beside GraLoRA's, with the blocks that an outlier in one input channel reaches."""
+    fig, axes = plt.subplots(1, 2, figsize=(10.6, 3.1))
+    thin, side = 0.55, 3.0  # of factors, of dW
+    where = 1  # the outlier's chunk
+    for ax, parts, method in zip(axes, (1, k), ("LoRA", "GraLoRA"), strict=True):
+        size, colours = side / parts, [COLOURS[1]] * 1 if parts == 1 else COLOURS
+        for i in range(parts):  # A above dW, chunk by chunk of the input; B beside it, of the output
+            box(ax, i * size, side + 0.35, size - 0.04, thin, colours[i], f"$A_{i + 1}$" if parts > 1 else "$A$")
+            up = (parts - 1 - i) * size
+            box(ax, -0.35 - thin, up, thin, size - 0.04, GREY, f"$B_{i + 1}$" if parts > 1 else "$B$")
+            for j in range(parts):
+                box(ax, i * size, (parts - 1 - j) * size, size - 0.04, size - 0.04, colours[i])
+        reached = (0, side) if parts == 1 else (where * size, size)
+        frame = (reached[0] - 0.03, -0.05), reached[1] + 0.02, side + 0.06
+        ax.add_patch(Rectangle(*frame, facecolor="none", edgecolor=RED, linewidth=2))
+        channel = where * side / k + 0.3
+        ax.annotate("", (channel, side + 0.93), (channel, side + 1.4), arrowprops={"arrowstyle": "->", "color": RED})
+        ax.text(channel + 0.12, side + 1.2, "an outlier channel", fontsize=9, color=RED, va="center")
+        facts = ["one product B A", "rank r", "r (in + out) parameters", "an outlier reaches all of dW"]
+        if parts > 1:
+            reach = f"an outlier reaches {k} of {k * k} blocks"
+            facts = [f"{k} x {k} products", f"rank up to {k} r", "r (in + out) parameters", reach]
+        ax.text(side + 0.35, side - 0.1, method, fontsize=13, weight="bold", color=INK, va="top")
+        ax.text(side + 0.35, side - 0.75, "\n".join(facts), fontsize=10, color=INK, va="top", linespacing=1.7)
+        ax.set(xlim=(-1.1, 7.0), ylim=(-0.2, side + 1.55))
+        ax.set_aspect("equal")
+        ax.axis("off")
+    fig.subplots_adjust(left=0, right=1, top=1, bottom=0, wspace=0.02)
     return fig
 
 
-FIGURES = {"grid": grid, "exchange": exchange, "rank": rank, "forward": forward, "speed": speed}
+FIGURES = {"update": update, "grid": grid, "exchange": exchange, "rank": rank, "forward": forward}
 
 if __name__ == "__main__":
-    plt.rcParams["svg.hashsalt"] = "gralora"  # the same file at every run
-    plt.rcParams["svg.fonttype"] = "none"  # text stays text
     for name, draw in FIGURES.items():
-        draw().savefig(Path(__file__).with_name(f"{name}.svg"), metadata={"Date": None})
+        save(draw(), Path(__file__).with_name(f"{name}.svg"))

@@ -3,6 +3,7 @@ the fields of `LoraConfig` and the names of `gralora.__all__`."""
 
 import dataclasses
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,20 @@ MARK = "<!-- the other names of gralora.__all__ -->"
 FIELDS = "<!-- the fields of gralora.LoraConfig -->"
 
 
+def on_config(config: Any) -> Any:
+    """Called by MkDocs once: link the repository that this clone is of, if that has an address."""
+    command = ["git", "-C", str(ROOT), "config", "--get", "remote.origin.url"]
+    found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    if found.startswith("https://"):
+        config.repo_url, config.repo_name = found.removesuffix(".git"), "Repository"
+    return config
+
+
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Called by MkDocs for each page."""
     if page.file.src_uri == "index.md":
         return f"{front((ROOT / 'README.md').read_text(encoding='utf-8'))}\n\n{markdown}"
-    return with_references(markdown)
+    return with_references(markdown.replace("](../README.md", "](index.md"))  # which begins with it
 
 
 def front(readme: str) -> str:

@@ -26,7 +26,14 @@ def main(argv: list[str] | None = None) -> list[float]:
     )
     model, tokenizer = load(args, quantization_config=quantization)
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    config = LoraConfig(use_gralora=True, r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        use_gralora=True,
+        gralora_scaling="matched",
+        r=32,
+        lora_alpha=64,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
     model = get_peft_model(model, config)
     data = batches(tokenizer, sums(tokenizer, 64), args.steps)
     losses = train(model, data)

@@ -22,7 +22,12 @@ def main(argv: list[str] | None = None) -> float:
     args = parse(parser("SFT with GraLoRA and the Trainer.", steps=40), argv)
     model, tokenizer = load(args)
     config = LoraConfig(
-        use_gralora=True, r=32, lora_alpha=64, gralora_k=2, target_modules="all-linear", task_type="CAUSAL_LM"
+        use_gralora=True,
+        gralora_scaling="matched",
+        r=32,
+        lora_alpha=64,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, config)
     model.print_trainable_parameters()

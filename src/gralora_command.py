@@ -106,7 +106,8 @@ def make_parser() -> argparse.ArgumentParser:
         description="GraLoRA (Granular Low-Rank Adaptation) on Hugging Face PEFT.",
         epilog="commands:\n"
         + "\n".join(f"  {name:{width}}  {what}" for name, (_, _, what) in COMMANDS.items())
-        + "\n\nexample:\n  gralora finetune --use_gralora --data_path data.jsonl --output_dir out"
+        + "\n\nexample:\n"
+        + "  gralora finetune --use_gralora --gralora_scaling matched --data_path data.jsonl --output_dir out"
         + f"\nexit status: 0 done, {USER_ERROR} wrong arguments or data, {INTERRUPTED} stopped by Ctrl-C, 1 a fault",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -583,7 +583,7 @@ def test_page_is_that_of_the_results(published: Results, tmp_path: Path) -> None
     assert quality_report.write(published, tmp_path / "quality.md") == page
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md", "docs/scaling.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md", "docs/gralora.md"])
 def test_quoted_differences_are_in_the_results(published: Results, page: str) -> None:
     """Each "-0.0094 ± 0.0018" is a difference of two methods on one task, at some learning rates; the sign may be in
     words, as in "0.0070 ± 0.0011 below"."""

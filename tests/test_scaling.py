@@ -170,7 +170,7 @@ def test_weighted_combination() -> None:
 
 @pytest.mark.parametrize(("k", "hybrid_r"), [(4, 0), (4, 32)])
 def test_size_of_the_update_under_adam(k: int, hybrid_r: int) -> None:
-    """docs/scaling.md: as large as LoRA's after one step, m/r of it later if the gradient has rank one; "matched"
+    """docs/gralora.md: as large as LoRA's after one step, m/r of it later if the gradient has rank one; "matched"
     multiplies it by the gain throughout, since Adam's steps do not depend on the scaling."""
     fields = {"r": 64, "lora_alpha": 64, "target_modules": ["0"]}
     grid = {"use_gralora": True, "gralora_k": k, "hybrid_r": hybrid_r}

@@ -2,47 +2,37 @@
 
 import math
 from pathlib import Path
+from typing import Any
+
+from benchmarks.pictures import INK, pyplot, save
 
 from .stats import Difference, Runs, order
 from .train import Cell
 
 
-def setup() -> None:
-    """Plots without a display, the same file from the same results, and text that stays text."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "quality"
-    matplotlib.rcParams["svg.fonttype"] = "none"
-
-
 def forest(named: list[tuple[str, Difference]], path: Path) -> None:
     """Differences with their 95% intervals below each other: left of the line the loss is lower."""
-    setup()
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(8, 1 + 0.32 * len(named)), layout="constrained")
     colours = {"better": "#2a7f3f", "tie": "#8a9099", "worse": "#b3372f"}
     for place, (_, difference) in enumerate(named):
         axis.errorbar(difference.mean, place, xerr=difference.half, fmt="o", ms=5, color=colours[difference.verdict])
         axis.text(1.01, place, difference.verdict, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
     axis.set_yticks(range(len(named)), [name for name, _ in named], fontsize=8)
-    axis.axvline(0, color="black", linewidth=0.8)
+    axis.axvline(0, color=INK, linewidth=0.8)
     axis.invert_yaxis()
     axis.set_xlabel(
         "held-out loss, GraLoRA's minus LoRA's of as many parameters (95% interval over seeds)", fontsize=8
     )
     axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right", "left"]].set_visible(False)
-    figure.savefig(path, metadata={"Date": None})
+    save(figure, path)
     plt.close(figure)
 
 
 def draw(task: str, runs: dict[Cell, Runs], path: Path) -> None:
     """Held-out loss of the tuning seed against learning rate: a panel for a rank and LoRA's scaling or others."""
-    setup()
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     own = sorted((r for c, r in runs.items() if c.task == task and c.method != "full"), key=order)
     panels = [
         (rank, scaled)
@@ -61,21 +51,23 @@ def draw(task: str, runs: dict[Cell, Runs], path: Path) -> None:
         here = [r for r in here if r.cell.method == "lora" or (r.cell.scale != 1) == scaled]
         for r in here:
             points = [(lr, loss) for lr, loss in sorted(r.tuning.items()) if math.isfinite(loss)]
-            style = {"lw": 3, "color": "black", "zorder": 1} if r.cell.method == "lora" else {"lw": 1.3}
+            style: dict[str, Any] = {"lw": 3, "color": INK, "zorder": 1} if r.cell.method == "lora" else {"lw": 1.3}
             label = r.name.replace(f" r={rank}", "")
             if len(points) == 1:
                 label = f"{label} (one rate)"
+                style |= {"marker": "D", "ms": 7, "zorder": 5}
             elif not any(loss < low + 0.045 for _, loss in points):
                 label = f"{label} (above the picture)"
-            axis.plot(*zip(*points, strict=True), marker="o", ms=4, label=label, **style)
+            axis.plot(*zip(*points, strict=True), label=label, **{"marker": "o", "ms": 4} | style)
         rates = sorted({lr for r in here for lr in r.tuning})
         unscaled = "lora_alpha / r" + (", and rsLoRA" if any(r.cell.method == "rslora" for r in here) else "")
         title = f"r = {rank}, {'other scalings, and LoRA' if scaled else unscaled}"
         axis.set(xscale="log", xlabel="learning rate", ylabel="held-out loss", title=title)
-        axis.set(ylim=(low - 0.004, low + 0.045))
+        highest = max(loss for r in here for loss in r.tuning.values() if math.isfinite(loss))
+        axis.set(ylim=(low - 0.004, min(highest + 0.004, low + 0.045)))
         axis.set_xticks(rates, [f"{lr:.3g}" for lr in rates])
         axis.minorticks_off()
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
         axis.grid(alpha=0.3)
-    figure.savefig(path, metadata={"Date": None})
+    save(figure, path)
     plt.close(figure)

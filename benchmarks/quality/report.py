@@ -100,7 +100,8 @@ def write(results: Results, out: Path) -> str:
         ]
         plot = out.with_name(f"{out.stem}-{task}.svg")
         draw(task, runs, plot)
-        lines += ["", f"![Held-out loss by learning rate]({plot.name})"]
+        caption = "*With the seed that chooses the learning rate; what is far above the best loss is cut off.*"
+        lines += ["", f"![Held-out loss by learning rate]({plot.name})", "", caption]
     lines += ["", "## Amount of data", "", *fewer_rows(runs)]
     lines += ["", "## k and rank", "", *one_apart(runs)]
     lines += ["", "## Keeping LoRA's learning rate", "", *transfer(runs)]
@@ -146,7 +147,8 @@ def summary(runs: dict[Cell, Runs], tasks: Iterable[str], plot: Path) -> list[st
     picture = []
     if drawn:
         forest(drawn, plot)
-        picture = ["", f"![Differences in held-out loss with their intervals]({plot.name})"]
+        caption = "*Left of the line GraLoRA's loss is lower. An interval that contains 0 is a tie.*"
+        picture = ["", f"![Differences in held-out loss with their intervals]({plot.name})", "", caption]
     lines = [
         total,
         *picture,
@@ -308,6 +310,6 @@ def sizes(runs: dict[Cell, Runs]) -> list[str]:
         return ["No grid was run at a learning rate and with a seed that LoRA was run with."]
     words = (
         "Root mean square of dW's entries over LoRA's of the same rank, learning rate and seed; median over pairs. "
-        "What to expect is derived in [scaling](scaling.md)."
+        "What to expect is derived in [the scaling](gralora.md#scaling)."
     )
     return [words, "", *_table(rows)]

@@ -3,17 +3,14 @@
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt  # noqa: E402
+from benchmarks.pictures import pyplot, save
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 SETTING = "4 x 2048 tokens, r=64, fp32 adapters + autocast, eager"  # PEFT's default dtypes
 GROUPS = (  # label, file, whether with gradient checkpointing
-    ("4-bit base", "nf4-h200.json", False),
-    ("4-bit base,\ncheckpointing", "nf4-h200.json", True),
+    ("QLoRA: 4-bit base", "nf4-h200.json", False),
+    ("the same,\ncheckpointing", "nf4-h200.json", True),
     ("bf16 base", "unsloth-h200.json", False),
     ("bf16 base,\nLiger's kernels", "liger-h200.json", False),
     ("the same,\ncheckpointing", "liger-h200.json", True),
@@ -29,7 +26,8 @@ def added(file: str, checkpointing: bool) -> dict[str, float]:
 
 
 def draw(path: Path) -> None:
-    matplotlib.rcParams.update({"svg.hashsalt": "speed", "svg.fonttype": "none", "font.size": 9})
+    plt = pyplot()
+    plt.rcParams["font.size"] = 9
     figure, axes = plt.subplots(figsize=(7.5, 3.9), layout="constrained")
     height = 0.27
     for group, (_, file, checkpointing) in enumerate(GROUPS):
@@ -45,7 +43,7 @@ def draw(path: Path) -> None:
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.set_title("Time that adapters add to a training step of the frozen base (less is better)", loc="left")
     axes.legend(frameon=False, loc="upper right")
-    figure.savefig(path, metadata={"Date": None}, transparent=False)
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -213,6 +213,6 @@ def transposed(factors: Factors) -> Factors:
 def scaling_gain(gralora_scaling: str, k: int, r_g: int, hybrid_r: int) -> float:
     """Factor on PEFT's scaling: 1, or for "matched" sqrt(r / (r_g / k + hybrid_r)) with r = r_g + hybrid_r.
 
-    r_g / k + hybrid_r ranks meet in one entry of dW, where LoRA has r; docs/scaling.md derives the root.
+    r_g / k + hybrid_r ranks meet in one entry of dW, where LoRA has r; docs/gralora.md derives the root.
     """
     return 1.0 if gralora_scaling == "lora" else math.sqrt((r_g + hybrid_r) / (r_g / k + hybrid_r))

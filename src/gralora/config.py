@@ -120,7 +120,7 @@ class LoraConfig(peft.LoraConfig):
             "help": (
                 "Factor on the update. 'lora': lora_alpha / r, as in LoRA (lora_alpha / sqrt(r) with use_rslora). "
                 "'matched': that times sqrt(r / (hybrid_r + (r - hybrid_r) / gralora_k)), since fewer ranks meet in "
-                "one entry of the update than in LoRA's; docs/scaling.md derives it."
+                "one entry of the update than in LoRA's; docs/gralora.md derives it."
             ),
             "facts": dataclasses.replace(OWN, flag="gralora_scaling"),
         },

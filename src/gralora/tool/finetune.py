@@ -66,9 +66,9 @@ NEW = ".new"  # where the adapter is written, before it replaces an older one
 SAMPLE_TOKENS = 48
 TEXT_PROMPT_TOKENS = 16
 EXAMPLES = """examples:
-  gralora finetune --use_gralora --max_steps 40 --output_dir out
-  gralora finetune --model_name_or_path MODEL --data_path data.jsonl --use_gralora --lora_r 64 --output_dir out
-  gralora finetune --model_name_or_path MODEL --data_path data.jsonl --use_gralora --quantization 4bit --bf16 --packing
+  gralora finetune --use_gralora --gralora_scaling matched --max_steps 40 --output_dir out
+  gralora finetune --base_model MODEL --data_path data.jsonl --use_gralora --gralora_scaling matched --output_dir out
+  gralora finetune --base_model MODEL --data_path data.jsonl --use_gralora --quantization 4bit --bf16 --packing
   gralora finetune --print_config > config.yaml
   gralora finetune config.yaml --learning_rate 1e-4
   gralora finetune config.yaml --dry_run
