@@ -14,7 +14,7 @@ FLOORS = (  # lowest first, as in docs/design.md; a file that is named nowhere i
     {"blocks", "factors"},
     {"config", "decompositions", "fields", "inits"},
     set(),
-    {"checkpoints"},
+    {"checkpoints", "loftq"},
     {"tool", "plugins"},
 )
 PEFT_LAYERS = 4
