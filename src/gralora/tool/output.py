@@ -46,12 +46,13 @@ def fitted(parts: list[str], separators: tuple[str, ...] = ("  ", " "), width: i
     for separator in separators:
         if len(line := separator.join(parts)) <= width:
             return line
+    end = separators[-1].rstrip()
     lines = [parts[0]]
     for part in parts[1:]:
-        if len(longer := lines[-1] + separators[-1] + part) <= width:
+        if len(longer := lines[-1] + separators[-1] + part) + len(end) <= width:
             lines[-1] = longer
         else:
-            lines[-1] += separators[-1].rstrip()
+            lines[-1] += end
             lines.append("  " + part)
     return "\n".join(lines)
 
