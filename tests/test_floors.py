@@ -14,7 +14,7 @@ FLOORS = (  # lowest first, as in docs/design.md; a file that is named nowhere i
     {"blocks", "factors"},
     {"config", "decompositions", "fields", "inits"},
     set(),
-    {"checkpoints", "loftq"},
+    {"checkpoints"},
     {"tool", "plugins"},
 )
 PEFT_LAYERS = 4
