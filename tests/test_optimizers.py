@@ -26,6 +26,7 @@ from peft import optimizers as stock
 from torch import Tensor
 
 import gralora
+from gralora.blocks import split_blocks
 
 riemannian = pytest.mark.skipif(not hasattr(stock, "create_riemannian_optimizer"), reason="came with PEFT 0.21")
 cases = pytest.mark.parametrize("case", [*FEW_CASES, CASES[2]], ids=str)
@@ -43,6 +44,22 @@ def naive_riemannian(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, reg: 
 
 def naive_lorafa(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(A), grad_B @ torch.linalg.pinv(A @ A.T) / scaling**2
+
+
+def naive_muon(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """The steepest change of one LoRA, `[r, I]` and `[O, r]`, by singular value decompositions."""
+
+    def polar(M: Tensor) -> Tensor:
+        U, _, Vh = torch.linalg.svd(M, full_matrices=False)
+        return U @ Vh
+
+    def inverse_root(M: Tensor) -> Tensor:
+        U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+        return Vh.T @ torch.diag(1 / S) @ Vh
+
+    size = (B.shape[0] / A.shape[1]) ** 0.5 / (2 * scaling)
+    root_A, root_B = inverse_root(A.T), inverse_root(B)  # of A A^T and of B^T B
+    return size * root_B @ polar(root_B @ grad_A), size * polar(grad_B @ root_A) @ root_A
 
 
 def by_blocks(factors, gradients, rule) -> list[Tensor]:
@@ -142,14 +159,60 @@ def test_lorafa_projects_the_full_gradient() -> None:
             )
 
 
-@pytest.mark.parametrize("create", [gralora.create_riemannian_optimizer, gralora.create_lorafa_optimizer])
+@cases
+def test_muon_steps_are_those_of_every_block(case: Case) -> None:
+    """Two steps, with momentum: each block's dW changes by two parts of the same spectral norm."""
+    model = adapted(one_layer(case), case_config(case)).train()
+    layer = only_layer(model)
+    optimizer = gralora.create_muon_optimizer(model, lr=1e-2, momentum=0.8)
+    buffers = [torch.zeros_like(t) for t in factors_of(layer).tensors()]
+    for _ in range(2):
+        optimizer.zero_grad()
+        before = [t.detach().clone() for t in factors_of(layer).tensors()]
+        loss_of(model, case).backward()
+        gradients = [t.grad.clone() for t in factors_of(layer).tensors()]
+        buffers = [0.8 * b + 0.2 * g for b, g in zip(buffers, gradients, strict=True)]
+        means = [0.2 * g + 0.8 * b for b, g in zip(buffers, gradients, strict=True)]
+        padded = [*means, *[None] * (4 - len(means))]
+        expected = by_blocks(factors_of(layer), padded, lambda *block: naive_muon(*block, scaling=3.0))
+        optimizer.step()
+        for t, old, step in zip(factors_of(layer).tensors(), before, expected, strict=True):
+            torch.testing.assert_close(t.detach(), old - 1e-2 * step, rtol=1e-6, atol=1e-8)
+
+
+def test_muon_steps_do_not_depend_on_how_a_block_is_shared() -> None:
+    """A twice as large and B half as large: the same change of dW, of singular values lr / 2 * sqrt(O / I)."""
+    case, changes = Case(2, 4, 0, 20, 12), []
+    for factor in (1.0, 2.0):
+        model = adapted(one_layer(case), case_config(case)).train()
+        layer = only_layer(model)
+        A, B, *_ = factors_of(layer)
+        A.data *= factor
+        B.data /= factor
+        before = A.detach().clone(), layer.get_delta_weight("default").detach()
+        optimizer = gralora.create_muon_optimizer(model, lr=1e-4)
+        loss_of(model, case).backward()
+        optimizer.step()
+        changes.append(layer.get_delta_weight("default").detach() - before[1])
+        A.data.copy_(before[0])  # what B alone has changed
+        change = split_blocks(layer.get_delta_weight("default").detach() - before[1], 2)
+        values = torch.linalg.svdvals(change)[..., :2]
+        torch.testing.assert_close(values, torch.full_like(values, 0.5e-4 * (12 / 20) ** 0.5))
+    torch.testing.assert_close(changes[0], changes[1])
+
+
+@pytest.mark.parametrize(
+    "create",
+    [gralora.create_riemannian_optimizer, gralora.create_lorafa_optimizer, gralora.create_muon_optimizer],
+)
 def test_whole_models_train(create) -> None:
     """A model with a GraLoRA and a plain adapter, in bfloat16, learns; what is not trainable does not move."""
     model = adapted(MODELS["llama"](torch.bfloat16), gralora_config(2, hybrid_r=2, target_modules="all-linear"))
     model.add_adapter("plain", peft.LoraConfig(r=4, target_modules=TARGETS["llama"]))
     model.base_model.set_adapter(["default", "plain"])
     arguments = {"optimizer_cls": torch.optim.AdamW} if create is gralora.create_riemannian_optimizer else {}
-    optimizer = create(model.train(), lr=2e-3, **arguments)
+    lr = 2e-2 if create is gralora.create_muon_optimizer else 2e-3
+    optimizer = create(model.train(), lr=lr, **arguments)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     ids, losses = token_ids(2, 9), []
     for _ in range(12):
@@ -168,6 +231,7 @@ def test_optimizers_refuse_what_they_cannot_do() -> None:
     model = adapted(one_layer(case), case_config(case))
     for optimizer in (
         gralora.create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-3),
+        gralora.create_muon_optimizer(model, lr=1e-3),
         gralora.create_lorafa_optimizer(model, lr=1e-3),
     ):
         with pytest.raises(ValueError, match="no closure"):
@@ -177,6 +241,27 @@ def test_optimizers_refuse_what_they_cannot_do() -> None:
         gralora.create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-3)
     with pytest.raises(ValueError, match="no trainable lora_B"):
         gralora.create_lorafa_optimizer(model, lr=1e-3)
+    with pytest.raises(ValueError, match="no trainable lora_A and lora_B"):
+        gralora.create_muon_optimizer(model, lr=1e-3)
+    biased = adapted(one_layer(case), case_config(case, bias="all"))
+    with pytest.raises(
+        ValueError, match="1 other parameters are trainable, as 'base_model.model.layer.base_layer.bias'"
+    ):
+        gralora.create_muon_optimizer(biased, lr=1e-3)
+
+
+def test_muon_starts_where_an_adapter_starts() -> None:
+    """B is zero then, and A has no gradient: the first step moves B alone, the second both, and all stays finite."""
+    case = CASES[2]
+    model = peft.get_peft_model(one_layer(case), case_config(case)).train()
+    A, B, *_ = factors_of(only_layer(model))
+    optimizer, first = gralora.create_muon_optimizer(model, lr=1e-3), A.detach().clone()
+    for moved in (False, True):
+        optimizer.zero_grad()
+        loss_of(model, case).backward()
+        optimizer.step()
+        assert torch.equal(A, first) != moved and B.abs().amax((1, 2)).min() > 0
+        assert A.isfinite().all() and B.isfinite().all()
 
 
 @riemannian

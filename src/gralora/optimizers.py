@@ -2,6 +2,7 @@
 
 The originals in `peft.optimizers` expect factors of two dimensions: LoRA-FA fails at its first step on a grid, and
 the Riemannian optimizer leaves the grid's gradients as they are. LoRA+ (`create_loraplus_optimizer`) needs no change.
+LoRA-Muon, which PEFT has not, is here because a block is the matrix that it is about.
 """
 
 from collections.abc import Callable, Iterator
@@ -112,6 +113,74 @@ def create_lorafa_optimizer(model: nn.Module, *, lr: float, weight_decay: float 
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     return _before_each_step(AdamW(parameters, lr=lr, eps=1e-6, weight_decay=weight_decay), project, pairs)
+
+
+def create_muon_optimizer(model: nn.Module, *, lr: float, momentum: float = 0.95) -> Optimizer:
+    """Create LoRA-Muon (arXiv 2606.12921): each block of dW takes a step of a given size in the spectral norm.
+
+    A block's LoRA, `dW = scaling * B A` with B `[out, q]`, changes by `dB A + B dA`. Of all changes whose two parts
+    have the spectral norm `lr / 2 * sqrt(out / in)`, these are the steepest, with P the polar factor U V^T of U S V^T:
+
+        dB = -c P(grad_B R_A) R_A,  dA = -c R_B P(R_B grad_A),  R_A = (A A^T)^-1/2,  R_B = (B^T B)^-1/2
+
+    and `c = lr / (2 * scaling) * sqrt(out / in)`. So what a learning rate does depends neither on rank and scaling nor
+    on how the size of dW is shared between A and B. The gradients are averaged over steps as in torch's Muon. The
+    inverse roots and polar factors come from eigenvalue decompositions of q x q matrices.
+
+    Args:
+        model: the PEFT model; nothing but adapters of linear layers may be trainable.
+        lr: learning rate; a scheduler may change it.
+        momentum: of the average of gradients, in Nesterov's form.
+
+    Returns:
+        A `torch.optim.SGD` whose state has the averages, as `momentum_buffer`.
+
+    Raises:
+        ValueError: if other parameters are trainable, or a factor whose partner is frozen, or a step gets a closure.
+    """
+    pairs = [pair for pair in lora_pairs(model) if pair.A.requires_grad and pair.B.requires_grad]
+    inside = {id(p) for pair in pairs for p in (pair.A, pair.B)}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+    if not pairs:
+        raise ValueError("the model has no trainable lora_A and lora_B of a linear layer.")
+    if others:
+        raise ValueError(
+            f"LoRA-Muon trains lora_A and lora_B of linear layers, both of each, and {len(others)} other parameters "
+            f"are trainable, as {others[0]!r}; freeze them, or use another optimizer."
+        )
+    parameters = [p for pair in pairs for p in (pair.A, pair.B)]
+    optimizer = torch.optim.SGD(parameters, lr=lr)
+
+    def average(p: nn.Parameter) -> Tensor | None:
+        if p.grad is None:
+            return None
+        buffer = optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+        buffer.lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(buffer, momentum).to(torch.promote_types(p.dtype, torch.float32))
+
+    def steepest(pair: Pair) -> None:
+        (A, B), (mean_A, mean_B), (grad_A, grad_B) = pair.of(_value), pair.of(average), pair.of(_gradient)
+        size = (B.shape[-2] / A.shape[-1]) ** 0.5 / (2 * pair.scaling)
+        root_A, root_B = _inverse_root(A @ A.mT), _inverse_root(B.mT @ B)
+        if grad_A is not None and mean_A is not None:
+            grad_A.copy_(size * root_B @ _polar((root_B @ mean_A).mT).mT)
+        if grad_B is not None and mean_B is not None:
+            grad_B.copy_(size * _polar(mean_B @ root_A) @ root_A)
+
+    return _before_each_step(optimizer, steepest, pairs)
+
+
+def _polar(matrix: Tensor) -> Tensor:
+    """U V^T of a tall matrix U S V^T, without what belongs to singular values of about zero."""
+    return matrix @ _inverse_root(matrix.mT @ matrix)
+
+
+def _inverse_root(gram: Tensor) -> Tensor:
+    """The inverse square root of a symmetric matrix, where it has one: zero along eigenvectors of about zero."""
+    values, vectors = torch.linalg.eigh(gram)
+    largest = values[..., -1:]
+    roots = torch.where((values > 1e-6 * largest) & (largest > 0), values.clamp(min=0).rsqrt(), 0.0)
+    return vectors * roots[..., None, :] @ vectors.mT
 
 
 def _value(p: nn.Parameter) -> Tensor:
