@@ -209,17 +209,20 @@ def test_packed_and_padded_runs_learn_the_same(arguments, tmp_path):
         torch.testing.assert_close(weights(tmp_path / "other"), weights(tmp_path / "padded"), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("quantization, precision", [("4bit", {}), ("4bit", {"bf16": True}), ("8bit", {"bf16": True})])
+@pytest.mark.parametrize(
+    "quantization, precision",
+    [("4bit", {}), ("4bit", {"bf16": True}), ("8bit", {"bf16": True}), ("fp8", {}), ("fp8", {"bf16": True})],
+)
 def test_quantised_base(arguments, tmp_path, monkeypatch, quantization, precision):
     """It learns, also after the evaluation at the start; reloaded it is the same, merged when dequantised."""
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("torchao" if quantization == "fp8" else "bitsandbytes")
     monkeypatch.setattr(module, "verify_in_new_process", lambda folder: None)
     loaded = []
     adapt = module.get_peft_model
     monkeypatch.setattr(module, "get_peft_model", lambda model, config: loaded.append(model) or adapt(model, config))
     metrics = finetune(arguments(quantization=quantization, verify=True, gradient_checkpointing=True, **precision))
-    kinds = {type(layer).__name__ for layer in loaded[0].modules()}
-    assert {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}[quantization] in kinds
+    kinds = {type(part).__name__ for part in (*loaded[0].modules(), *loaded[0].parameters())}
+    assert {"4bit": "Linear4bit", "8bit": "Linear8bitLt", "fp8": "Float8Tensor"}[quantization] in kinds
     assert metrics["held_out_loss"]["after"] < metrics["held_out_loss"]["before"] - 0.05
     differences = verify(tmp_path / "out")
     assert differences["reloaded"] == 0 and differences["base"] > 10 * differences["merged"] > 0
@@ -445,7 +448,7 @@ def test_verify_runs_in_another_process(arguments, capfd):
         ({"bf16": True, "fp16": True}, "exclude each other"),
         ({"optim": "adamm"}, "optim='adamm' must be one of adamw_torch"),
         ({"lr_scheduler_type": "flat"}, "lr_scheduler_type='flat' must be one of linear, .*constant"),
-        ({"quantization": "3bit"}, "quantization='3bit' must be one of none, 4bit, 8bit"),
+        ({"quantization": "3bit"}, "quantization='3bit' must be one of none, 4bit, 8bit, fp8"),
         ({"batch_size": 8, "gradient_accumulation_steps": 4}, "is gradient_accumulation_steps=2, not 4; give one of"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 must be at least 1"),
         ({"early_stopping_patience": 2, "val_set_size": 0}, "early_stopping_patience=2 needs a held-out loss"),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import peft
 import pytest
 import torch
+from fp8_layers import fp8_dequantized, fp8_linear, run_without_hub_kernels
 from helpers import (
     Case,
     OneLayer,
@@ -60,6 +61,7 @@ class Backend(NamedTuple):
     dequantize: Callable[[Any], Tensor]  # to float32
     config: Callable[[], Any] | None = None  # for from_pretrained; None: transformers cannot load it
     flag: str = ""
+    sums_in_float32: bool = False  # whether a merge dequantises to float32, whatever the layer computes in
 
 
 def bnb_4bit(quant_type: str, double: bool) -> Backend:
@@ -116,12 +118,12 @@ def bnb_8bit() -> Backend:
     return Backend("bitsandbytes", quantize, dequantize, config, "is_loaded_in_8bit")
 
 
-def torchao_int8() -> Backend:
+def torchao(make: str, **options: Any) -> Backend:
     def config() -> Any:
-        from torchao.quantization import Int8WeightOnlyConfig
+        import torchao.quantization
         from transformers import TorchAoConfig
 
-        return TorchAoConfig(Int8WeightOnlyConfig())
+        return TorchAoConfig(getattr(torchao.quantization, make)(**options))
 
     def quantize(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
         from torchao import quantize_
@@ -130,7 +132,18 @@ def torchao_int8() -> Backend:
         quantize_(layer, config().get_apply_tensor_subclass())
         return layer
 
-    return Backend("torchao", quantize, lambda layer: layer.weight.dequantize().float(), config)
+    def dequantize(layer: Any) -> Tensor:
+        weight = layer.weight
+        return weight.dequantize(torch.float32) if make.startswith("Float8") else weight.dequantize().float()
+
+    return Backend("torchao", quantize, dequantize, config, sums_in_float32=make.startswith("Float8"))
+
+
+def fine_grained_fp8() -> Backend:
+    def quantize(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
+        return fp8_linear(linear.to(dtype), (32, 16))
+
+    return Backend("torch", quantize, fp8_dequantized, sums_in_float32=True)
 
 
 def hqq(nbits: int) -> Backend:
@@ -148,7 +161,9 @@ BACKENDS = {
     "nf4-double": bnb_4bit("nf4", double=True),
     "fp4": bnb_4bit("fp4", double=False),
     "bnb-int8": bnb_8bit(),
-    "torchao-int8": torchao_int8(),
+    "torchao-int8": torchao("Int8WeightOnlyConfig"),
+    "torchao-fp8": torchao("Float8WeightOnlyConfig"),
+    "fp8-blocks": fine_grained_fp8(),
     "hqq-4": hqq(4),
     "hqq-8": hqq(8),
 }
@@ -166,7 +181,7 @@ def as_loaded(model: nn.Module, backend: Backend) -> Any:
     """The model with the attributes that transformers sets on one that it loads quantised."""
     if backend.flag:
         setattr(model, backend.flag, True)
-    if backend.library == "torchao":
+    if backend.library == "torchao" and backend.config is not None:
         model.hf_quantizer = SimpleNamespace(quantization_config=backend.config())
     return model.requires_grad_(False)
 
@@ -177,6 +192,11 @@ def quantized_layer(name: str, dtype: torch.dtype = torch.float32, bias: bool = 
     torch.manual_seed(2)
     linear = nn.Linear(CASE.in_features, CASE.out_features, bias).to(dtype).requires_grad_(False)
     return as_loaded(OneLayer(backend.quantize(linear, dtype)), backend)
+
+
+@pytest.fixture(autouse=True)
+def without_hub_kernels(monkeypatch):
+    run_without_hub_kernels(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +240,7 @@ def assert_merged(
     backend: Backend, base: nn.Module, before: Tensor, delta: Tensor, dtype: torch.dtype = torch.float32
 ) -> None:
     """The base weight is what quantising `before + delta` gives, up to elements that rounding put elsewhere."""
+    dtype = torch.float32 if backend.sums_in_float32 else dtype
     naive, merged = naively_merged(backend, before, delta, dtype), backend.dequantize(base)
     assert merged.shape == naive.shape
     error, naive_error = ((w - (before + delta)).norm() for w in (merged, naive))
@@ -251,7 +272,9 @@ def test_output_and_gradients(name):
 
 @backends
 def test_base_layer_is_computed_by_its_own_library(name, monkeypatch):
-    """The fused operation, which reads the weight as a matrix of numbers, stays out of quantised layers."""
+    """The fused operation, which reads the weight as a matrix of numbers, stays out of quantised layers but FP8."""
+    if "fp8" in name:
+        pytest.skip("read by the fused operation: tests/test_fp8.py")
     monkeypatch.setattr(fast_path, "gralora_linear", lambda *args: pytest.fail("the fused operation was used"))
     model = adapted(quantized_layer(name), case_config(CASE))
     model(random_input(3, CASE.in_features, dtype=torch.float32))
@@ -306,6 +329,8 @@ def test_global_hooks_see_the_factors(name):
 @pytest.mark.parametrize("adapter_in_float32", [True, False], ids=["float32-adapter", "base-dtype-adapter"])
 def test_dtypes_and_devices_are_those_of_plain_lora(name, dtype, adapter_in_float32):
     """The factors have the dtype and device that PEFT gives plain LoRA on this layer, and train in it."""
+    if name == "fp8-blocks" and not adapter_in_float32:
+        pytest.skip("PEFT would give plain LoRA 8 bits, in which it cannot be trained: tests/test_fp8.py")
     options = {"autocast_adapter_dtype": adapter_in_float32}
     stock = get_peft_model(quantized_layer(name, dtype), peft.LoraConfig(r=4, target_modules=["layer"]), **options)
     model = adapted(quantized_layer(name, dtype), case_config(CASE), **options).train()
@@ -419,7 +444,11 @@ def test_merge_of_two_adapters(name):
     deltas = [layer.get_delta_weight(adapter).detach() for adapter in ("default", "plain")]
     layer.merge(adapter_names=["default", "elsewhere", "plain"])
     assert layer.merged_adapters == ["default", "plain"]
-    assert_merged(backend, layer.get_base_layer(), naively_merged(backend, before, deltas[0]), deltas[1])
+    if backend.sums_in_float32:  # all at once
+        before, deltas = before + deltas[0], deltas[1:]
+    else:
+        before, deltas = naively_merged(backend, before, deltas[0]), deltas[1:]
+    assert_merged(backend, layer.get_base_layer(), before, deltas[0])
 
 
 @backends
@@ -511,11 +540,13 @@ def test_other_quantised_weights_are_refused():
     """A torchao weight of another class is refused by name, and the message lists what is supported."""
     pytest.importorskip("torchao")
     from torchao import quantize_
-    from torchao.quantization import Float8WeightOnlyConfig
+    from torchao.quantization import IntxWeightOnlyConfig
 
     model = OneLayer(nn.Linear(64, 96))
-    quantize_(model, Float8WeightOnlyConfig())
-    with pytest.raises(ValueError, match="Float8Tensor, which is not supported. .* bitsandbytes 4-bit.* HQQ"):
+    quantize_(model, IntxWeightOnlyConfig(torch.int4))
+    with pytest.raises(
+        ValueError, match="IntxUnpackedToInt8Tensor, which is not supported. .* bitsandbytes 4-bit.* HQQ"
+    ):
         get_peft_model(model, case_config(CASE))
     assert type(model.layer) is nn.Linear
 
@@ -815,7 +846,7 @@ def test_embedded_model(name, tmp_path):
         print(f"{name}: loss {losses[0]:.3f}, trained {trained:.3f}, merged {merged:.3f}")
         if name != "nf4-double":  # steps of four bits are larger than what a short training changes
             assert abs(merged - trained) < 0.05 * (losses[0] - trained)
-        if name != "torchao-int8":  # which transformers cannot dequantise
+        if not name.startswith("torchao"):  # which transformers cannot dequantise
             model = PeftModel.from_pretrained(base().dequantize(), tmp_path).merge_and_unload()
             dequantised = model(ids, labels=ids).loss
             print(f"{name}: merged into the dequantised model {dequantised:.3f}")

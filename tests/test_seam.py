@@ -309,7 +309,7 @@ def test_get_delta_weight_is_what_merging_asks(monkeypatch, safe):
 
 def test_other_overrides_are_called(monkeypatch, tmp_path):
     """Whole-adapter operations of PeftModel come to the methods of LoraModel and its layers that we override."""
-    names = ("set_adapter", "delete_adapter", "add_weighted_adapter", "subtract_mutated_init")
+    names = ("set_adapter", "delete_adapter", "add_weighted_adapter", "subtract_mutated_init", "merge_adapter")
     resolved = watch(monkeypatch, lora.LoraLayer, "resolve_lora_variant")
     model = plain_lora(OneLayer(nn.Linear(4, 6)))
     assert len(resolved) == 1

@@ -130,6 +130,7 @@ def create_and_replace(
     k, kind = config.of_layer("gralora_k", current_key), kind_of(base)
     for part, mixin in [(layer, kind.mixin), *((getattr(layer.base_layer, n), m) for n, m in kind.inner.items())]:
         promote(part, mixin)
+        part.draw_again(adapter_name, init.drawn)
         part.read_factors(adapter_name, k, config.hybrid_r)
         if adapter_name in part.lora_B:
             part.lora_B[adapter_name].gralora_scaling = config.gralora_scaling

@@ -18,6 +18,7 @@ from .conv import GranularConv, conv_obstacle
 from .embedding import GranularEmbedding, embedding_obstacle
 from .experts import FusedExperts, GranularExperts, TargetParameter
 from .fast_path import FusedLayer
+from .fp8 import GranularFloat8
 from .layers import GraloraLayer
 from .ops.torch_seam import NonDynamicallyQuantizableLinear
 from .promote import Promoted
@@ -46,6 +47,12 @@ def _quantizes_activations(base: Any) -> str:
     if base.weight.act_quant_kwargs is None:
         return ""
     return "which quantises activations too, so that no gradient passes through it"
+
+
+def _no_fp8_matrix(base: Any) -> str:
+    if type(base).__name__ != "FP8Linear":
+        return "which is a grouped product, no linear layer"
+    return "" if base.weight.is_floating_point() else "which holds 4-bit floats"
 
 
 def _never(base: Any) -> bool:
@@ -93,6 +100,18 @@ class Kind(NamedTuple):
 
 
 KINDS = (
+    Kind(
+        "transformers' FP8Linear",  # an nn.Linear, too
+        "transformers.FP8Linear",
+        "torch.Parameter",
+        quantised=True,
+        obstacle=_no_fp8_matrix,
+        mixin=GranularFloat8,
+        refuses={
+            "lora_bias": "merging would lose it",
+            "use_dora": "PEFT would take its norms from the weight without its scales",
+        },
+    ),
     Kind("nn.Linear", "torch.Linear", "torch.Parameter", obstacle=_in_attention),
     Kind("transformers' Conv1D", "transformers.Conv1D", "torch.Parameter"),
     Kind(
@@ -117,6 +136,13 @@ KINDS = (
         "torchao.Int8Tensor",
         quantised=True,
         obstacle=_quantizes_activations,
+    ),
+    Kind(
+        "torchao FP8",
+        "torch.Linear",
+        "torchao.Float8Tensor",
+        quantised=True,
+        mixin=GranularFloat8,
     ),
     Kind("HQQ", "hqq.HQQLinear", quantised=True, coarse=_hqq_is_coarse),
     Kind(
@@ -285,7 +311,7 @@ def _unfit(layer: lora.LoraLayer, kind: Kind) -> str:
             return f"{wrapped}, not as {' or '.join(cls.__name__ for cls in expected)}"
     elif not stock.__module__.startswith("peft."):
         return f"{wrapped}, which is no class of PEFT's"
-    elif not writes_quantised_weights(layer, stock):
+    elif not kind.mixin.merges_quantised and not writes_quantised_weights(layer, stock):
         return f"{wrapped}, not as a quantised layer: merging would add to the packed weight"
     return ""
 

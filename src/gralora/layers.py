@@ -29,6 +29,7 @@ class GraloraLayer(FusedLayer):
     named in a row of `kinds.KINDS`. A subclass says what differs from a linear layer, and overrides no more than:
 
     `read_factors`      make a GraLoRA of the plain LoRA that PEFT has just added: the one method every kind has
+    `draw_again`        repair what PEFT has drawn in a dtype that no factor can have
     `is_gralora`        whether an adapter is one, if `lora_B[adapter]` does not tell
     `factors`           an adapter as the factors of a linear map, A `[k, I/k, r_g]` and B `[k, r_g, O/k]`
     `as_weight`         lay a matrix `[O, I]` out as the base layer's weight
@@ -54,6 +55,9 @@ class GraloraLayer(FusedLayer):
     not_combinable = ""
     """Why PEFT's add_weighted_adapter is refused; empty if it is not."""
 
+    merges_quantised = False
+    """Whether `merge` reads and writes quantised weights by itself, whatever PEFT's class does."""
+
     drawn_by_fan_in = True
     """Whether PEFT draws A from a distribution that depends on the number of input features."""
 
@@ -76,6 +80,9 @@ class GraloraLayer(FusedLayer):
 
     def has_fused(self) -> bool:
         return bool(self.fuses_plain and self.lora_A) or any(map(self.is_gralora, self.lora_B))
+
+    def draw_again(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """Draw the factors of a plain LoRA that PEFT has just added once more, if it gave them an unfit dtype."""
 
     def read_factors(self, adapter_name: str, k: int, hybrid_r: int) -> None:
         """Make a GraLoRA of the plain LoRA that PEFT has just added, with its numbers, dtype and device.

@@ -10,6 +10,7 @@ from . import parents
 from .config import SUPPORTED_VARIANTS
 from .conversion import less_initial
 from .factors import pad_lora
+from .fp8 import telling_losses
 from .inits import changes_base
 from .kinds import is_coarse, mixin_of
 from .layers import GraloraLayer
@@ -139,8 +140,13 @@ class GraloraModel(Promoted, Stock):
         super().delete_adapter(adapter_name)
         parents.adapt_all(self.model)
 
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        with telling_losses(self.model):
+            super().merge_adapter(*args, **kwargs)
+
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
-        model = super().merge_and_unload(*args, **kwargs)
+        with telling_losses(self.model):
+            model = super().merge_and_unload(*args, **kwargs)
         parents.adapt_all(model)
         return model
 

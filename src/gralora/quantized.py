@@ -1,19 +1,19 @@
 """Quantised base layers whose weight our own product computes with, unpacked whenever it is needed.
 
-bitsandbytes' 4-bit layers (QLoRA) unpack their weight, too, for many tokens in the forward and always in the backward;
-here the product takes the adapter's output in. For few tokens bitsandbytes multiplies with the packed weight, and the
-layer is called as it is.
+A kind of layer is a function here, and a row of READERS. Libraries' own layers may keep the unpacked weight for the
+backward, as torchao's FP8 layers do; ours never do.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .ops import PackedWeight, plans
+from .ops import Float8Weight, PackedWeight, plans
 from .ops.torch_seam import parameters_of
 
-MANY_TOKENS = 128  # from which unpacking the weight is faster, forward and backward together; seen on an H200
+MANY_TOKENS = 128  # from which unpacking 4 bits is faster, forward and backward together; seen on an H200
 
 
 class FourBitWeight:
@@ -37,6 +37,43 @@ class FourBitWeight:
         return w
 
 
+def _four_bits(base: Any, weight: Any, x: Tensor, dtype: torch.dtype) -> FourBitWeight | None:
+    """bitsandbytes multiplies with the packed weight for few tokens, and so is called for these."""
+    state = weight.quant_state
+    if not plans.has_kernels(x, dtype) or state is None or base.compute_dtype != dtype:
+        return None
+    if x.numel() < MANY_TOKENS * x.shape[-1]:
+        return None
+    if state.shape[1] != base.in_features or weight.numel() % 4 or state.nested and state.state2.blocksize != 256:
+        return None
+    return FourBitWeight(weight)
+
+
+def torchao_float8(weight: Any) -> Float8Weight:
+    """torchao's `Float8Tensor` `[O, I]`, which shares its memory."""
+    return Float8Weight(weight.qdata, weight.scale, tuple(weight.block_size), weight.act_quant_kwargs is not None)
+
+
+def fine_grained_float8(base: Any) -> Float8Weight | None:
+    """The weight of transformers' `FP8Linear`, which shares its memory; None if it holds no 8-bit floats."""
+    values, scales = base.weight, base.weight_scale_inv
+    if values.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return None
+    block = tuple(values.shape) if base.block_size is None else tuple(base.block_size)
+    scales = scales.detach().float().reshape(-(-values.shape[0] // block[0]), -1)
+    return Float8Weight(values.detach(), scales, block, quantises_input=True)  # type: ignore[arg-type]
+
+
+# Name of the class of a layer's weight, or of the layer -> (layer, weight, its input `[..., I]`, the dtype that is
+# computed in) -> the weight that our product computes with; None if the layer is to be called.
+Read = Callable[[Any, Any, Tensor, torch.dtype], PackedWeight | None]
+READERS: Mapping[str, Read] = {
+    "Params4bit": _four_bits,
+    "Float8Tensor": lambda base, weight, x, dtype: torchao_float8(weight),
+    "FP8Linear": lambda base, weight, x, dtype: fine_grained_float8(base),
+}
+
+
 def packed_weight(base: nn.Module, x: Tensor, dtype: torch.dtype) -> PackedWeight | None:
     """The weight of a quantised layer that our product is to compute with, or None if the layer is to be called.
 
@@ -48,13 +85,7 @@ def packed_weight(base: nn.Module, x: Tensor, dtype: torch.dtype) -> PackedWeigh
     parameters = parameters_of(base)
     weight: Any = parameters.get("weight")
     bias = parameters.get("bias")
-    if type(weight).__name__ != "Params4bit" or not plans.has_kernels(x, dtype):
+    read = READERS.get(type(weight).__name__) or READERS.get(type(base).__name__)
+    if read is None or bias is not None and bias.requires_grad:
         return None
-    state = weight.quant_state
-    if state is None or base.compute_dtype != dtype or x.numel() < MANY_TOKENS * x.shape[-1]:
-        return None
-    if bias is not None and bias.requires_grad:
-        return None
-    if state.shape[1] != base.in_features or weight.numel() % 4 or state.nested and state.state2.blocksize != 256:
-        return None
-    return FourBitWeight(weight)
+    return read(base, weight, x, dtype)

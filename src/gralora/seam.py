@@ -354,6 +354,7 @@ OVERRIDES: dict[str, str] = {
     "forward": "the layer's output; adapter_names and aLoRA's offsets are keywords",
     "get_delta_weight": "dW of one adapter in the layout of the base weight; all merging asks it",
     "merge": "add the named adapters' dW to the base weight",
+    "merge_adapter": "LoraModel: merge adapters, which stay; PeftModel's attribute",
     "merge_and_unload": "LoraModel: the base model with the adapters merged",
     "resolve_lora_variant": "choose an adapter's variant by its config; called by update_layer",
     "set_adapter": "LoraModel: choose the active adapters",

@@ -12,11 +12,12 @@ from .mixed import Rows, mixed_update
 from .reference import Factors
 from .shared import AdaptedLinear, shared_linear
 from .torch_seam import is_transformed
-from .weights import PackedWeight, Weight
+from .weights import Float8Weight, PackedWeight, Weight
 
 __all__ = [
     "AdaptedLinear",
     "Factors",
+    "Float8Weight",
     "GatedMlp",
     "PackedWeight",
     "Rows",

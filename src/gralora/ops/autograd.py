@@ -24,12 +24,11 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, factors: Factors, p: 
     y, product = GraloraLinearFunction.apply(x, *tensors, (weight, bias, scaling, p, seed))
     if product is not None:
         how, seen, g, B = product
-        operands = seen, dense(weight, x.dtype), bias, g, B
         try:
-            how.forward.linear(y, *operands)
+            how.forward.linear(y, seen, how.operand(weight, x.dtype), bias, g, B)
         except KernelUnavailable as error:
             plans.give_up(error)
-            batched.linear(y, *operands)
+            batched.linear(y, seen, dense(weight, x.dtype), bias, g, B)
     return y
 
 

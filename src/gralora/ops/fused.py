@@ -132,7 +132,7 @@ def linear_up(x: Tensor, seen: Tensor, weight: Weight, bias: Tensor | None, g: T
     """
     if how.forward is not None:
         y = output(x, weight)
-        how.forward.linear(y, seen, dense(weight, x.dtype), bias, g, B)
+        how.forward.linear(y, seen, how.operand(weight, x.dtype), bias, g, B)
         return y
     # with a bias, what torch makes of more than two dimensions is a view
     y = torch.nn.functional.linear(seen if bias is None else rows(seen), dense(weight, x.dtype), bias)
@@ -196,7 +196,7 @@ def linear_backward(
         if how.gradients_in_product and dA is not None and dB is not None:
             gradients, is_done = FactorGradients(x, g, dA, dB.mT), True
         adds = dx_before is not None
-        how.backward.linear(dx, dy, dense(weight, x.dtype).t(), None, dh, A_up, gradients, adds)
+        how.backward.linear(dx, dy, how.operand(weight, x.dtype).t(), None, dh, A_up, gradients, adds)
     elif needs.x and weight is not None:
         if dx_before is None:
             dx = dy @ dense(weight, x.dtype)

@@ -98,8 +98,8 @@ def _last(y: Tensor, outputs: Sequence[Tensor], mlp: GatedMlp) -> None:
     how, hidden = _hidden(e, u, mlp)
     convert = None if B.dtype == e.dtype else Conversion(B, torch.empty_like(B, dtype=e.dtype))
     g = how.down.down(hidden, A, h, scaling, convert)
-    operands = hidden, dense(weight, e.dtype), bias, g, B if convert is None else convert.target
-    (how.forward or batched).linear(y, *operands)
+    B = B if convert is None else convert.target
+    (how.forward or batched).linear(y, hidden, how.operand(weight, e.dtype), bias, g, B)
 
 
 def _hidden(e: Tensor, u: Tensor, mlp: GatedMlp) -> tuple[Plan, Tensor]:

@@ -1,8 +1,9 @@
 """What an implementation of the adapter's operations provides: the contract of a kernel module.
 
-`batched` (torch) and `kernels` (Triton) are `Kernels`; `batched` and `hopper` are a `Product`. To add one for another
-GPU, write a module with these functions and name it in a row of `plans.ARCHITECTURES`, and in a line
-for type checkers above it, with which `make typecheck` compares the functions with those here.
+`batched` (torch) and `kernels` (Triton) are `Kernels`; `batched` and `hopper` are a `Product` of tensors, `fp8` is one
+of a `Float8Weight`. To add one for another GPU, write a module with these functions and name it in a row of
+`architectures.ARCHITECTURES`, and in a line for type checkers at the top of `plans`, with which `make typecheck`
+compares the functions with those here.
 
 All tensors of a call are on one device. `x` and `dy` have unit stride along their last dimension, and are `[T, n]` or
 contiguous `[..., n]` (`layout.contiguous_or_rows`). Factors may have any strides and any float dtype; the dtype of x
@@ -10,7 +11,7 @@ is what is computed in. Letters are those of `reference`.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -153,8 +154,11 @@ class Kernels(Protocol):
         """
 
 
-class Product(Protocol):
-    """The base layer's product with the adapter's output in it."""
+WeightT = TypeVar("WeightT", contravariant=True)
+
+
+class Product(Protocol[WeightT]):
+    """The base layer's product with the adapter's output in it, for weights of one type."""
 
     def takes(self, x: Layout, weight: Layout, B: Layout, device: int, z: Layout | None = None) -> bool:
         """Whether it can compute with operands that lie like this, and is faster there than torch's product.
@@ -172,7 +176,7 @@ class Product(Protocol):
         self,
         y: Tensor,
         x: Tensor,
-        weight: Tensor,
+        weight: WeightT,
         bias: Tensor | None,
         g: Tensor,
         B: Tensor,
@@ -184,7 +188,7 @@ class Product(Protocol):
         Args:
             y: written: `[..., O]`, contiguous, dtype of x.
             x: `[T, I]`.
-            weight: `[O, I]`, dtype of x.
+            weight: `[O, I]`, dtype of x if it is a tensor.
             adds: whether all that is added to what y holds, instead of overwriting it; not with a bias.
             bias: `[O]`, any float dtype, or None.
             g: `[k, T, R]`, contiguous, dtype of x.

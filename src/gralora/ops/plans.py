@@ -25,19 +25,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import batched
+from . import batched, fp8
+from .architectures import ARCHITECTURES, NEVER, Architecture
+from .architectures import CPU as CPU
+from .architectures import HALF as HALF
 from .interface import Kernels, KernelUnavailable, Product
 from .layout import Layout, layout
 from .torch_seam import is_traced, saves_through_hooks
-from .weights import Weight
+from .weights import Float8Weight, Weight, dense
 
 if TYPE_CHECKING:  # a checker of types compares what a row may name with the protocols
     from . import hopper, kernels
 
     _with_torch: Kernels = batched
     _with_triton: Kernels = kernels
-    _torch_product: Product = batched
-    _hopper_product: Product = hopper
+    _torch_product: Product[Tensor] = batched
+    _hopper_product: Product[Tensor] = hopper
+    _fp8_product: Product[Float8Weight] = fp8
 
 CHOICES = ("auto", "portable", "torch", "triton", "reference")
 
@@ -59,50 +63,6 @@ def choose(value: str) -> None:
 
 
 choice = read_choice()  # once: a constant for torch.compile
-HALF = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True, eq=False)
-class Architecture:
-    """A kind of device: which modules of `gralora.ops` run there, and from which sizes on.
-
-    Compared by identity, since it is looked up at every call.
-
-    Attributes:
-        name: of the kind, in words.
-        capability: the least CUDA compute capability; the first row that a GPU reaches is its own.
-        kernels: module that implements `interface.Kernels`, used for tensors of `dtypes`.
-        product: module that implements `interface.Product`; empty if torch's product is all there is.
-        dtypes: of x, that the two compute with.
-        large: elements of x and y together from which the adapter's output is added inside of the layer's product,
-            since a pass over y costs more than that saves.
-        few_tokens: up to which one kernel computes the factors' gradients, since it costs the host one launch.
-        most_kept: size of g, as a share of the size of x, from which a large layer's backward projects x down again
-            instead of keeping g.
-        called_features: input or output features from which a compiled layer is an operator that the graph calls,
-            since its product then takes longer than the call.
-    """
-
-    name: str
-    capability: tuple[int, int]
-    kernels: str
-    product: str = ""
-    dtypes: tuple[torch.dtype, ...] = HALF
-    large: float = 2**23
-    few_tokens: int = 2048
-    most_kept: float = 1 / 8
-    called_features: float = 2048
-
-
-# The sizes were measured on H100 and H200, also those of the other rows.
-ARCHITECTURES = (
-    Architecture("Blackwell or later", (10, 0), "kernels"),
-    Architecture("Hopper", (9, 0), "kernels", product="hopper"),
-    Architecture("Ampere or Ada", (8, 0), "kernels"),
-    Architecture("a GPU without kernels", (0, 0), "batched"),
-)
-NEVER = float("inf")
-CPU = Architecture("no GPU", (0, 0), "batched", large=NEVER, called_features=NEVER)
 
 _failed: set[str] = set()  # modules that could not compile here
 
@@ -140,6 +100,19 @@ def _with_kernels(device: int | None) -> Architecture:
         raise ImportError("Triton could not compile the kernels")
     _module(row.kernels)
     return row
+
+
+@functools.cache
+def _fp8_module(device: int | None) -> tuple[str, str]:
+    """The module of a device's product of FP8 weights, whatever computes otherwise, and what the device is called."""
+    if device is None:
+        return CPU.fp8_product, "the CPU"
+    name = torch.cuda.get_device_name(device)
+    if torch.version.hip:
+        return "", f"{name}, a GPU of AMD's with another format of such numbers,"
+    capability = torch.cuda.get_device_capability(device)
+    row = next(row for row in ARCHITECTURES if capability >= row.capability)
+    return row.fp8_product, f"{name}, of compute capability {capability[0]}.{capability[1]},"
 
 
 def _is_there(product: str) -> bool:
@@ -191,6 +164,7 @@ class Plan:
         up: who adds up(g, B) to a result that has no product of ours.
         gradients: who computes the factors' gradients where no product does.
         forward, backward: products that take the adapter's output in; None for torch's product, and `up` after it.
+        takes_packed: whether these two take the weight as it is stored, instead of dequantised.
         gradients_in_product: whether the launch of `backward` computes the factors' gradients, too.
         keeps_g: whether the backward gets g from the forward, instead of projecting x down again.
         converts_A, converts_B: whether this factor is copied to the dtype of x before it projects up.
@@ -199,12 +173,17 @@ class Plan:
     down: Kernels = batched
     up: Kernels = batched
     gradients: Kernels = batched
-    forward: Product | None = None
-    backward: Product | None = None
+    forward: Product[Any] | None = None
+    backward: Product[Any] | None = None
+    takes_packed: bool = False
     gradients_in_product: bool = False
     keeps_g: bool = True
     converts_A: bool = False
     converts_B: bool = False
+
+    def operand(self, weight: Weight, dtype: torch.dtype) -> Any:
+        """A weight as `forward` and `backward` take it."""
+        return weight if self.takes_packed else dense(weight, dtype)
 
 
 TORCH = Plan()  # torch's operations, a product and then the adapter
@@ -237,6 +216,10 @@ def plan(x: Tensor, weight: Weight | None, A: Tensor | None, B: Tensor, h: int =
         p: probability of dropout.
     """
     row = _row_of(x)
+    if isinstance(weight, Float8Weight) and not is_traced(x):
+        product, card = _fp8_module(x.get_device() if x.is_cuda else None)
+        if fp8.multiplies(weight, bool(product), card):
+            return _packed_plan(row, x.dtype, x.numel() // x.shape[-1] <= row.few_tokens, product)
     if row.large == NEVER:
         return TORCH
     if is_traced(x):
@@ -271,6 +254,13 @@ def _small_plan(row: Architecture, dtype: torch.dtype, tokens: int) -> Plan:
     return Plan(kernels, kernels, kernels if tokens <= row.few_tokens else batched)
 
 
+@functools.cache
+def _packed_plan(row: Architecture, dtype: torch.dtype, has_few_tokens: bool, name: str) -> Plan:
+    """Products that take the weight as it is stored, whatever the number of tokens, so that all are rounded alike."""
+    small, product = _small_plan(row, dtype, 0 if has_few_tokens else row.few_tokens + 1), _module(name)
+    return replace(small, up=batched, forward=product, backward=product, takes_packed=True)
+
+
 @functools.lru_cache(4096)
 def _plan(row: Architecture, device: int, operands: _Operands) -> Plan:
     dtype, x, weight, A, A_dtype, B, B_dtype, h, has_dropout, goes_through_hooks = operands
@@ -279,13 +269,13 @@ def _plan(row: Architecture, device: int, operands: _Operands) -> Plan:
     small = _small_plan(row, dtype, tokens)
     if tokens * (n_in + n_out) < row.large:
         return small
-    forward: Product | None = None
-    backward: Product | None = None
+    forward: Product[Tensor] | None = None
+    backward: Product[Tensor] | None = None
     gradients_in_product = False
     if weight is not None:
         forward = backward = batched
         if row.product and dtype in row.dtypes:
-            product: Product = _module(row.product)
+            product: Product[Tensor] = _module(row.product)
             if product.takes(x, weight, _converted(B, B_dtype, dtype), device):
                 forward = product
             if A is not None:

@@ -1,5 +1,6 @@
 """The frozen weight of a base layer: a tensor, or something that a tensor is made from whenever a product needs it."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,6 +16,44 @@ class PackedWeight(Protocol):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight as a new tensor `[O, I]`, contiguous, of this dtype."""
+
+
+@dataclass(frozen=True, eq=False)
+class Float8Weight:
+    """A weight of 8-bit floats with scales: it is `values * scales`, each scale standing for a block of values.
+
+    Attributes:
+        values: `[O, I]`, float8_e4m3fn or float8_e5m2.
+        scales: `[ceil(O/a), ceil(I/b)]`, float32.
+        block: a and b; `(1, I)` with scales per row, `(O, I)` with one scale.
+        quantises_input: whether the layer that holds it multiplies with inputs that are quantised, too.
+    """
+
+    values: Tensor
+    scales: Tensor
+    block: tuple[int, int]
+    quantises_input: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        n_out, n_in = self.values.shape
+        return n_out, n_in
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight as a new tensor `[O, I]` of this dtype: the product, rounded once."""
+        (n_out, n_in), (a, b) = self.shape, self.block
+        w = self.values.to(dtype)  # exact
+        scales = self.scales.repeat_interleave(a, 0)[:n_out] if 1 < len(self.scales) < n_out else self.scales
+        if scales.shape[1] == 1:
+            return w.mul_(scales)
+        whole = n_in // b  # blocks; scales repeated over columns would take as much memory as the weight
+        w[:, : whole * b].unflatten(1, (whole, b)).mul_(scales[:, :whole, None])
+        w[:, whole * b :].mul_(scales[:, whole:])
+        return w
+
+    def t(self) -> "Float8Weight":
+        """The transposed weight `[I, O]`; a view, only products of FP8 take it."""
+        return Float8Weight(self.values.t(), self.scales.t(), self.block[::-1], self.quantises_input)
 
 
 Weight = Tensor | PackedWeight

@@ -125,7 +125,9 @@ class FinetuneArguments(GraloraFlags):
         "count such rows. Held-out examples are never packed.",
     )
     quantization: str = HfArg(
-        default="none", help="Load the base model in 4bit (QLoRA: nf4, double quantisation) or 8bit with bitsandbytes."
+        default="none",
+        help="Load the base model in 4bit (QLoRA: nf4, double quantisation) or 8bit with bitsandbytes, or in fp8 with "
+        "torchao.",
     )
     attn_implementation: str | None = HfArg(
         default=None, help="The base model's attention, as transformers names it: sdpa, eager, flash_attention_2."

@@ -2,8 +2,9 @@
 
 import importlib.util
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -13,10 +14,12 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TorchAoConfig,
 )
 
 from gralora_command import install
 
+from ..fp8 import dequantize_fp8
 from .embedded import embedded_model
 
 EMBEDDED = "embedded"
@@ -24,10 +27,37 @@ OTHER_TOKENIZER = (
     "Take the tokenizer that belongs to the model, or save the model with resized embeddings "
     "(model.resize_token_embeddings(len(tokenizer)))."
 )
-# as in the QLoRA paper (arXiv 2305.14314), and as LLM.int8 (arXiv 2208.07339)
-QUANTIZATIONS: dict[str, dict[str, Any]] = {
-    "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    "8bit": {"load_in_8bit": True},
+
+
+def _4bit(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """As in the QLoRA paper (arXiv 2305.14314)."""
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return BitsAndBytesConfig(load_in_4bit=True, **options)
+
+
+def _8bit(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """LLM.int8 (arXiv 2208.07339)."""
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def _fp8(dtype: torch.dtype) -> TorchAoConfig:
+    """E4M3 with one scale a row, as `gralora.quantize_fp8` makes it."""
+    from torchao.quantization import Float8WeightOnlyConfig
+
+    return TorchAoConfig(Float8WeightOnlyConfig(set_inductor_config=False))
+
+
+class Quantization(NamedTuple):
+    """A way to load a base model quantised: the library that it needs, and dtype computed in -> its config."""
+
+    library: str
+    config: Callable[[torch.dtype], Any]
+
+
+QUANTIZATIONS = {
+    "4bit": Quantization("bitsandbytes", _4bit),
+    "8bit": Quantization("bitsandbytes", _8bit),
+    "fp8": Quantization("torchao", _fp8),
 }
 
 
@@ -46,15 +76,22 @@ def load_pretrained(auto: Any, base_model: str, **options: Any) -> Any:
 
 
 def load_model(base_model: str, dtype: torch.dtype, quantization: str = "none", **options: Any) -> PreTrainedModel:
-    """Load the base model in `dtype`, or quantised by bitsandbytes and computing in `dtype`."""
+    """Load the base model in `dtype`, or quantised by a row of QUANTIZATIONS and computing in `dtype`."""
     if quantization != "none":
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ImportError(f"quantization={quantization!r} needs bitsandbytes: {install('quantized')}")
-        # it would warn in every 8-bit layer and pass that inputs are cast
+        library, config = QUANTIZATIONS[quantization]
+        if importlib.util.find_spec(library) is None:
+            raise ImportError(f"quantization={quantization!r} needs {library}: {install('quantized')}")
+        # bitsandbytes would warn in every 8-bit layer and pass that inputs are cast
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        config = BitsAndBytesConfig(**QUANTIZATIONS[quantization], bnb_4bit_compute_dtype=dtype)
-        options["quantization_config"] = config
+        options["quantization_config"] = config(dtype)
     return load_pretrained(AutoModelForCausalLM, base_model, **{"dtype": dtype} | options)
+
+
+def dequantized(model: Any, quantization: str) -> Any:
+    """A model without adapters that `load_model` has quantised, in floating point: the weights it computed with."""
+    if quantization == "fp8":
+        return dequantize_fp8(model)
+    return model.dequantize().float()  # float32, as all else that bitsandbytes' preparation for training leaves behind
 
 
 def load_tokenizer(

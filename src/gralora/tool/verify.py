@@ -18,7 +18,7 @@ from gralora_command import Parser
 
 from ..checkpoints.files import write_json
 from . import output
-from .models import load_model
+from .models import dequantized, load_model
 from .training.report import METRICS
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ LOGITS = "logits.safetensors"
 # how far logits may be off after reloading and merging, as a share of their root mean square; merging rounds weights
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # LLM.int8 rounds what goes into each layer as well, and a dequantised model does not
-MERGE_TOLERANCE = {"none": TOLERANCE, "4bit": TOLERANCE, "8bit": dict.fromkeys(TOLERANCE, 5e-2)}
+MERGE_TOLERANCE = {"none": TOLERANCE, "4bit": TOLERANCE, "8bit": dict.fromkeys(TOLERANCE, 5e-2), "fp8": TOLERANCE}
 
 
 def last_logits(model: PreTrainedModel | PeftModel, texts: list[list[int]]) -> Tensor:
@@ -91,8 +91,7 @@ def verify(adapter: str | Path) -> dict[str, float]:
     with model.disable_adapter():
         logits["base"] = last_logits(model, texts)
     if quantization != "none":
-        # float32, as all else that the preparation for training leaves behind
-        model = PeftModel.from_pretrained(model.unload().dequantize().float(), adapter)
+        model = PeftModel.from_pretrained(dequantized(model.unload(), quantization), adapter)
     logits["merged"] = last_logits(model.merge_and_unload(), texts)
 
     differences = {name: (values - recorded).abs().max().item() for name, values in logits.items()}
