@@ -42,6 +42,16 @@ def test_import_is_silent() -> None:
     assert done.stdout.strip() == ""
 
 
+def test_import_needs_no_package_that_is_not_asked_for() -> None:
+    """What PEFT imports late and does not ask for, such as attrs, is missing in a new environment."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('attr', 'attrs', 'rich', 'matplotlib', 'trl', 'datasets')))\n"
+    )
+    code += "import gralora; [getattr(gralora, name) for name in gralora.__all__]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "version", "message"),
     [

@@ -28,10 +28,6 @@ from peft.tuners.lora.config import (
     # how PEFT's preprocessing for CorDA is done, which PEFT documents and exports from nowhere else
     CordaConfig,
 )
-from peft.tuners.lora.corda import (
-    # U, S and V of W times the covariance of its inputs, damped, as `collect_eigens_for_layer` takes both from a layer
-    collect_eigens_for_layer,
-)
 from peft.tuners.lora.dora import (
     # DoRA's magnitude module: DoraLinearVariant calls it with lora_A, lora_B, scaling and base_layer, without dropout
     # also base_result, and reads `weight`, the magnitudes `[O]`
@@ -325,6 +321,10 @@ def corda_decomposition(W: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, 
         W: `[O, I]`.
         covariance: of the inputs, `[I, I]`.
     """
+    # U, S and V of W times the covariance of its inputs, damped, as it takes both from a layer. Its module needs
+    # attrs, which PEFT does not ask for: only those who have called its preprocessing have imported it
+    from peft.tuners.lora.corda import collect_eigens_for_layer
+
     layer: Any = nn.Linear(1, 1, bias=False)
     layer.weight = nn.Parameter(W, requires_grad=False)
     setattr(layer, COVARIANCE, covariance)
