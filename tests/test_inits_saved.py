@@ -22,12 +22,15 @@ from gralora.checkpoints.convert import convert_adapter
 from gralora.checkpoints.export import to_lora
 from gralora.checkpoints.load import load_adapter
 from gralora.checkpoints.merge import merge_adapter
+from gralora.seam import MERGES_DORA
 
 LOFTQ = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}
 REPEATABLE: dict[str, dict[str, Any]] = {
     "pissa": {"init_lora_weights": "pissa"},
     "pissa_niter_2": {"init_lora_weights": "pissa_niter_2"},
-    "olora": {"init_lora_weights": "olora", "use_dora": True},
+    "olora": {"init_lora_weights": "olora", "use_dora": MERGES_DORA},
+    "mica": {"init_lora_weights": "mica"},
+    "orthogonal": {"init_lora_weights": "orthogonal", "r": 10},
     "loftq": LOFTQ,
 }
 CONVERTED: dict[str, dict[str, Any]] = {

@@ -206,13 +206,14 @@ def minor_components(layer: Any, adapter: str, config: Any) -> None:
 @torch.no_grad()
 def loftq(layer: Any, adapter: str, config: Any) -> None:
     """LoftQ (arXiv 2310.08659): W becomes its quantised values, and dW approximates the rest block by block."""
-    W = layer.base_matrix()
-    dW, quantised = torch.zeros_like(W), W
-    for _ in range(config.loftq_config["loftq_iter"]):
-        stored = layer.as_weight(W - dW).float().contiguous()
-        quantised = layer.as_matrix(after_quantising(stored, config.loftq_config["loftq_bits"]))
-        dW = write(layer, adapter, *pissa(blocks_of(layer, adapter, config, W - quantised)))
-    layer.set_base_matrix(quantised)
+    with gather_params_ctx(layer.base_weight()):
+        W = layer.base_matrix()
+        dW, quantised = torch.zeros_like(W), W
+        for _ in range(config.loftq_config["loftq_iter"]):
+            stored = layer.as_weight(W - dW).float().contiguous()
+            quantised = layer.as_matrix(after_quantising(stored, config.loftq_config["loftq_bits"]))
+            dW = write(layer, adapter, *pissa(blocks_of(layer, adapter, config, W - quantised)))
+        layer.set_base_matrix(quantised)
 
 
 def after_quantising(weight: Tensor, bits: int) -> Tensor:
