@@ -334,6 +334,24 @@ def test_loraplus_gives_B_another_rate(task: Task) -> None:
     assert "LoRA+ x4" in cell.name
 
 
+def test_range_of_good_learning_rates() -> None:
+    """Up to where the loss crosses 1%, between two rates; open where the last is good; a diverged one ends it."""
+    own = stats.Runs(LORA, 4, {1e-3: 2.0, 2e-3: 2.01, 4e-3: 2.03, 5e-4: 2.0, 2.5e-4: math.inf})
+    low, high = own.good_rates()
+    assert low == 5e-4 and high == pytest.approx(2e-3 * 2**0.5)
+    assert stats.Runs(LORA, 4, {1e-3: 2.0, 2e-3: 2.01}).good_rates() == (None, None)
+    text = "\n".join(quality_report.widths({LORA: own}))
+    assert "| 0.0005 | 0.00283 | 5.7 |" in text
+
+
+def test_a_start_is_compared_with_the_same_start_of_lora() -> None:
+    cells = [LORA, replace(LORA, init="pissa"), replace(GRID, init="pissa"), GRID, replace(GRID, ratio=4.0)]
+    every = {cell: stats.Runs(cell, 4, {1e-3: 2.0}) for cell in cells}
+    found = [stats.baseline(cell, every) for cell in cells[2:]]
+    assert [own.cell for own in found if own] == [cells[1], LORA, LORA]
+    assert "pissa" in stats.Runs(replace(GRID, init="pissa", scale=2**0.5), 4).name
+
+
 # Data
 
 
@@ -511,7 +529,7 @@ def test_matched_is_compared_with_loras_scaling_at_loras_rate(tmp_path: Path) ->
             for seed in (1, 2, 3):
                 loss = seed - gain + 0.1 * abs(exponent - best)
                 results.add(record(quality_plan.job(cell, exponent, seed, RUN), loss))
-    text = quality_report.write(results, tmp_path / "q.md")
+    text = quality_report.write(results, tmp_path / "q.md").partition("## How wide")[0]
     (row,) = [line for line in text.splitlines() if line.startswith("| python | GraLoRA k=2 r=8, matched | 0.001")]
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells[3:5] == ["0.001", "+0.0000"] and cells[5:7] == ["-0.2000 ± 0.0000 (3)", "better"]

@@ -105,6 +105,7 @@ def write(results: Results, out: Path) -> str:
     lines += ["", "## Amount of data", "", *fewer_rows(runs)]
     lines += ["", "## k and rank", "", *one_apart(runs)]
     lines += ["", "## Keeping LoRA's learning rate", "", *transfer(runs)]
+    lines += ["", "## How wide the good learning rates are", "", *widths(runs)]
     lines += ["", "## Size of the update", "", *sizes(runs)]
     text = "\n".join(lines) + "\n"
     out.write_text(text)
@@ -240,7 +241,7 @@ def one_apart(runs: dict[Cell, Runs]) -> list[str]:
     for own in known:
         for other in known:
             a, b = own.cell, other.cell
-            rest = [(c.task, c.method, c.hybrid_r, matched(c)) for c in (a, b)]
+            rest = [(c.task, c.method, c.hybrid_r, c.init, c.ratio, matched(c)) for c in (a, b)]
             differ = (a.k > b.k and a.r == b.r) or (a.r > b.r and a.k == b.k)
             if rest[0] == rest[1] and differ and (d := difference(own, other)) is not None:
                 rows.append([a.task, *(_with_rule(o) for o in (own, other)), f"{d} ({d.pairs})", d.verdict])
@@ -288,6 +289,24 @@ def transfer(runs: dict[Cell, Runs]) -> list[str]:
         "against the same grid with LoRA's scaling; then each of the two at its own best learning rate.",
     ]
     return [" ".join(words), "", *_table(rows)]
+
+
+def widths(runs: dict[Cell, Runs]) -> list[str]:
+    """The range of learning rates whose loss is within 1% of a method's best, for the seed that chooses."""
+    rows = [["task", "method", "best lr", "from", "to", "factor"]]
+    for _, own in sorted(runs.items(), key=lambda item: (item[0].task, *order(item[1]))):
+        low, high = own.good_rates()
+        factor = "" if low is None or high is None else f"{high / low:.1f}"
+        ends = [
+            f"{end:.3g}" if end is not None else f"{tried:.3g} or {word}"
+            for end, tried, word in ((low, min(own.tuning), "less"), (high, max(own.tuning), "more"))
+        ]
+        rows.append([own.cell.task, own.name, f"{own.lr:.3g}", *ends, factor])
+    words = (
+        "Learning rates whose held-out loss is at most 1% above the method's best, between those tried by "
+        "interpolation in the logarithm of the rate; `or less` and `or more` where all that were tried are."
+    )
+    return [words, "", *_table(rows)]
 
 
 def sizes(runs: dict[Cell, Runs]) -> list[str]:

@@ -3,8 +3,9 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any
 
 from scipy import stats
@@ -62,14 +63,33 @@ class Runs:
             return None
         return ((higher - lower) / 2) ** 2 / (2 * (lower + higher - 2 * best))
 
+    def good_rates(self, share: float = 0.01) -> tuple[float | None, float | None]:
+        """The lowest and the highest learning rate whose loss is at most so much above the best, in parts of it.
+
+        Between two that were tried, the loss is taken to be linear in the logarithm of the rate; a rate that diverged
+        says nothing of those before it. None where the last that was tried is good: there may be better ones.
+        """
+        points = sorted(self.tuning.items())
+        best = points.index((self.lr, self.tuning[self.lr]))
+        limit = (1 + share) * self.tuning[self.lr]
+        return _reach(points[best::-1], limit), _reach(points[best:], limit)
+
     @property
     def name(self) -> str:
         cell = self.cell
         if cell.method != "gralora" or cell.scale == 1:
             return cell.name
-        plain = Cell(cell.task, cell.method, cell.r, cell.k, cell.hybrid_r)
+        plain = replace(cell, scale=1.0, start=1.0)
         words = "matched" if matched(cell) else f"scaling x{cell.scale:.3g}"
         return f"{plain.name}, {words}" + (f", A x{cell.start:.3g}" if cell.start != 1 else "")
+
+
+def _reach(points: Iterable[tuple[float, float]], limit: float) -> float | None:
+    for (near, low), (far, high) in pairwise(points):
+        if high > limit:
+            part = (limit - low) / (high - low) if math.isfinite(high) else 0.0
+            return near * (far / near) ** part
+    return None
 
 
 def _loss(record: dict[str, Any]) -> float:
@@ -166,10 +186,14 @@ def plus_minus(half: float | None) -> str:
 
 
 def baseline(cell: Cell, runs: dict[Cell, Runs]) -> Runs | None:
-    """The LoRA that a cell is compared with: of the same rank; for other ranks than the grids', of the lowest."""
+    """The LoRA that a cell is compared with: of the same rank, and if there is one of the same start and rates.
+
+    For other ranks than the grids' it is one of the lowest rank.
+    """
     loras = sorted((c for c in runs if c.task == cell.task and c.method == "lora"), key=lambda c: c.r)
     grids = {c.r for c in runs if c.task == cell.task and c.method == "gralora"}
     same = [c for c in loras if c.r == cell.r and c.r in grids]
+    same.sort(key=lambda c: ((c.init, c.ratio) != (cell.init, cell.ratio), (c.init, c.ratio) != ("", 1.0)))
     if same:
         return runs[same[0]]
     usual = [c for c in loras if c.r == 64] or loras
@@ -178,7 +202,17 @@ def baseline(cell: Cell, runs: dict[Cell, Runs]) -> Runs | None:
 
 def order(own: Runs) -> tuple:
     cell = own.cell
-    return cell.method == "full", cell.r, cell.method, cell.k, cell.hybrid_r, cell.scale, cell.start
+    return (
+        cell.method == "full",
+        cell.r,
+        cell.method,
+        cell.k,
+        cell.hybrid_r,
+        cell.scale,
+        cell.start,
+        cell.init,
+        cell.ratio,
+    )
 
 
 def matched(cell: Cell) -> bool | None:
