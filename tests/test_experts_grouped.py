@@ -1,12 +1,16 @@
 """Experts computed row by row: `ops.grouped`, and the modules of transformers that `routed` computes by it."""
 
 import copy
+import importlib
+import re
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
+import transformers
 from helpers import (
     Case,
     adapted,
@@ -485,6 +489,42 @@ def test_load_adapter_of_older_transformers(calls, monkeypatch):
     expected = plain(*x)
     assert_close64(gralora.accelerate(plain)(*x), expected)
     assert len(calls) == 1
+
+
+class AnyConfig:
+    """A small value for every field that a class of experts reads."""
+
+    _experts_implementation = "eager"
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        values = {"experts": E, "act": "silu", "limit": 0.5, "alpha": 1.702, "eps": 1e-6, "bias": False}
+        sized = HIDDEN if "size" in name or "dim" in name else None
+        found = (value for part, value in values.items() if part in name)
+        return self if name == "moe_config" else sized or next(found, HIDDEN)
+
+
+@pytest.mark.slow
+def test_every_class_of_transformers(calls):
+    """Every class of experts that the installed version has agrees with its own eager forward on weights with dW."""
+    models, seen = Path(transformers.__file__).parent / "models", []
+    for file in sorted(models.glob("*/modeling_*.py")):
+        names = re.findall(r"^@use_experts_implementation.*?^class (\w+)", file.read_text(), re.M | re.S)
+        for name in names:
+            module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+            experts = getattr(module, name)(AnyConfig())
+            for number, p in enumerate(experts.parameters()):
+                p.data = 0.4 * random_input(*p.shape, seed=number)
+            base, x = Routed(experts.double()), inputs()
+            model = with_grid(copy.deepcopy(base))
+            y, expected = model(*x), reference(model, base, x)
+            error = (y - expected).abs().max() / expected.abs().max()
+            seen.append((name, len(calls), float(error)))
+            calls.clear()
+    assert len(seen) > 20 and all(number == 1 for _, number, _ in seen)
+    assert all(error < 1e-5 for _, _, error in seen), "some compute in float32"
+    assert sum(error > 1e-12 for _, _, error in seen) <= 3, seen
 
 
 # Models

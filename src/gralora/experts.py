@@ -65,8 +65,8 @@ def targeted_parameters(model: nn.Module, targets: list[str] | None) -> Iterator
 def pefts_own_features() -> Iterator[None]:
     """Let PEFT alone tell input from output features of parameters that are adapted meanwhile.
 
-    `load_adapter` of transformers 5.6 to 5.16 or earlier puts a function around PEFT's, for the rest of the process,
-    that takes every parameter for `[E, O, I]`. PEFT has done it rightly since 0.19, also for gpt-oss's `[E, I, O]`.
+    `load_adapter` of transformers older than 5.17 puts a function around PEFT's, for the rest of the process, that
+    takes all experts for `[E, O, I]`. PEFT tells them apart itself since 0.19, also gpt-oss's, which are `[E, I, O]`.
     """
     before = inner = lora.ParamWrapper.update_layer
     while inner.__globals__["__name__"] == "transformers.integrations.peft":

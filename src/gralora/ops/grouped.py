@@ -67,7 +67,7 @@ def grouped_linear(inputs: tuple[Tensor, ...], before: Before, layer: GroupedLin
         `[S, O]`, dtype of x.
     """
     if not torch.is_grad_enabled():
-        return _compute(before(*inputs), layer, groups)[0]
+        return _compute(before(*inputs).contiguous(), layer, groups)[0]
     factors = [t for adapter in layer.adapters for t in adapter[:2]]
     return GroupedLinearFunction.apply((before, layer, groups, len(inputs)), *inputs, *factors)
 
@@ -89,7 +89,7 @@ class GroupedLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, others: Any, *tensors: Tensor) -> Tensor:
         before, layer, groups, n = others
-        y, gs = _compute(before(*tensors[:n]), layer, groups)
+        y, gs = _compute(before(*tensors[:n]).contiguous(), layer, groups)
         save(ctx, layer.weight, *tensors, *gs)
         ctx.before, ctx.groups, ctx.n, ctx.is_transposed = before, groups, n, layer.is_transposed
         ctx.scalings = [adapter.scaling for adapter in layer.adapters]
@@ -110,7 +110,7 @@ class GroupedLinearFunction(torch.autograd.Function):
             return None, *differentiable([y], (*inputs, *factors), needs, [dy])
         with torch.set_grad_enabled(any(needs[:n])):
             inputs = [t.detach().requires_grad_(need) for t, need in zip(inputs, needs[:n], strict=True)]
-            x = ctx.before(*inputs)
+            x = ctx.before(*inputs).contiguous()
         edges = [get_gradient_edge(x)] if any(needs[:n]) else []
         x = x.detach()
         dx, d_factors = _gradients(dy, x, layer, gs, ctx.groups, bool(edges), needs[n:])
