@@ -503,6 +503,22 @@ def test_fp8_layers_that_no_adapter_fits(monkeypatch):
         get_peft_model(OneLayer(layer), case_config(Case(2, 8, 0, 32, 32)))
 
 
+def test_benchmark(capsys):
+    """Each base's step is compared in float64 with its own weights: bf16's as they are, FP8's dequantised."""
+    from benchmarks import fp8 as benchmark
+
+    chosen = fp8.choice
+    try:
+        benchmark.main(["speed", "--tiny", "--device", "cpu", "--rounds", "1"])
+    finally:
+        fp8.choice = chosen
+    lines = [line for line in capsys.readouterr().out.splitlines() if "gralora, " in line]
+    assert len(lines) == 2
+    for line in lines:
+        errors = eval(line[line.rindex("{") :])
+        assert 0 < errors["A"] < 1e-5 and 0 < errors["B"] < 1e-5 and errors["loss"] < 1e-6
+
+
 # A GPU with FP8
 
 

@@ -12,6 +12,8 @@ import torch
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
+from gralora.fp8 import float8_weight
+
 YARDSTICK = "PEFT LoRA"
 FLOOR = {"loss": 2e-3}  # relative error that is always allowed: a loss is one number, near to another by accident
 LEAST = 1e-5
@@ -69,7 +71,8 @@ class ExactLinear(nn.Module):
 def _weight64(base: nn.Module) -> Tensor:
     if type(base.weight).__name__ in ("Params4bit", "Int8Params"):
         return dequantize_bnb_weight(base.weight, state=getattr(base, "state", None)).detach().double()
-    return base.weight.detach().double()
+    packed = float8_weight(base)
+    return base.weight.detach().double() if packed is None else packed.dense(torch.float32).double()
 
 
 def _factors(layer: nn.Module) -> list[tuple[Tensor, Tensor, float]]:
