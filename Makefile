@@ -96,7 +96,7 @@ test-triton-%: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target .triton/$* triton==$*
 	PYTHONPATH=$(CURDIR)/.triton/$* $(VENV)/bin/python -c 'import triton; assert triton.__version__ == "$*", triton.__file__'
 	PYTHONPATH=$(CURDIR)/.triton/$* $(VENV)/bin/python -m pytest -n auto --dist loadfile \
-		tests/test_compile.py tests/test_launch.py tests/test_kernels.py tests/test_traced.py
+		tests/test_compile.py tests/test_experts_kernels.py tests/test_launch.py tests/test_kernels.py tests/test_traced.py
 
 test-oldest: constraints-oldest.txt
 	test -d .venv-oldest || $(PYTHON) -m venv .venv-oldest

@@ -292,6 +292,19 @@ def test_modules(name, calls):
         assert_close64(model(*x), y)
 
 
+def test_activation_that_is_replaced():
+    """What the experts compute is asked at each call: an activation without a kernel goes through autograd."""
+    base, x = experts_of(), inputs()
+    for activation in (nn.SiLU(), nn.Tanh(), nn.GELU()):
+        base.experts.act_fn = activation
+        plain = copy.deepcopy(base)
+        model = with_grid(base)
+        y, expected = model(*x), reference(model, plain, x)
+        assert_close64(y, expected)
+        assert_same_gradients(model, y, expected, x)
+        base = model.unload()
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
 def test_sizes_in_memory(name):
     """Neither pass makes a tensor of the size of all experts' weights, and little is kept between them."""

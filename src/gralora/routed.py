@@ -94,14 +94,18 @@ def parameter_names(experts: Any) -> tuple[str, str]:
     return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
 
 
-_activations: "weakref.WeakKeyDictionary[Any, str | None]" = weakref.WeakKeyDictionary()  # of modules of experts
+# a module of experts -> its act_fn when it was asked, and what `activation_of` found
+_activations: "weakref.WeakKeyDictionary[Any, tuple[Any, str | None]]" = weakref.WeakKeyDictionary()
 
 
 def activation_of(experts: Any) -> str | None:
     """The activation of experts that compute act(e) * u; a name of ACTIVATIONS, or None if there is none of it."""
-    if experts not in _activations:
-        _activations[experts] = _seen_activation(experts.act_fn) if has_default_gate(experts) else None
-    return _activations[experts]
+    if not has_default_gate(experts):
+        return None
+    known = _activations.get(experts)
+    if known is None or known[0] is not experts.act_fn:
+        known = _activations[experts] = experts.act_fn, _seen_activation(experts.act_fn)
+    return known[1]
 
 
 def _seen_activation(function: Any) -> str | None:
