@@ -72,8 +72,9 @@ def test_held_out_size(load, tmp_path):
     train, held_out = load(data_path=path, val_set_size=3)
     assert len(held_out) == 3 and sorted(train + held_out) == sorted(WORDS)
     assert load(data_path=path, val_set_size=0) == (WORDS, [])
-    with pytest.raises(ValueError, match="val_set_size=64 leaves none of 20"):
-        load(data_path=path)
+    assert len(load(data_path=path)[1]) == 5, "a quarter, where nothing is asked for"
+    with pytest.raises(ValueError, match="val_set_size=20 leaves none of 20"):
+        load(data_path=path, val_set_size=20)
 
 
 def test_other_data_is_held_out_whole(load, tmp_path, monkeypatch):

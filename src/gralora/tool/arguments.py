@@ -106,7 +106,7 @@ class FinetuneArguments(GraloraFlags):
     val_set_size: int | None = HfArg(
         default=None,
         help="Examples to measure the held-out loss on, 0: none; without it, all of eval_data_path or eval_split, or "
-        f"else {HELD_OUT} taken out of data_path.",
+        f"else {HELD_OUT} taken out of data_path, or a quarter of few rows.",
     )
     skip_bad_rows: bool = HfArg(default=False, help="Count broken rows of the data instead of stopping at the first.")
     streaming: bool = HfArg(

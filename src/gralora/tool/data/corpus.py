@@ -155,7 +155,10 @@ def in_memory(
             sources.append(list(one.read(tokenizer, args.skip_bad_rows)))
             print(f"data: {one}")
         if held_out is None:
-            _, held_out = split([example for examples in sources for example in examples], wanted)
+            everything = [example for examples in sources for example in examples]
+            if args.val_set_size is None:  # of few rows not nearly all
+                wanted = max(1, min(HELD_OUT, len(set(everything)) // 4))
+            _, held_out = split(everything, wanted)
             left_out = set(held_out)
             sources = [[example for example in examples if example not in left_out] for examples in sources]
     corpus = Corpus(None, list(islice(held_out_rows(args, tokenizer, held_out, vocabulary), wanted)), {}, vocabulary)
