@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .quality.data import default_folders, python_task
+from .quality.data import default_folders, text_task
 
 RUNGS = "0.05,0.1,0.2,0.3,0.5"  # of full sweeps: more than a search has, to compare rules
 # shares of the steps, and what part goes on; the first is the default of `gralora tune`
@@ -44,7 +44,8 @@ def data(args: argparse.Namespace) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     folders = default_folders()
-    task = python_task(
+    task = text_task(
+        "python",
         folders,
         lambda text: tokenizer.encode(text, add_special_tokens=False, verbose=False),
         tokenizer.eos_token_id,
