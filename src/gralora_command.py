@@ -42,8 +42,10 @@ COMMANDS = {
     "run": ("gralora.tool.run", "main", "start another trainer (TRL, LLaMA-Factory, torchrun), its LoRA made GraLoRA"),
 }
 
-# commands whose modules import only Python's own when they are imported, so that their help needs no torch
-LIGHT = ("evaluate", "tune")
+# commands whose help needs no torch -> module, which imports only Python's own, and function that makes the parser
+OF_FILES = ("data", "chat", "inspect", "convert", "export", "merge", "verify")
+LIGHT = {name: ("gralora.tool.parsers", name) for name in OF_FILES}
+LIGHT |= {name: (f"gralora.tool.{name}", "make_parser") for name in ("evaluate", "tune")}
 
 USER_ERROR = 2  # as argparse
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
@@ -80,6 +82,13 @@ class Parser(argparse.ArgumentParser):
         flags = [word.partition("=")[0] for word in given]
         meant = [near for flag in flags if (near := likely(flag, known))]
         super().error(message + (f"; did you mean {' '.join(meant)}?" if meant else ""))
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="Print errors only.")
+    parser.add_argument(
+        "--json", action="store_true", help="Print the results as one JSON object on stdout, and all else on stderr."
+    )
 
 
 def likely(word: str, known: list[str]) -> str | None:
@@ -217,7 +226,9 @@ def main(argv: list[str] | None = None) -> int:
     call = make_parser().parse_args([argument for argument in argv if argument != "--debug"])
     module, function, _ = COMMANDS[call.command]
     if call.command in LIGHT and {"-h", "--help"} & set(call.arguments):
-        load_light(module).make_parser().parse_args(["--help"])
+        light, make = LIGHT[call.command]
+        getattr(load_light(light), make)().print_help()
+        return 0
     try:
         if call.arguments in (["-h"], ["--help"]):
             print_help(call.command)

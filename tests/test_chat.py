@@ -17,7 +17,7 @@ from helpers import adapted, gralora_config
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gralora.tool import chat, cli
+from gralora.tool import chat, cli, parsers
 from gralora.tool.chat import main, parse, start
 from gralora.tool.data.tokens import prompt_ids
 
@@ -155,7 +155,7 @@ def test_a_mistake_does_not_end_the_conversation(adapters, talk, monkeypatch, ca
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{line}\n/help\n"))
     main([*adapters, *FLAGS])
     output = capsys.readouterr()
-    assert message in output.err and output.out == f"{chat.HELP}\n"
+    assert message in output.err and output.out == f"{parsers.CHAT_COMMANDS}\n"
 
 
 @pytest.mark.parametrize(

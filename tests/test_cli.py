@@ -13,7 +13,13 @@ from types import SimpleNamespace
 import pytest
 
 import gralora_command
-from gralora.tool import cli
+from gralora.checkpoints.export import DIFFUSERS
+from gralora.checkpoints.formats import FORMATS
+from gralora.checkpoints.targets import GGUF_TARGETS, TARGETS
+from gralora.tool import cli, parsers
+from gralora.tool.arguments import LENGTH
+from gralora.tool.data.tokens import TRUNCATION_MODES
+from gralora.tool.models import EMBEDDED
 from gralora_command import LIGHT
 
 EXAMPLE = Path(__file__).parents[1] / "example_gralora_finetuning.py"
@@ -50,10 +56,10 @@ def test_every_command_has_help(name, capsys, monkeypatch, tmp_path):
     own = capsys.readouterr().out
     assert f"usage: gralora {name}" in own
     assert re.search(f"^examples?:\n  gralora {name} ", own, re.MULTILINE)
-    if name in LIGHT:
-        return
     for argument in ("--help", "-h"):
         assert cli.main([name, argument]) == 0 and capsys.readouterr().out == own
+    if name in LIGHT:
+        return
     (kept,) = (tmp_path / "help").iterdir()
     kept.write_text("kept")
     assert cli.main([name, "--help"]) == 0 and capsys.readouterr().out == "kept"
@@ -62,11 +68,11 @@ def test_every_command_has_help(name, capsys, monkeypatch, tmp_path):
 def test_help_is_written_anew_for_another_width_and_where_nothing_can_be_kept(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("GRALORA_CACHE", str(tmp_path / "file" / "no folder"))
     (tmp_path / "file").write_text("")
-    assert cli.main(["verify", "--help"]) == 0 and "usage: gralora verify" in capsys.readouterr().out
+    assert cli.main(["run", "--help"]) == 0 and "usage: gralora run" in capsys.readouterr().out
     monkeypatch.setenv("GRALORA_CACHE", str(tmp_path))
     for width in ("80", "120"):
         monkeypatch.setenv("COLUMNS", width)
-        assert cli.main(["verify", "--help"]) == 0
+        assert cli.main(["run", "--help"]) == 0
     assert len(list((tmp_path / "help").iterdir())) == 2
 
 
@@ -97,6 +103,16 @@ def test_help_of_light_commands_needs_no_torch(name):
     code += "assert not {'torch', 'transformers', 'peft', 'gralora'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
     assert f"usage: gralora {name}" in done.stdout
+
+
+def test_words_of_light_parsers_are_those_of_the_tables():
+    """They are written down once more, since the tables import torch."""
+    assert tuple(FORMATS) == parsers.READABLE
+    assert tuple(name for name, known in FORMATS.items() if known.write_config is not None) == parsers.WRITABLE
+    assert (*TARGETS, DIFFUSERS) == parsers.TARGETS and tuple(GGUF_TARGETS) == parsers.GGUF_TARGETS
+    assert tuple(TRUNCATION_MODES) == parsers.TRUNCATION_MODES
+    assert (parsers.LENGTH, parsers.EMBEDDED) == (LENGTH, EMBEDDED)
+    assert set(LIGHT) == set(cli.COMMANDS) - {"finetune", "run"}, "whose flags are fields of configs"
 
 
 @pytest.mark.parametrize("argv", [[], ["nonsense"], ["finetune", "--no_such_flag", "1"], ["finetune", "--seed", "x"]])

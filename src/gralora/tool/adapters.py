@@ -1,64 +1,22 @@
 """The commands on saved adapters: convert, export, merge and inspect."""
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from gralora_command import Parser
-
-from ..checkpoints import formats
 from ..checkpoints.convert import convert_adapter
 from ..strings import printable
-from . import output
+from . import output, parsers
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-READABLE = tuple(formats.FORMATS)
-WRITABLE = tuple(name for name, known in formats.FORMATS.items() if known.write_config is not None)
-
-EXAMPLES = {
-    "convert": "example:\n  gralora convert ADAPTER OUT --to peft",
-    "export": "example:\n  gralora export ADAPTER OUT --for vllm --base MODEL",
-    "merge": "example:\n  gralora merge ADAPTER OUT --base MODEL --dtype bfloat16",
-    "inspect": "examples:\n  gralora inspect ADAPTER\n  gralora inspect ADAPTER --json --png norms.png",
-}
-
-
-def _parser(name: str, description: str, **positional: str) -> argparse.ArgumentParser:
-    parser = Parser(
-        prog=f"gralora {name}",
-        description=description,
-        epilog=EXAMPLES[name],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for argument, text in positional.items():
-        parser.add_argument(argument, type=Path, help=text)
-    parser.add_argument(
-        "--from",
-        dest="source",
-        choices=READABLE,
-        help="format of ADAPTER, where its config leaves open which program wrote it",
-    )
-    if name != "inspect":  # which is all output
-        output.add_output_flags(parser)
-    return parser
+DTYPES = {name: getattr(torch, name) for name in parsers.DTYPES}
 
 
 def convert_command(argv: list[str]) -> None:
     """`gralora convert`: any GraLoRA checkpoint into ours or PEFT's."""
-    parser = _parser(
-        "convert",
-        "Write a GraLoRA adapter in another format. Reads gralora's, PEFT's GRALORA, the SqueezeBits repository's and "
-        "the HaohanTsao/peft fork's.",
-        adapter="folder of the adapter",
-        out="folder to make",
-    )
-    parser.add_argument("--to", choices=WRITABLE, default="gralora", help="format of OUT (default: gralora)")
-    args = parser.parse_args(argv)
+    args = parsers.convert().parse_args(argv)
 
     def convert() -> dict[str, Any]:
         read = convert_adapter(args.adapter, args.out, args.to, args.source)
@@ -73,30 +31,8 @@ def convert_command(argv: list[str]) -> None:
 def export_command(argv: list[str]) -> None:
     """`gralora export`: the plain LoRA that an adapter equals, for a serving program."""
     from ..checkpoints import export
-    from ..checkpoints.targets import GGUF_TARGETS, TARGETS
 
-    parser = _parser(
-        "export",
-        "Write a GraLoRA adapter as the plain LoRA that it equals, exactly, and print the line that serves it.",
-        adapter="folder of the adapter",
-        out="folder to make",
-    )
-    parser.add_argument(
-        "--for",
-        dest="target",
-        choices=[*TARGETS, export.DIFFUSERS],
-        required=True,
-        help="the program that will serve it",
-    )
-    parser.add_argument("--base", type=Path, help="folder of the base model, to read its config and compare logits")
-    without_base = f"{', '.join(GGUF_TARGETS)} without --base"
-    parser.add_argument("--arch", help=f"{without_base}: the base's model_type, e.g. llama")
-    parser.add_argument("--heads", type=int, help=f"{without_base}: the base's num_attention_heads")
-    parser.add_argument("--kv-heads", type=int, help=f"{without_base}: its num_key_value_heads")
-    parser.add_argument("--max-rank", type=int, help="highest rank wanted; a higher one needs --lossy")
-    parser.add_argument("--lossy", action="store_true", help="approximate layers of a rank above the limit, by SVD")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the factors (default: the adapter's, if that is exact)")
-    args = parser.parse_args(argv)
+    args = parsers.export().parse_args(argv)
     base_config: dict[str, Any] | None = None
     if args.arch or args.heads or args.kv_heads:
         base_config = {
@@ -127,16 +63,7 @@ def merge_command(argv: list[str]) -> None:
     """`gralora merge`: the base model with the adapter in its weights."""
     from ..checkpoints.merge import merge_adapter
 
-    parser = _parser(
-        "merge",
-        "Write the base model with the adapter merged in, file by file. Run it again to resume after an interruption.",
-        adapter="folder of the adapter",
-        out="folder to make",
-    )
-    parser.add_argument("--base", type=Path, help="folder of the base model (default: what the adapter names)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the merged weights (default: each keeps its own)")
-    parser.add_argument("--device", default="cpu", help="where updates are computed (default: cpu)")
-    args = parser.parse_args(argv)
+    args = parsers.merge().parse_args(argv)
 
     def merge() -> dict[str, Any]:
         result = merge_adapter(
@@ -168,16 +95,7 @@ def inspect_command(argv: list[str]) -> None:
     from ..checkpoints.drawing import draw_block_norms, draw_norms
     from ..checkpoints.inspection import inspect_adapter
 
-    parser = _parser(
-        "inspect", "Show format, sizes, norms and ranks of an adapter, and anomalies.", adapter="folder of the adapter"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--png", type=Path, help="also draw the norms of all layers into this file, by kind and depth")
-    parser.add_argument(
-        "--layers",
-        metavar="REGEX",
-        help="with --png: draw the norms of the k x k blocks of layers that it matches",
-    )
+    parser = parsers.inspect()
     args = parser.parse_args(argv)
     if args.layers is not None and not args.png:
         parser.error("--layers selects what --png draws; give --png, too")

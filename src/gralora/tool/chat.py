@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer, set_seed
 
-from gralora_command import Parser
-
-from .adapters import DTYPES
+from . import parsers
 from .data.layouts import INSTRUCTION, instruction_example
 from .data.tokens import prompt_ids
 from .generation import chat_or_plain_ids, cut, generation_config
@@ -23,21 +21,6 @@ from .side_by_side import SideBySide, load_side_by_side
 
 OFF = "off"  # the name of the base model alone
 STOP = {"instruction": (INSTRUCTION,)}
-HELP = """  /adapter            show which adapters there are
-  /adapter on         switch the first adapter on
-  /adapter off        the base model alone
-  /adapter NAME       switch to an adapter
-  /compare PROMPT     what the base model and each adapter answer; not kept in the conversation
-  /reset              forget the conversation
-  /help               show this
-  /quit               leave (also Ctrl-D); Ctrl-C stops an answer"""
-EXAMPLES = """examples:
-  gralora chat outputs/finetune
-  gralora chat outputs/lora outputs/gralora --temperature 0 --system "Answer in one sentence."
-  echo "/compare What is a rank?" | gralora chat outputs/finetune --template instruction
-
-commands:
-"""
 
 
 class Answer(TextStreamer):
@@ -153,7 +136,7 @@ class Conversation:
         if name == "/quit":
             return False
         if name == "/help":
-            print(HELP)
+            print(parsers.CHAT_COMMANDS)
         elif name == "/reset":
             self.turns.clear()
         elif name == "/adapter":
@@ -177,35 +160,8 @@ class Conversation:
         print("adapters: " + ", ".join(f"[{label}]" if label == self.active else label for label in labels))
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="gralora chat",
-        description="Talk to a model with adapters. Prompts are read from standard input, a line each.",
-        epilog=EXAMPLES + HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="folders of adapters; or the base model: hub id, folder, embedded")
-    add("--base_model", "--model_name_or_path", help="in place of the base model that the adapters name")
-    add("--system", help="what the chat begins with, in the role of the system")
-    add(
-        "--template",
-        choices=("auto", "chat", "instruction", "plain"),
-        default="auto",
-        help="chat: the tokenizer's template; instruction: as finetune writes instruction+output, query+response and "
-        "question+answer; plain: each line is continued (default: chat if there is a template, else plain)",
-    )
-    add("--max_new_tokens", type=int, default=256, help="length of an answer (default: 256)")
-    add("--temperature", type=float, default=0.7, help="0: greedy (default: 0.7)")
-    add("--top_p", type=float, default=0.95, help="with a temperature: nucleus (default: 0.95)")
-    add("--seed", type=int, help="makes answers repeatable; set before each of them")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the base model (default: as it is stored)")
-    add("--device", help="e.g. cpu or cuda:1 (default: the accelerator if there is one)")
-    return parser
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
-    args = make_parser().parse_args(argv)
+    args = parsers.chat().parse_args(argv)
     if args.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={args.max_new_tokens} must be at least 1.")
     if not args.temperature >= 0:

@@ -27,7 +27,7 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from gralora_command import Parser
+from gralora_command import Parser, add_output_flags
 
 from ..acceleration import accelerate, is_default
 from ..checkpoints.files import check_space, finish_replacing, locked, read_json, replace_files, write_json
@@ -109,7 +109,7 @@ def make_parser() -> FlagParser:
         "--dry_run", action="store_true", help="Measure one step, print what the run would take, and stop."
     )
     parser.add_argument("--print_config", action="store_true", help="Print all settings as such a file, and stop.")
-    output.add_output_flags(parser)
+    add_output_flags(parser)
     return parser
 
 

@@ -1,6 +1,5 @@
 """Print everything, nothing (--quiet), or one JSON object for a script (--json), for every command alike."""
 
-import argparse
 import contextlib
 import json
 import logging
@@ -10,13 +9,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
-
-
-def add_output_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quiet", action="store_true", help="Print errors only.")
-    parser.add_argument(
-        "--json", action="store_true", help="Print the results as one JSON object on stdout, and all else on stderr."
-    )
 
 
 def run(command: Callable[[], dict[str, Any]], quiet: bool, as_json: bool) -> None:

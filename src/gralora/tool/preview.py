@@ -6,52 +6,19 @@ import sys
 from itertools import islice
 from typing import Any
 
-from gralora_command import Parser
-
-from . import output
+from . import output, parsers
 from .arguments import LENGTH, FinetuneArguments
 from .data.corpus import Corpus, load_corpus
-from .data.tokens import COLOURS, LEARNT, TRUNCATION_MODES, marked
-from .models import EMBEDDED, load_config, load_tokenizer, positions, vocabulary_size
+from .data.tokens import COLOURS, LEARNT, marked
+from .models import load_config, load_tokenizer, positions, vocabulary_size
 from .training.stopping import learnt_ends
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
-EXAMPLES = """examples:
-  gralora data chats.jsonl --base_model MODEL
-  gralora data chats.jsonl more/ --base_model MODEL --max_seq_length 4096 --rows 5
-exit status: 0 done, 2 data that cannot be trained on"""
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="gralora data",
-        description="Show what training data become: their layouts, lengths, what is learnt, cut and not used.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("data_path", nargs="+", help="local files, folders, or ids of data sets on the hub")
-    add("--base_model", "--model_name_or_path", default=EMBEDDED, help="whose tokenizer and template are used")
-    add("--chat_template_path", help="a Jinja file, or a model whose template is used instead")
-    add("--train_split", help="split of the data set, or what the names of a folder's files begin with")
-    add(
-        "--max_seq_length",
-        "--max_length",
-        type=int,
-        help=f"tokens at which texts are cut (default: {LENGTH} or the model's)",
-    )
-    add("--truncation_mode", choices=TRUNCATION_MODES, default="keep_start", help="what of a long text is kept")
-    add("--train_on_inputs", action="store_true", help="learn prompts too")
-    add("--skip_bad_rows", action="store_true", help="count broken rows instead of stopping at the first")
-    add("--rows", type=int, default=2, help="texts to show, with what is learnt marked (default: 2)")
-    add("--color", choices=("auto", "always", "never"), default="auto", help="mark what is learnt in colour")
-    output.add_output_flags(parser)
-    return parser
 
 
 def main(argv: list[str]) -> None:
     """The command `gralora data`."""
-    args = make_parser().parse_args(argv)
+    args = parsers.data().parse_args(argv)
     if args.rows < 0:
         raise ValueError(f"rows={args.rows} must be at least 0.")
     output.run(lambda: preview(args), args.quiet, args.json)

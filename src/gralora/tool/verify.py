@@ -1,6 +1,5 @@
 """`gralora verify`: whether a saved adapter, reloaded and merged, gives the logits that training ended with."""
 
-import argparse
 import json
 import subprocess
 import sys
@@ -14,10 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gralora_command import Parser
-
 from ..checkpoints.files import write_json
-from . import output
+from . import output, parsers
 from .models import dequantized, load_model
 from .training.report import METRICS
 
@@ -124,19 +121,7 @@ def verify_in_new_process(adapter: Path) -> None:
 
 def verify_main(argv: list[str]) -> None:
     """The command `gralora verify`."""
-    parser = Parser(
-        prog="gralora verify",
-        description="Reload and merge an adapter that `finetune --verify` saved, and compare logits with those of "
-        "training; or, with --served, compare a server's answers with the adapter's own.",
-        epilog="examples:\n  gralora verify outputs/finetune\n"
-        "  gralora verify outputs/finetune --served http://localhost:8000 --model finetuned",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("adapter", help="the output_dir of gralora finetune --verify")
-    output.add_output_flags(parser)
-    parser.add_argument("--served", metavar="URL", help="of a server with OpenAI's API, such as vLLM's or llama.cpp's")
-    parser.add_argument("--model", metavar="NAME", help="with --served: the name under which it serves the adapter")
-    args = parser.parse_args(argv)
+    args = parsers.verify().parse_args(argv)
     if args.served:
         from .served import verify_served
 
