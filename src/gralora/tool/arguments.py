@@ -25,6 +25,7 @@ from .trainer_fields import (
     NEEDS_GPU,
     OF_DATA,
     SPLITTING,
+    checkpointing_options,
     other_fields,
     same_names,
 )
@@ -357,22 +358,6 @@ class FinetuneArguments(GraloraFlags):
             fields["target_modules"] = "all-linear"
         return LoraConfig(task_type="CAUSAL_LM", **fields)
 
-    def checkpointing_options(self) -> dict[str, Any] | None:
-        """What is asked for of gradient checkpointing, by either of its names.
-
-        The reentrant kind, torch's default, needs an input with gradients, and a frozen model's has none.
-        """
-        given: Any = next((self.trainer[name] for name in CHECKPOINTING_OPTIONS if self.trainer.get(name)), {})
-        given = json.loads(given) if isinstance(given, str) else given
-        if given and not self.gradient_checkpointing:
-            raise ValueError(f"gradient_checkpointing_kwargs={given!r} needs gradient_checkpointing.")
-        if given.get("selective") and CHECKPOINTING == "activation_checkpointing":
-            raise ValueError(
-                "gradient_checkpointing_kwargs={'selective': True}: this version of TRL does not hand it on to this "
-                "version of transformers, which calls it activation checkpointing; leave it out."
-            )
-        return {"use_reentrant": False} | given if self.gradient_checkpointing else None
-
     def training_arguments(self) -> SFTConfig:
         """What TRL's trainer is asked for; a field that was given by its own name wins.
 
@@ -400,7 +385,7 @@ class FinetuneArguments(GraloraFlags):
             # without padding there is no mask to count by
             "include_num_input_tokens_seen": "all" if self.is_flat else "non_padding",
             CHECKPOINTING: self.gradient_checkpointing,
-            f"{CHECKPOINTING}_kwargs": self.checkpointing_options(),
+            f"{CHECKPOINTING}_kwargs": checkpointing_options(self.trainer, self.gradient_checkpointing),
             # of a stream, one process would read batches for all, and answers of different lengths do not fit in one
             "accelerator_config": {"dispatch_batches": False},
             "use_cpu": not gpu,

@@ -1,6 +1,7 @@
 """The fields of TRL's SFTConfig, and so of transformers' TrainingArguments, as flags of `gralora finetune`."""
 
 import dataclasses
+import json
 from typing import Any, get_type_hints
 
 from trl import SFTConfig
@@ -44,3 +45,27 @@ def other_flags(arguments: type) -> type:
         rows.append((name, hint, dataclasses.field(**default, metadata=field.metadata)))
     group = "fields of TRL's SFTConfig and transformers' TrainingArguments, under their own names"
     return dataclasses.make_dataclass("TrainerFlags", rows, namespace={"_argument_group_name": group})
+
+
+def checkpointing_options(given: dict[str, Any], is_on: bool) -> dict[str, Any] | None:
+    """What is asked for of gradient checkpointing, by either of its names; None where it is off.
+
+    The reentrant kind, torch's default, needs an input with gradients, and a frozen model's has none.
+
+    Args:
+        given: fields of SFTConfig; those with options hold a dictionary, or one as JSON text.
+        is_on: whether activations are checkpointed.
+
+    Raises:
+        ValueError: for options without checkpointing, and for selective checkpointing where TRL does not hand it on.
+    """
+    options: Any = next((given[name] for name in CHECKPOINTING_OPTIONS if given.get(name)), {})
+    options = json.loads(options) if isinstance(options, str) else options
+    if options and not is_on:
+        raise ValueError(f"gradient_checkpointing_kwargs={options!r} needs gradient_checkpointing.")
+    if options.get("selective") and CHECKPOINTING == "activation_checkpointing":
+        raise ValueError(
+            "gradient_checkpointing_kwargs={'selective': True}: this version of TRL does not hand it on to this "
+            "version of transformers, which calls it activation checkpointing; leave it out."
+        )
+    return {"use_reentrant": False} | options if is_on else None
