@@ -1,5 +1,6 @@
 """FP8 bases: layers against float64 of the dequantised weight, products of 8-bit floats, conversions, real files."""
 
+import ast
 import copy
 import math
 from dataclasses import replace
@@ -479,6 +480,34 @@ def test_fine_grained_files(fine_grained_files, tmp_path):
     assert torch.equal(logits(again), adapted_logits)
 
 
+@pytest.mark.parametrize("fine_grained", [False, True])
+def test_merge_of_files(fine_grained, fine_grained_files, tmp_path):
+    """`gralora merge` reads FP8 files and writes bfloat16 ones: the dequantised weight and dW, rounded once."""
+    folder = fine_grained_files.folder
+    if not fine_grained:
+        model: Any = gralora.quantize_fp8(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype=torch.bfloat16)
+        )
+        folder = tmp_path / "torchao"
+        model.save_pretrained(folder, max_shard_size="100KB")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    tuned = get_peft_model(base, config(init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "adapter")
+    report = gralora.merge_adapter(tmp_path / "adapter", tmp_path / "merged", folder)
+    assert report["layers"] == 14 and report["verified"] > 0
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert not hasattr(merged.config, "quantization_config")
+    for name, layer in tuned.named_modules():
+        if hasattr(layer, "lora_A"):
+            dW = layer.scaling["default"] * naive_delta(factors_of(layer)).detach()
+            exact = fp8_models.float8_weight(layer.get_base_layer()).dense(torch.float32).double() + dW
+            weight = merged.get_submodule(name.removeprefix("base_model.model.")).weight
+            assert ((weight.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()
+    expected = logits(tuned)
+    assert relative(logits(merged) - expected, expected) < 0.03
+
+
 def test_adapters_of_fp8_layers_have_a_dtype_to_train_in():
     """PEFT gives them the weight's 8 bits first, which would round the numbers that they start from."""
     model = wide_llama()
@@ -515,7 +544,7 @@ def test_benchmark(capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if "gralora, " in line]
     assert len(lines) == 2
     for line in lines:
-        errors = eval(line[line.rindex("{") :])
+        errors = ast.literal_eval(line[line.rindex("{") :])
         assert 0 < errors["A"] < 1e-5 and 0 < errors["B"] < 1e-5 and errors["loss"] < 1e-6
 
 

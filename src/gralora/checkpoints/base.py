@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .dequantised import dequantised, is_fp8
 from .files import read_json, read_safetensors, write_json
 from .prompting import copy_prompting
 
@@ -36,19 +37,21 @@ def base_folder(base: str | os.PathLike[str] | None) -> Path:
 
 
 class BaseModel:
-    """A model folder of safetensors.
+    """A model folder of safetensors; of FP8 weights, read as those of the same model in floating point.
 
     Attributes:
         folder: the folder.
         files: file name -> its tensors.
         file_of: tensor name -> file name.
         config: content of config.json.
+        is_fp8: whether the weights in the folder are FP8.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = read_json(folder / "config.json")
-        if self.config.get("quantization_config"):
+        self.is_fp8 = is_fp8(self.config)
+        if self.config.get("quantization_config") and not self.is_fp8:
             raise ValueError(f"base model {str(folder)!r} is quantised; merge into the unquantised model.")
         if (folder / INDEX).is_file():
             weight_map = read_json(folder / INDEX).get("weight_map")
@@ -63,6 +66,9 @@ class BaseModel:
             if Path(name).name != name or not (folder / name).is_file():
                 raise FileNotFoundError(f"base model {str(folder)!r} lacks the file {name!r} of its index.")
         self.files = {name: read_safetensors(folder / name) for name in names}
+        if self.is_fp8:
+            self.files = dequantised(self.files, self.config)
+            self.config = {name: value for name, value in self.config.items() if name != "quantization_config"}
         self.file_of = {tensor: name for name, tensors in self.files.items() for tensor in tensors}
 
     def spec(self, name: str) -> Tensor:
@@ -95,5 +101,6 @@ def copy_other_files(model: BaseModel, folder: Path, dtype: torch.dtype | None, 
         index = read_json(model.folder / INDEX)
         written = [t for name in model.files for t in read_safetensors(folder / name).specs.values()]
         total = sum(t.numel() * t.element_size() for t in written)
+        index["weight_map"] = model.file_of
         index["metadata"] = {**index.get("metadata", {}), "total_size": total}
         write_json(folder / INDEX, index)

@@ -91,6 +91,11 @@ def merge_adapter(
         merges = Merges(read, model, device)
         merges.check_shared()
     except NotByFiles as reason:
+        if model.is_fp8:
+            raise ValueError(
+                f"base model {str(folder)!r} is FP8, and is merged into file by file only: {reason.reason}. Load it "
+                "with transformers, convert it by gralora.dequantize_fp8, save that, and merge into what was saved."
+            ) from reason
         with locked(lock, out):
             check_absent(out)
             try:
