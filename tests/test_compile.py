@@ -56,7 +56,7 @@ HALF, FLOAT = torch.bfloat16, torch.float32
     "r, dtype, factors", [(16, HALF, HALF), (64, torch.half, FLOAT), (128, HALF, FLOAT), (512, HALF, FLOAT)]
 )
 @pytest.mark.parametrize("capability", list(SHARED_MEMORY), ids="sm{}".format)
-def test_portable_kernels_compile(capability, r, dtype, factors, compiled):
+def test_portable_kernels_compile(capability, r, dtype, factors, compiled, monkeypatch):
     """They fit into the shared memory, for any rank and for float32 factors, which take more of it."""
     compiled.target = capability
     x, dy, g = (torch.empty(*size, dtype=dtype) for size in [(64, 2048), (64, 4096), (2, 64, r)])
@@ -66,6 +66,10 @@ def test_portable_kernels_compile(capability, r, dtype, factors, compiled):
         kernels.gated(x, x, activation, x)
         kernels.gated_backward(x, x, x, activation, x, x)
         check(compiled)
+    kernels.downs(x, [A, A], 0, [1.0, 1.0], [Conversion(B, B.half()), None])
+    check(compiled)
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)  # with the largest tiles, as for many tokens
+    kernels.down(x, A, 0, 1.0, Conversion(B, B.half()))
     kernels.downs(x, [A, A], 0, [1.0, 1.0], [Conversion(B, B.half()), None])
     kernels.up(g, B, dy)
     kernels.factor_gradients(x, dy, g, g, A, B, A, x)

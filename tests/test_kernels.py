@@ -428,7 +428,9 @@ def patch_with_item(tensor, scope):
 
 interpreter._patch_lang_tensor = patch_with_item
 
-for tokens, n_in, k, r in [(33, 40, 2, 4), (130, 96, 4, 8), (5, 63, 3, 3), (64, 64, 1, 5), (140, 40, 2, 130)]:
+sizes = [(33, 40, 2, 4), (130, 96, 4, 8), (5, 63, 3, 3), (64, 64, 1, 5), (140, 40, 2, 130)]
+for programs, few, (tokens, n_in, k, r) in [(128, 2048, size) for size in sizes] + [(2, 0, size) for size in sizes]:
+    kernels.PROGRAMS, kernels.FEW_TOKENS = programs, few
     x, A = torch.randn(tokens, n_in), torch.randn(k, n_in // k, r)
     g = kernels.down(x, A, 0, 0.5)
     exact = 0.5 * reference.down(x.double(), A.double()).unflatten(1, (k, r)).transpose(0, 1)
@@ -443,8 +445,12 @@ for tokens, n_in, k, r in [(33, 40, 2, 4), (130, 96, 4, 8), (5, 63, 3, 3), (64, 
     assert torch.equal(converted, gaps.half())
     wide = torch.cat([A, torch.randn(k, n_in // k, 2)], dim=2).transpose(1, 2).contiguous().transpose(1, 2)
     hybrid = kernels.down(x, wide, 2, 0.5)
-    assert torch.equal(hybrid[..., :r], g)
+    nearly = 1e-5 * g.abs().max() if k == 1 and few else 0  # torch's product sums in an order of its own
+    assert (hybrid[..., :r] - g).abs().max() <= nearly
     assert torch.equal(hybrid[..., r:], (0.5 * (x @ wide[..., r:].flatten(0, 1))).expand(k, -1, -1))
+assert [kernels._tokens_of_tile(x, 512, n) for n in (1, 2)] == [128, 128]
+kernels.PROGRAMS, kernels.FEW_TOKENS = 128, 2048
+assert [kernels._tokens_of_tile(x, T, 4) for T in (1, 512, 2048, 4096, 8192)] == [16, 16, 64, 128, 128]
 for tokens, n_out, k, r in [(33, 40, 2, 4), (70, 288, 4, 8), (5, 63, 3, 3), (64, 64, 1, 70)]:
     g, B, y = torch.randn(k, tokens, r), torch.randn(k, r, n_out // k), torch.randn(tokens, n_out)
     exact = y.double() + reference.up(g.double().transpose(0, 1).flatten(1), B.double())

@@ -20,6 +20,7 @@ from helpers import (
     adapted,
     adapter_layers,
     adapter_parameters,
+    assert_accurate,
     assert_unchanged,
     case_config,
     factors_of,
@@ -37,10 +38,11 @@ from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments
 
 import gralora
-from gralora import fast_path
+from gralora import fast_path, quantized
 from gralora.layers import GraloraLayer
 from gralora.tool.embedded import embedded_model
 
@@ -272,13 +274,56 @@ def test_output_and_gradients(name):
 
 @backends
 def test_base_layer_is_computed_by_its_own_library(name, monkeypatch):
-    """The fused operation, which reads the weight as a matrix of numbers, stays out of quantised layers but FP8."""
+    """The fused operation, for which the weight is unpacked, stays out of inference, and of 4 bits on a CPU."""
     if "fp8" in name:
         pytest.skip("read by the fused operation: tests/test_fp8.py")
-    monkeypatch.setattr(fast_path, "gralora_linear", lambda *args: pytest.fail("the fused operation was used"))
+    calls, operation = [], fast_path.gralora_linear
+    monkeypatch.setattr(fast_path, "gralora_linear", lambda *args: (calls.append(1), operation(*args))[1])
     model = adapted(quantized_layer(name), case_config(CASE))
     model(random_input(3, CASE.in_features, dtype=torch.float32))
+    assert not calls
     model.train()(random_input(3, CASE.in_features, dtype=torch.float32))
+    assert bool(calls) == (not name.startswith(("nf4", "fp4")))
+
+
+@pytest.mark.parametrize("name", ["bnb-int8", "torchao-int8", "hqq-4", "hqq-8"])
+@pytest.mark.parametrize("mode", ["", "autocast", "checkpointing"])
+@dtypes
+def test_unpacked_in_training(name, mode, dtype):
+    """The bits that its library unpacks; outputs and gradients of the quantised layer and the block loop."""
+    if mode == "autocast" and name.startswith("hqq"):
+        mode = ""  # its layers refuse inputs of another dtype than autocast's
+    backend = backend_of(name)
+    model = adapted(quantized_layer(name, dtype), case_config(CASE), autocast_adapter_dtype=False)
+    model.to(dtype=dtype).train()
+    layer, x = only_layer(model), random_input(61, CASE.in_features, dtype=dtype)
+    packed = quantized.packed_weight(layer.base_layer, x, dtype)
+    assert packed is not None and packed.shape == (CASE.out_features, CASE.in_features)
+    if name == "bnb-int8":
+        state = layer.base_layer.weight if layer.base_layer.state.CB is None else layer.base_layer.state
+        unpacked = state.CB.to(dtype, copy=True).mul_(state.SCB.unsqueeze(1).mul(1.0 / 127.0))  # as bitsandbytes does
+    else:
+        unpacked = backend.dequantize(layer.base_layer).to(dtype)
+    assert torch.equal(packed.dense(dtype), unpacked)
+    exact = backend.dequantize(layer.base_layer).double()
+    bias = None if layer.base_layer.bias is None else layer.base_layer.bias.detach()
+
+    def results(compute, x, factors):
+        x = x.detach().clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast" and x.dtype != torch.float64):
+            y = checkpoint(compute, x, use_reentrant=False) if mode == "checkpointing" else compute(x)
+        dy = random_input(*y.shape, seed=9).to(y.dtype)
+        return [y, *torch.autograd.grad(y, [x, *factors.tensors()], dy)]
+
+    def loop(weight, bias, factors):
+        return lambda x: nn.functional.linear(x, weight, bias) + 3.0 * naive_update(x, factors)
+
+    factors = factors_of(layer)
+    found, plain = results(model, x, factors), results(loop(exact.to(dtype), bias, factors), x, factors)
+    exact_factors = factors.to(torch.float64)
+    wanted = results(loop(exact, None if bias is None else bias.double(), exact_factors), x.double(), exact_factors)
+    for own, expected, theirs in zip(found, wanted, plain, strict=True):
+        assert_accurate(own, expected, theirs.to(own.dtype))
 
 
 @backends

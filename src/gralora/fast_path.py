@@ -183,7 +183,7 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
         return None
     if weight is None and not has_hooks(base):
         weight = packed_weight(base, x, dtype)
-        bias = None if weight is None else parameters_of(base)["bias"]
+        bias = None if weight is None else parameters_of(base).get("bias", getattr(base, "bias", None))
     return FusedCall(base, weight, bias, factors, p, dtype, tuple(more), magnitude)
 
 

@@ -1,7 +1,8 @@
 """Quantised base layers whose weight our own product computes with, unpacked whenever it is needed.
 
 A kind of layer is a function here, and a row of READERS. Libraries' own layers may keep the unpacked weight for the
-backward, as torchao's FP8 layers do; ours never do.
+backward, as torchao's FP8 layers do; ours never do. bitsandbytes' 8-bit layers round their input to 8 bits besides,
+except where it trains on CPUs; in training they are computed as there, everywhere.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,6 +38,42 @@ class FourBitWeight:
         return w
 
 
+class EightBitWeight:
+    """A weight that bitsandbytes has quantised to 8 bits, with one scale for each row.
+
+    Args:
+        numbers: `[O, I]`, int8.
+        scales: `[O]`, float32: what 127 stands for.
+    """
+
+    def __init__(self, numbers: Tensor, scales: Tensor) -> None:
+        self.numbers, self.scales = numbers, scales
+        self.shape = (numbers.shape[0], numbers.shape[1])
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight `[O, I]`, in one pass, with the bits that bitsandbytes unpacks to in this dtype."""
+        scales = self.scales.unsqueeze(1).mul(1 / 127).to(torch.promote_types(dtype, torch.float32))
+        w = torch.empty(self.shape, dtype=dtype, device=self.numbers.device)
+        return torch.mul(self.numbers, scales, out=w)
+
+
+class DequantizedWeight:
+    """A weight that its library unpacks: HQQ's by a method of the layer, torchao's by one of the tensor.
+
+    Args:
+        owner: has the method `dequantize`.
+        shape: O and I.
+    """
+
+    def __init__(self, owner: Any, shape: tuple[int, int]) -> None:
+        self.owner, self.shape = owner, shape
+
+    @torch.no_grad()
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight `[O, I]`, in this dtype."""
+        return self.owner.dequantize().to(dtype).contiguous()
+
+
 def _four_bits(base: Any, weight: Any, x: Tensor, dtype: torch.dtype) -> FourBitWeight | None:
     """bitsandbytes multiplies with the packed weight for few tokens, and so is called for these."""
     state = weight.quant_state
@@ -64,11 +101,39 @@ def fine_grained_float8(base: Any) -> Float8Weight | None:
     return Float8Weight(values.detach(), scales, block, quantises_input=True)  # type: ignore[arg-type]
 
 
+def _is_trained(base: Any, x: Tensor, dtype: torch.dtype) -> bool:
+    """Libraries have products of their own for inference, and differ in the dtype that they return under autocast."""
+    return base.training and x.dtype == dtype
+
+
+def _eight_bits(base: Any, weight: Any, x: Tensor, dtype: torch.dtype) -> EightBitWeight | None:
+    state = base.state
+    numbers, scales = (state.CB, state.SCB) if weight.CB is None else (weight.CB, weight.SCB)
+    if not _is_trained(base, x, dtype) or state.has_fp16_weights or numbers is None or scales is None:
+        return None
+    return EightBitWeight(numbers, scales) if numbers.device == x.device else None
+
+
+def _torchao_int8(base: Any, weight: Any, x: Tensor, dtype: torch.dtype) -> DequantizedWeight | None:
+    if not _is_trained(base, x, dtype) or weight.requires_grad:
+        return None
+    return DequantizedWeight(weight, (weight.shape[0], weight.shape[1]))
+
+
+def _hqq(base: Any, weight: Any, x: Tensor, dtype: torch.dtype) -> DequantizedWeight | None:
+    if not _is_trained(base, x, dtype) or base.compute_dtype != dtype:
+        return None
+    return DequantizedWeight(base, (base.out_features, base.in_features))
+
+
 # Name of the class of a layer's weight, or of the layer -> (layer, weight, its input `[..., I]`, the dtype that is
 # computed in) -> the weight that our product computes with; None if the layer is to be called.
 Read = Callable[[Any, Any, Tensor, torch.dtype], PackedWeight | None]
 READERS: Mapping[str, Read] = {
     "Params4bit": _four_bits,
+    "Int8Params": _eight_bits,
+    "Int8Tensor": _torchao_int8,
+    "HQQLinear": _hqq,
     "Float8Tensor": lambda base, weight, x, dtype: torchao_float8(weight),
     "FP8Linear": lambda base, weight, x, dtype: fine_grained_float8(base),
 }

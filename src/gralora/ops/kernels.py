@@ -9,10 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import batched
 from .batched import down_plain, dropout_scale
 from .interface import Conversion
 from .launch import Launcher
 from .layout import row_stride, rows
+from .torch_seam import is_traced
+
+PROGRAMS = 128  # that a launch is to have at least: about as many as a large GPU has processors
+FEW_TOKENS = 2048  # up to which one block is projected down by torch's product
 
 
 @triton.jit
@@ -194,19 +199,36 @@ def down(x: Tensor, A: Tensor, h: int, scaling: float, convert: Conversion | Non
     """Project down, exchange and scale in one pass over x, summing in float32; convert in the same launch.
 
     The plain LoRA part is a product of its own. Rounding its sums to half precision block by block took gradients 1.22
-    times as far from float64.
+    times as far from float64. For few tokens and one block, torch's product sums in parts, which keep a GPU busy.
     """
     k, chunk, R = A.shape
     r, T = R - h, x.numel() // (k * chunk)
+    if k == 1 and not is_traced(x) and T <= FEW_TOKENS:
+        return batched.down(x, A, h, scaling, convert)
     g = x.new_empty(k, T, R)
     size, source, target = _conversion(convert, A)
     block_r = _dot_size(r, 128)
-    constants = (chunk, r, r // k, _row_stride(x), *A.stride(), R, 128, 64, block_r, size)
-    grid = (-(-T // 128) * k * -(-r // block_r), 1, 1)
+    block_t = _tokens_of_tile(x, T, k * -(-r // block_r))
+    constants = (chunk, r, r // k, _row_stride(x), *A.stride(), R, block_t, 64, block_r, size)
+    grid = (-(-T // block_t) * k * -(-r // block_r), 1, 1)
     _down(constants, grid, (x, A, g, source, target), (float(scaling), T), constants)
     if h:
         g[..., r:] = down_plain(rows(x), A[..., r:], scaling)
     return g
+
+
+def _tokens_of_tile(x: Tensor, T: int, others: int) -> int:
+    """Return how many of T tokens a program projects down: 128, or fewer where few programs would have work.
+
+    Args:
+        x: the tokens; while torch.compile traces, their number may stand for any.
+        T: their number.
+        others: how many programs there are for each tile of tokens.
+    """
+    tokens = 128
+    while not is_traced(x) and tokens > 16 and -(-T // tokens) * others < PROGRAMS:
+        tokens //= 2
+    return tokens
 
 
 def _conversion(convert: Conversion | None, unused: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -231,8 +253,9 @@ def downs(
     g = x.new_empty(n, k, T, R)
     sizes, sources, targets = zip(*[_conversion(c, first) for c in (*converts, *[None] * rest)], strict=True)
     block_r = _dot_size(R, 128)
-    constants = (chunk, R, R // k, _row_stride(x), *first.stride(), R, 128, 64, block_r, *sizes)
-    grid = (-(-T // 128) * k * -(-R // block_r), n, 1)
+    block_t = _tokens_of_tile(x, T, n * k * -(-R // block_r))
+    constants = (chunk, R, R // k, _row_stride(x), *first.stride(), R, block_t, 64, block_r, *sizes)
+    grid = (-(-T // block_t) * k * -(-R // block_r), n, 1)
     numbers = (*map(float, scalings), *[1.0] * rest, T)
     _downs(constants, grid, (x, *As, *[first] * rest, g, *sources, *targets), numbers, constants)
     return list(g.unbind())
