@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -849,11 +850,11 @@ def test_nothing_of_the_size_of_a_weight_is_kept(name, llama_folder):
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             model(token_ids(1, 3)).logits.sum()
-        return sorted(size for size in sizes if size >= 64 * 32)
+        return Counter(size for size in sizes if size >= 64 * 32)
 
     plain = kept(peft.LoraConfig(r=4, target_modules=TARGETS))
     grid = kept(gralora_config(2, r=4, target_modules=TARGETS))
-    assert grid == plain
+    assert not grid - plain
 
 
 @pytest.mark.slow
