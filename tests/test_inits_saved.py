@@ -35,7 +35,7 @@ REPEATABLE: dict[str, dict[str, Any]] = {
 }
 CONVERTED: dict[str, dict[str, Any]] = {
     "pissa": {"init_lora_weights": "pissa", "gralora_scaling": "matched", "modules_to_save": ["lm_head"]},
-    "olora": {"init_lora_weights": "olora", "use_rslora": True},
+    "olora": {"init_lora_weights": "olora", "use_rslora": True, "use_dora": MERGES_DORA},
     "corda": {"init_lora_weights": "corda", "rank_pattern": {"q_proj": 12}},
     "lora_ga": {"init_lora_weights": "lora_ga", "r": 6, "lora_ga_config": LoraGAConfig()},
 }
