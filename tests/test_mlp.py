@@ -23,7 +23,7 @@ gpu = [pytest.mark.gpu, needs_gpu]
 # The operation
 
 
-def drawn(T, n_in, width, n_out, k, r, h, n_first, bias, device, dtype, factor_dtype, activation="silu"):
+def drawn(T, n_in, width, n_out, k, r, h, n_first, bias, device, dtype, factor_dtype, activation="silu", p=0.0):
     """x, dy and a gated MLP of random numbers, in the units of a trained one."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -34,7 +34,8 @@ def drawn(T, n_in, width, n_out, k, r, h, n_first, bias, device, dtype, factor_d
         factors = [normal(k, i // k, r, scale=i**-0.5), normal(k, r, o // k, scale=r**-0.5 / 4)]
         factors += [normal(h, i, scale=i**-0.5), normal(o, h, scale=h**-0.5 / 4)] if h else [None, None]
         factors = [None if f is None else f.to(factor_dtype).requires_grad_() for f in factors]
-        return AdaptedLinear(normal(o, i, scale=i**-0.5), normal(o) if bias else None, Factors(*factors, 1.5))
+        seed = torch.tensor(i + o, device=device) if p else None
+        return AdaptedLinear(normal(o, i, scale=i**-0.5), normal(o) if bias else None, Factors(*factors, 1.5), p, seed)
 
     first = [layer(n_in, width), layer(n_in, width)] if n_first == 2 else [layer(n_in, 2 * width)]
     whole = GatedMlp(tuple(first), layer(width, n_out), activation)
@@ -56,9 +57,10 @@ def outcome(compute, x, dy, whole):
 
 
 def in_double(x, dy, whole):
-    def layer(weight, bias, factors):
+    def layer(weight, bias, factors, p, seed):
         wide = [None if f is None else f.detach().double().requires_grad_() for f in factors[:4]]
-        return AdaptedLinear(weight.double(), None if bias is None else bias.double(), Factors(*wide, factors.scaling))
+        bias = None if bias is None else bias.double()
+        return AdaptedLinear(weight.double(), bias, Factors(*wide, factors.scaling), p, seed)
 
     first = tuple(layer(*own) for own in whole.first)
     return x.detach().double().requires_grad_(), dy.double(), GatedMlp(first, layer(*whole.down), whole.activation)
@@ -92,6 +94,13 @@ def test_gradients_on_the_cpu(case, activation):
         check(10, 16, 24, 32, *CASES[case], device="cpu", dtype=dtype, factor_dtype=factors, activation=activation)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_dropout(case):
+    """Every layer drops what its adapter sees, by a mask of its own, which the backward draws again."""
+    for dtype, factors in [(torch.float64,) * 2, (torch.bfloat16, torch.float32)]:
+        check(10, 16, 24, 32, *CASES[case], device="cpu", dtype=dtype, factor_dtype=factors, p=0.3)
+
+
 SIZES = {"large": (4096, 2048, 8192, 2048), "small": (256, 512, 1024, 512), "odd": (334, 72, 120, 40)}
 
 
@@ -113,23 +122,27 @@ def test_gradients_on_a_gpu(case, factors, size, choice, monkeypatch):
         plans.architecture.cache_clear()
 
 
-def test_second_derivatives_and_many_gradients():
-    x, dy, whole = drawn(4, 8, 12, 8, 2, 4, 2, 2, True, "cpu", torch.float64, torch.float64)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_second_derivatives_and_many_gradients(p):
+    x, dy, whole = drawn(4, 8, 12, 8, 2, 4, 2, 2, True, "cpu", torch.float64, torch.float64, p=p)
     A = whole.down.factors.A
 
     def norms(compute):
         y = compute(x, whole)
         (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
-        (many,) = torch.autograd.grad(y, A, torch.stack([dy, 2 * dy]), retain_graph=True, is_grads_batched=True)
-        return [*torch.autograd.grad(dx.square().sum(), [x, A]), many]
+        second = torch.autograd.grad(dx.square().sum(), [x, A], retain_graph=True)
+        if p:  # torch draws no random numbers for many gradients at once
+            return second
+        return [*second, *torch.autograd.grad(y, A, torch.stack([dy, 2 * dy]), is_grads_batched=True)]
 
     for own, wanted in zip(norms(gated_mlp), norms(gated.definition), strict=True):
         torch.testing.assert_close(own, wanted)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("frozen", ["x", "down", "first", "all but x"])
-def test_only_needed_gradients(frozen):
-    x, dy, whole = drawn(4, 8, 12, 8, 2, 4, 0, 2, False, "cpu", torch.float64, torch.float64)
+def test_only_needed_gradients(frozen, p):
+    x, dy, whole = drawn(4, 8, 12, 8, 2, 4, 0, 2, False, "cpu", torch.float64, torch.float64, p=p)
     x.requires_grad_(frozen != "x")
     for layer in whole.first:
         [f.requires_grad_(frozen not in ("first", "all but x")) for f in layer.factors[:2]]
@@ -141,13 +154,14 @@ def test_only_needed_gradients(frozen):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_what_is_kept():
-    """x, e and u: neither the activation nor hidden."""
-    x, _, whole = drawn(6, 8, 20, 8, 2, 4, 0, 2, False, "cpu", torch.float32, torch.float32)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_what_is_kept(p):
+    """x, e and u: neither the activation nor hidden, nor what dropout leaves of them."""
+    x, _, whole = drawn(6, 8, 20, 8, 2, 4, 0, 2, False, "cpu", torch.float32, torch.float32, p=p)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         gated_mlp(x, whole)
-    assert sorted(s for s in saved if s[-1] in (8, 20) and len(s) == 3 and s[0] == 2 and s[1] == 3) == [
+    assert sorted(s for s in saved if len(s) == 3 and s[-1] in (8, 20) and s[0] == 2 and s[1] == 3) == [
         (2, 3, 8), (2, 3, 20), (2, 3, 20)
     ]  # fmt: skip
 
@@ -312,7 +326,25 @@ def test_layers_on_their_own(obstacle, used, monkeypatch):
     check_same(own, without(monkeypatch, model, loss_and_gradients))
 
 
-ON_THEIR_OWN = [{"lora_dropout": 0.1}, {"target_modules": ["gate_proj", "up_proj"]}]
+def seeded(model):
+    torch.manual_seed(7)
+    return loss_and_gradients(model)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_with_dropout(checkpointing, used, monkeypatch):
+    """The masks are those that the layers draw on their own, also where a block is computed again."""
+    model = model_of("Llama", lora_dropout=0.3)
+    wanted = without(monkeypatch, model, seeded)
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    check_same(seeded(model), wanted)
+    assert len(used) == (4 if checkpointing else 2)
+    assert seeded(model)[0] != loss_and_gradients(model)[0]
+
+
+ON_THEIR_OWN = [{"target_modules": ["gate_proj", "up_proj"]}]
 
 
 @pytest.mark.parametrize("fields", [*ON_THEIR_OWN, pytest.param({"use_dora": True}, marks=dora)], ids=str)

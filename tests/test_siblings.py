@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from test_mlp import FAMILIES, IDS, SHAPE, check_same, loss_and_gradients, model_of
+from test_mlp import FAMILIES, IDS, SHAPE, check_same, loss_and_gradients, model_of, seeded
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -59,6 +59,18 @@ def test_adapters(fields, used, monkeypatch):
         gralora.accelerate(model)
     check_same(loss_and_gradients(model), without(monkeypatch, model, loss_and_gradients))
     assert used == [3, 3]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout(checkpointing, used, monkeypatch):
+    """The masks are those that the layers draw on their own, also where a block is computed again."""
+    model = model_of("Llama", lora_dropout=0.3, target_modules=ATTENTION)
+    wanted = without(monkeypatch, model, seeded)
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    check_same(seeded(model), wanted)
+    assert used == [3] * (4 if checkpointing else 2)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

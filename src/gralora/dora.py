@@ -143,7 +143,7 @@ def dora_linear(x: Tensor, layer: AdaptedLinear, magnitude: Tensor) -> Tensor:
         layer: weight `[O, I]`, not packed, bias and factors.
         magnitude: m, `[O]`, any float dtype.
     """
-    weight, bias, factors = layer
+    weight, bias, factors, *_ = layer
     assert isinstance(weight, Tensor)
     z = gralora_linear(x, weight, None, factors)
     gain = magnitude / row_norms(weight, factors)

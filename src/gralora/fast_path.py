@@ -100,14 +100,15 @@ class FusedCall(NamedTuple):
         assert weight is not None
         if isinstance(weight, Tensor) and weight.dtype != dtype:
             weight = weight.to(dtype)
-        return AdaptedLinear(weight, bias if bias is None or bias.dtype == dtype else bias.to(dtype), self.factors)
+        bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)
+        return AdaptedLinear(weight, bias, self.factors, self.p)
 
     def __call__(self, x: Tensor) -> Tensor:
         seen = x if x.dtype == self.dtype else x.to(self.dtype)
         if self.magnitude is not None:
             return dora_linear(seen, self.operands(), self.magnitude)
         if self.weight is not None:
-            y = gralora_linear(seen, *self.operands(), self.p)
+            y = gralora_linear(seen, *self.operands())
         else:
             y = add_update(own_output(self.base, x), seen, self.factors, self.p)
         for factors, p, _ in self.more:
@@ -301,7 +302,7 @@ def mixed_output(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> Tensor 
 def fused_calls(layers: Sequence[Any], x: Tensor) -> list[FusedCall] | None:
     """`fused_call` of several `FusedLayer`, if one operation can compute them all, else None.
 
-    It can if no layer has hooks, dropout, DoRA, or adapters that are not side by side, and each has its base weight in
+    It can if no layer has hooks, DoRA, or adapters that are not side by side, and each has its base weight in
     the operation and the dtype of the others. A layer of 4 bits returns the dtype that it gets, so with one, x has to
     have the dtype that is computed in.
     """
@@ -311,7 +312,6 @@ def fused_calls(layers: Sequence[Any], x: Tensor) -> list[FusedCall] | None:
         if (
             call is None
             or call.weight is None
-            or call.p
             or call.more
             or call.magnitude is not None
             or calls

@@ -164,7 +164,7 @@ def linear_backward(
         x: `[..., I]`, any strides.
         weight: `[O, I]`, or None if the base layer's part of dx is computed elsewhere.
         factors: of the layer.
-        g: `[k, T, R]` from the forward; None to project x down again, which never happens with dropout.
+        g: `[k, T, R]` from the forward; None to project x down again.
         p, seed: of dropout.
         needs: which gradients are needed.
         how: the forward's plan.
@@ -175,8 +175,11 @@ def linear_backward(
     if how.backward is not None and not how.backward.reads(dy):
         dy = dy.clone(memory_format=torch.contiguous_format)
     dA, dB = _gradient_of(A) if needs.A else None, _gradient_of(B) if needs.B else None
+    seen = x  # by the adapter
+    if seed is not None and (needs.A or g is None):
+        seen = how.down.dropout(rows(x), p, seed)
     if g is None:
-        g = how.down.down(x, A, h, scaling)
+        g = how.down.down(seen, A, h, scaling)
     dh, A_up = g, A.mT
     if needs.x or needs.A:
         convert = Conversion(A_up, torch.empty_like(A_up, dtype=x.dtype)) if how.converts_A else None
@@ -207,7 +210,6 @@ def linear_backward(
         else:
             how.up.up(dh, A_up, dx)
     if not is_done:
-        seen = x if seed is None or not needs.A else how.down.dropout(rows(x), p, seed)
         how.gradients.factor_gradients(seen, dy, g, dh, dA, dB, A, grown)
     dx = dx if dx is None or dx.dim() == len(shape) else dx.view(shape)
     return [dx, *unpack(dA, dB, h, factors.is_plain)]

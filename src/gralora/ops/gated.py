@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import batched, plans, reference, shared
+from . import batched, plans, shared
 from .activations import ACTIVATIONS
 from .autograd import Grads, differentiable
 from .fused import Needs, linear_backward, output, pack
 from .interface import Conversion, KernelUnavailable
+from .layout import rows
 from .plans import Plan, falls_back, plan
 from .shared import AdaptedLinear, factor_tensors
 from .torch_seam import is_batched
-from .weights import dense
 
 
 class GatedMlp(NamedTuple):
@@ -43,6 +43,7 @@ def gated_mlp(x: Tensor, mlp: GatedMlp) -> Tensor:
 
     x, weights and biases have one dtype, in which all is computed; gradients have the dtype of what they belong to.
     """
+    mlp = GatedMlp(tuple(layer.seeded(x) for layer in mlp.first), mlp.down.seeded(x), mlp.activation)
     if torch.is_grad_enabled():
         y, outputs = GatedMlpFunction.apply(x, *factor_tensors((*mlp.first, mlp.down)), mlp)
     else:
@@ -55,8 +56,8 @@ def gated_mlp(x: Tensor, mlp: GatedMlp) -> Tensor:
 def definition(x: Tensor, mlp: GatedMlp) -> Tensor:
     """`gated_mlp` by the definition of its layers."""
     e, u = _halves(shared.definition(x, mlp.first))
-    weight, bias, factors = mlp.down
-    return reference.linear(ACTIVATIONS[mlp.activation].value(e) * u, dense(weight, x.dtype), bias, factors)
+    [y] = shared.definition(ACTIVATIONS[mlp.activation].value(e) * u, [mlp.down])
+    return y
 
 
 class GatedMlpFunction(torch.autograd.Function):
@@ -93,11 +94,12 @@ class GatedMlpFunction(torch.autograd.Function):
 @falls_back
 def _last(y: Tensor, outputs: Sequence[Tensor], mlp: GatedMlp) -> None:
     """Write the layer `down` of what the first ones have given to y."""
-    (e, u), (weight, bias, factors) = _halves(outputs), mlp.down
+    (e, u), (weight, bias, factors, p, seed) = _halves(outputs), mlp.down
     A, B, h, scaling = pack(factors)
     how, hidden = _hidden(e, u, mlp)
+    seen = hidden if seed is None else how.down.dropout(rows(hidden), p, seed)
     convert = None if B.dtype == e.dtype else Conversion(B, torch.empty_like(B, dtype=e.dtype))
-    g = how.down.down(hidden, A, h, scaling, convert)
+    g = how.down.down(seen, A, h, scaling, convert)
     B = B if convert is None else convert.target
     (how.forward or batched).linear(y, hidden, how.operand(weight, e.dtype), bias, g, B)
 
@@ -105,7 +107,7 @@ def _last(y: Tensor, outputs: Sequence[Tensor], mlp: GatedMlp) -> None:
 def _hidden(e: Tensor, u: Tensor, mlp: GatedMlp) -> tuple[Plan, Tensor]:
     """The plan of `down`, and what it sees."""
     hidden, packed = e.new_empty(e.shape), pack(mlp.down.factors)
-    how = plan(hidden, mlp.down.weight, packed.A, packed.B, packed.h)
+    how = plan(hidden, mlp.down.weight, packed.A, packed.B, packed.h, mlp.down.p)
     how.down.gated(e, u, mlp.activation, hidden)
     return how, hidden
 
@@ -133,10 +135,10 @@ def _backward(
         outputs, kept, hows: as `shared.forward` returned them; hows is None for new plans.
         needed: for x and each factor, whether its gradient is needed.
     """
-    (e, u), (weight, _, factors), needed_first = _halves(outputs), mlp.down, needed[:-4]
+    (e, u), (weight, _, factors, p, seed), needed_first = _halves(outputs), mlp.down, needed[:-4]
     how, hidden = _hidden(e, u, mlp)
     needs = Needs.of(any(needed_first), *needed[-4:])
-    d_hidden, *d_factors = linear_backward(dy, hidden, weight, factors, None, 0.0, None, needs, how)
+    d_hidden, *d_factors = linear_backward(dy, hidden, weight, factors, None, p, seed, needs, how)
     if d_hidden is None:
         return [None] * len(needed_first) + d_factors
     d_outputs = [hidden, d_hidden] if len(outputs) == 2 else [torch.empty_like(outputs[0])]

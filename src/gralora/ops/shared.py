@@ -11,7 +11,8 @@ from torch import Tensor
 
 from . import plans, reference
 from .autograd import Grads, differentiable
-from .fused import Needs, Packed, linear_backward, linear_up, pack
+from .dropout import draw_seed, dropout_mask
+from .fused import Needs, Packed, linear_backward, linear_down, linear_up, pack
 from .interface import Conversion, KernelUnavailable
 from .layout import contiguous_or_rows
 from .plans import Plan, falls_back, plan
@@ -22,11 +23,23 @@ from .weights import Weight, dense
 
 
 class AdaptedLinear(NamedTuple):
-    """The tensors of an adapted linear layer: a frozen weight `[O, I]`, a bias `[O]` or None, and factors."""
+    """The operands of an adapted linear layer besides x, as `gralora_linear` takes them.
+
+    Attributes:
+        weight, bias: frozen, `[O, I]`, and `[O]` or None.
+        factors: of the adapter.
+        p, seed: of dropout on what the adapter sees of x; seed is None without, or until it is drawn.
+    """
 
     weight: Weight
     bias: Tensor | None
     factors: Factors
+    p: float = 0.0
+    seed: Tensor | None = None
+
+    def seeded(self, x: Tensor) -> "AdaptedLinear":
+        """The same with a seed, if x is to be dropped."""
+        return self._replace(seed=draw_seed(x)) if self.p and self.seed is None else self
 
 
 Layers = Sequence[AdaptedLinear]
@@ -37,6 +50,7 @@ def shared_linear(x: Tensor, layers: Layers) -> list[Tensor]:
 
     x, weights and biases have one dtype, in which all is computed; gradients have the dtype of what they belong to.
     """
+    layers = [layer.seeded(x) for layer in layers]
     if torch.is_grad_enabled():
         return list(SharedLinearFunction.apply(x, *factor_tensors(layers), layers))
     return forward(x, layers)[0]
@@ -49,7 +63,11 @@ def factor_tensors(layers: Layers) -> list[Tensor | None]:
 
 def definition(x: Tensor, layers: Layers) -> list[Tensor]:
     """`shared_linear` by the definition of the layers."""
-    return [reference.linear(x, dense(weight, x.dtype), bias, factors) for weight, bias, factors in layers]
+    masks = [None if layer.seed is None else dropout_mask(x, layer.p, layer.seed) for layer in layers]
+    return [
+        reference.linear(x, dense(layer.weight, x.dtype), layer.bias, layer.factors, kept)
+        for layer, kept in zip(layers, masks, strict=True)
+    ]
 
 
 class SharedLinearFunction(torch.autograd.Function):
@@ -78,9 +96,10 @@ class SharedLinearFunction(torch.autograd.Function):
 def keep(ctx: Any, layers: Layers, hows: list[Plan], *tensors: Tensor | None) -> None:
     """Keep layers, plans and tensors for the backward; tensors of the layers as `saved.save` does."""
     weights = [layer.weight if isinstance(layer.weight, Tensor) else None for layer in layers]
-    save(ctx, *weights, *factor_tensors(layers), *tensors)
+    save(ctx, *weights, *factor_tensors(layers), *[layer.seed for layer in layers], *tensors)
     ctx.layers = [
-        (None if isinstance(weight, Tensor) else weight, bias, factors.scaling) for weight, bias, factors in layers
+        (None if isinstance(layer.weight, Tensor) else layer.weight, layer.bias, layer.factors.scaling, layer.p)
+        for layer in layers
     ]
     ctx.hows = hows
 
@@ -89,11 +108,11 @@ def restore(ctx: Any) -> tuple[list[AdaptedLinear], list[Plan], list[Any]]:
     """What was given to `keep`."""
     n, tensors = len(ctx.layers), saved(ctx)
     layers = []
-    for m, (packed, bias, scaling) in enumerate(ctx.layers):
+    for m, (packed, bias, scaling, p) in enumerate(ctx.layers):
         A, B, hybrid_A, hybrid_B = tensors[n + 4 * m : n + 4 * m + 4]
         factors = Factors(A, B, hybrid_A, hybrid_B, scaling)
-        layers.append(AdaptedLinear(tensors[m] if packed is None else packed, bias, factors))
-    return layers, ctx.hows, tensors[5 * n :]
+        layers.append(AdaptedLinear(tensors[m] if packed is None else packed, bias, factors, p, tensors[5 * n + m]))
+    return layers, ctx.hows, tensors[6 * n :]
 
 
 @falls_back
@@ -101,16 +120,20 @@ def forward(x: Tensor, layers: Layers) -> tuple[list[Tensor], list[Tensor | None
     """Plan and compute the layers: their outputs, those g that the backward needs, and their plans."""
     seen, packed = contiguous_or_rows(x), [pack(layer.factors) for layer in layers]
     hows = _plans(seen, layers, packed)
-    downs = _downs(seen, packed, hows, [how.converts_B for how in hows])
+    if any(layer.p for layer in layers):  # each projects down what is left of x in its own mask
+        each = zip(packed, layers, hows, strict=True)
+        downs = [linear_down(seen, own, layer.p, layer.seed, how) for own, layer, how in each]
+    else:
+        downs = _downs(seen, packed, hows, [how.converts_B for how in hows])
     outputs = [
-        linear_up(x, seen, weight, bias, g, B, how)
-        for (weight, bias, _), (g, B), how in zip(layers, downs, hows, strict=True)
+        linear_up(x, seen, layer.weight, layer.bias, g, B, how)
+        for layer, (g, B), how in zip(layers, downs, hows, strict=True)
     ]
     return outputs, [g if how.keeps_g else None for (g, _), how in zip(downs, hows, strict=True)], hows
 
 
 def _plans(seen: Tensor, layers: Layers, packed: list[Packed]) -> list[Plan]:
-    return [plan(seen, layer.weight, own.A, own.B, own.h) for layer, own in zip(layers, packed, strict=True)]
+    return [plan(seen, layer.weight, own.A, own.B, own.h, layer.p) for layer, own in zip(layers, packed, strict=True)]
 
 
 def _downs(seen: Tensor, packed: list[Packed], hows: list[Plan], converted: list[bool]) -> list[tuple[Tensor, Tensor]]:
@@ -156,7 +179,7 @@ def backward(
     grads: Grads = []
     for n, (layer, dy, g, how) in enumerate(zip(layers, dys, gs, hows, strict=True)):
         needs = Needs.of(needed[0], *needed[4 * n + 1 : 4 * n + 5])
-        dx, *own = linear_backward(dy, x, layer.weight, layer.factors, g, 0.0, None, needs, how, dx)
+        dx, *own = linear_backward(dy, x, layer.weight, layer.factors, g, layer.p, layer.seed, needs, how, dx)
         grads += own
     return [dx, *grads]
 
