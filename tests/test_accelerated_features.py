@@ -130,7 +130,7 @@ VARIANTS = {"use_bdlora": "BdLoraConfig", "velora_config": "VeloraConfig", "kasa
 KNOWN = {field.name for field in fields(peft.LoraConfig)}
 
 
-@scenario("other `init_lora_weights`")
+@scenario("every other `init_lora_weights`")
 def initialisations(bench: Bench) -> Any:
     found = []
     for name in ("olora", "pissa", "orthogonal", False):
@@ -151,7 +151,7 @@ def loftq_without_gpu() -> Iterator[None]:
         yield
 
 
-@scenario("other `init_lora_weights`")
+@scenario("every other `init_lora_weights`")
 def initialisations_from_data(bench: Bench) -> Any:
     """EVA, CorDA, LoRA-GA and LoftQ: PEFT's own preparation, on a model that is accelerated already, and training."""
     options: dict[str, dict[str, Any]] = {
@@ -503,9 +503,22 @@ def copied(bench: Bench) -> Any:
     return [*trained, logits(model), logits(again)]
 
 
+BLOCKWISE = [
+    "True`, `False",
+    '"gaussian"',
+    '"orthogonal"',
+    '"eva"',
+    '"mica"',
+    '"pissa"',
+    '"pissa_niter_[n]"',
+    '"olora"',
+]
+BLOCKWISE += ['"corda"', '"lora_ga"', '"loftq"']
 # Rows of the page that are about GraLoRA's own, or are run elsewhere
 ELSEWHERE = {
     "`gralora_k_pattern`": "GraLoRA's",
+    "LoRA-Muon": "GraLoRA's",
+    **dict.fromkeys(map("`{}`".format, BLOCKWISE), "what each block of a grid gets"),
     '`gralora_k="auto"`': "GraLoRA's",
     "tensor parallelism": "hooks on the factors keep PEFT's forward: test_describe_gives_reasons",
     "DeepSpeed ZeRO-3": "hooks on modules keep PEFT's forward",
@@ -513,7 +526,7 @@ ELSEWHERE = {
 
 
 # Scenarios in which PEFT's forward runs, or none; torch.compile fuses small layers' operations on a CPU by itself
-NOT_FUSED = ("lora_bias", "dora", "experts", "arrow", "variants", "alora", "mixed_batch", "xlora", "compiled")
+NOT_FUSED = ("lora_bias", "experts", "arrow", "variants", "alora", "mixed_batch", "xlora", "compiled")
 NOT_FUSED += ("compiled_hotswap", "status", "converted", "intruders")
 
 

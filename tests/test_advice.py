@@ -8,6 +8,7 @@ import ast
 import json
 import re
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -445,13 +446,13 @@ def _(path):
 
 @case("--layers matches none of the adapter's layers, e.g. .")
 def _(path):
-    from gralora.checkpoints.inspection import draw_block_norms
+    from gralora.checkpoints.drawing import draw_block_norms
 
     save_gralora(path / "adapter")
     with pytest.raises(ValueError, match="matches none of the adapter's layers, e.g. '(.*)'") as error:
         draw_block_norms(path / "adapter", path / "norms.png", layers="nothing")
     named = re.search("e.g. '(.*)'", str(error.value))[1]
-    assert draw_block_norms(path / "adapter", path / "norms.png", layers=named) == [named]
+    assert draw_block_norms(path / "adapter", path / "norms.png", layers=named)[0] == [named]
 
 
 # Files
@@ -544,6 +545,81 @@ def _(path, monkeypatch):
     for advised in (r".*q_proj", ["q_proj"]):
         edit(path / "adapter", target_modules=advised)
         gralora.inspect_adapter(path / "adapter")
+
+
+# Initialisations that change the base weights, and bases of 4 and 8 bits
+
+
+@case("changed the base weights that the adapter belongs to")
+def _(path):
+    tuned = llama(path, target_modules=["q_proj"], init_lora_weights="pissa", hybrid_r=0)
+    with refused("gralora merge", "path_initial_model_for_weight_conversion"):
+        gralora.to_lora(path / "adapter", path / "no")
+    merges(path / "adapter", path / "merged")
+    tuned.save_pretrained(path / "initial")  # as if before the training that follows
+    randomize(tuned, seed=1)
+    tuned.save_pretrained(path / "end", path_initial_model_for_weight_conversion=str(path / "initial"))
+    gralora.to_lora(path / "end", path / "out")
+
+
+@case("no quantised layer of the model has a GraLoRA adapter")
+def _(path):
+    model = llama(path, target_modules=["q_proj"])
+    with refused("init_lora_weights='loftq'"):
+        gralora.replace_lora_weights_loftq(model, path / "base" / "model.safetensors")
+    fields = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}
+    again = transformers.AutoModelForCausalLM.from_pretrained(path / "base")
+    peft.get_peft_model(again, gralora_config(2, r=4, target_modules=["q_proj"], **fields))
+
+
+@case("use a smaller rank.")
+def _(path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def quantised() -> torch.nn.Module:
+        layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+        layer.load_state_dict(linear.state_dict())
+        model = torch.nn.Sequential(OrderedDict(layer=layer.to("cpu")))
+        model.is_loaded_in_4bit = True
+        return model
+
+    linear = torch.nn.Linear(64, 64, bias=False)
+    save_file({"layer.weight": linear.weight.detach().clone()}, path / "model.safetensors")
+    wide, narrow = (
+        peft.get_peft_model(quantised(), gralora_config(32, r=r, hybrid_r=0, target_modules=["layer"]))
+        for r in (128, 64)
+    )
+    with refused("2 and 2 features, and rank 4"):
+        gralora.replace_lora_weights_loftq(wide, path / "model.safetensors")
+    gralora.replace_lora_weights_loftq(narrow, path / "model.safetensors")
+
+
+@case("is FP8, and is merged into file by file only")
+def _(path):
+    pytest.importorskip("torchao")
+    llama(path, target_modules=["embed_tokens", "q_proj"])
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path / "base")
+    gralora.quantize_fp8(model).save_pretrained(path / "fp8")
+    with refused("gralora.dequantize_fp8"):
+        gralora.merge_adapter(path / "adapter", path / "no", path / "fp8")
+    again: Any = transformers.AutoModelForCausalLM.from_pretrained(path / "fp8")
+    gralora.dequantize_fp8(again).save_pretrained(path / "plain")
+    merges(path / "adapter", path / "merged", base=path / "plain")
+
+
+@case("only matrices with scales can be dequantised; merge into the unquantised model.")
+def _(path):
+    llama(path, target_modules=["q_proj"])
+    shutil.copytree(path / "base", path / "fp8")
+    tensors = load_file(path / "fp8" / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, path / "fp8" / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "fp8" / "config.json").read_text())
+    (path / "fp8" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with refused(f"{name}_scale_inv' are missing"):
+        gralora.merge_adapter(path / "adapter", path / "no", path / "fp8")
+    merges(path / "adapter", path / "merged", base=path / "base")
 
 
 ELSEWHERE = {  # followed by a test that brings the refusal about in more ways

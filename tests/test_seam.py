@@ -39,9 +39,10 @@ from peft.helpers import DoraCaching
 from peft.tuners import lora
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from transformers import GptOssConfig, MixtralConfig, Trainer, TrainingArguments
+from transformers import GptOssConfig, MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 from transformers.integrations import moe
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -1000,6 +1001,21 @@ def test_trial_id():
     study.ask()
     optuna.Trial(study, study.trials[1]._trial_id).report(3.0, 1)
     assert [trial.intermediate_values for trial in study.trials] == [{}, {1: 3.0}]
+
+
+def test_weight_conversions(tmp_path):
+    """What is in it is undone when files are written; with None, what the model's type asks for is."""
+    config = MixtralConfig(
+        **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 16),
+        **{"num_hidden_layers": 1, "num_local_experts": 2, "num_attention_heads": 2, "num_key_value_heads": 2},
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "files")
+    model = MixtralForCausalLM.from_pretrained(tmp_path / "files")
+    assert model._weight_conversions
+    model._weight_conversions = None
+    model.save_pretrained(tmp_path / "again")
+    files, again = (load_file(tmp_path / name / "model.safetensors") for name in ("files", "again"))
+    assert files.keys() == again.keys() != dict(model.named_parameters()).keys()
 
 
 def test_experts_implementation(monkeypatch):

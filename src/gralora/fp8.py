@@ -116,6 +116,7 @@ def dequantize_fp8(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mod
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
+        vars(model)["_weight_conversions"] = None  # save_pretrained would try to undo how FP8 files were read
     return model
 
 

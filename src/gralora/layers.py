@@ -204,11 +204,13 @@ class GraloraLayer(FusedLayer):
             for name in names:
                 if name in self.scaling:
                     # PEFT would say of each further adapter that others were merged. Ignoring that by a filter would
-                    # make Python forget which warnings it has shown, and show them again for every layer.
-                    self.merged_adapters = []
+                    # make Python forget which warnings it has shown, and show them again for every layer. DoRA has to
+                    # know of the others: its norm is that of the weight without them.
+                    before = merged if name in self.lora_variant else []
+                    self.merged_adapters = list(before)
                     with keep_bias(self):
                         super().merge(safe_merge=safe_merge, adapter_names=[name])
-                    merged += self.merged_adapters
+                    merged += self.merged_adapters[len(before) :]
         finally:
             self.merged_adapters, self._safe_merge = merged, False
 

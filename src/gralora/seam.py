@@ -364,8 +364,7 @@ OVERRIDES: dict[str, str] = {
     "unmerge": "subtract the merged adapters' dW from the base weight",
 }
 
-# What ours read of PEFT's layers, of transformers' models and Trainer and of optuna's trials, beside their documented
-# attributes.
+# Attributes, beside the documented ones, of PEFT's layers, transformers' models and Trainer, and optuna's trials.
 ATTRIBUTES: dict[str, str] = {
     "_apply_gate": "modules of experts with `has_gate`: what the first product gives -> what the last one sees",
     "_did_swap_in_out_features": "ParamWrapper: whether the parameter is `[E, O, I]`, not `[E, I, O]`",
@@ -375,6 +374,7 @@ ATTRIBUTES: dict[str, str] = {
     "_prepare_inputs": "Trainer: a batch on the device, as compute_loss takes it",
     "_remove_parametrizations": "ParamWrapper: undo what a parametrization of its parameter did",
     "_trial_id": "FrozenTrial: what `optuna.Trial(study, id)` takes, to report to a trial that another process began",
+    "_weight_conversions": "PreTrainedModel: what save_pretrained undoes; if None, what its type asks for by itself",
     "quantization_backend": "BaseTunerLayer: how weights are read and written, or None; since PEFT 0.21",
 }
 
