@@ -15,13 +15,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from gralora import LoraConfig
+from gralora.seam import MERGES_DORA
 
 torch.set_num_threads(1)  # the tensors here are so small that more threads only wait for each other
 
 TOLERANCE_FLOAT64 = 1e-10
 VOCAB = 32
 
-MERGES_DORA = hasattr(peft.tuners.lora.LoraLayer, "_unmerged_base_weight")
 dora = pytest.mark.skipif(not MERGES_DORA, reason="PEFT before 0.21 merges DoRA wrongly")
 
 # `make probe` draws from another seed, and less often than a night's run

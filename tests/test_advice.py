@@ -18,7 +18,7 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import MERGES_DORA, gralora_config, randomize, tiny_llama
+from helpers import gralora_config, randomize, tiny_llama
 from safetensors.torch import load_file, save_file
 from saved import CONFIG, WEIGHTS, edit, logits, read, save, save_gralora, write
 from test_families import FAMILIES, TOKENS, make_model, saved_adapter
@@ -26,6 +26,7 @@ from test_families import FAMILIES, TOKENS, make_model, saved_adapter
 import gralora
 from gralora.checkpoints import files
 from gralora.checkpoints.targets import TARGETS
+from gralora.seam import MERGES_DORA
 from gralora.tool import cli
 
 SOURCE = Path(gralora.__file__).parent / "checkpoints"
