@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import Dropout, Identity, Linear, Parameter
 
 from .blocks import GranularDown, GranularUp, scaling_gain
@@ -67,6 +68,7 @@ class _Sharing(threading.local):
 sharing = _Sharing()
 """`siblings.Siblings` of the module whose forward runs, in `group`; None outside of such modules."""
 
+DROPOUTS = (Identity, Dropout)
 TENSORS = (Parameter, Tensor)  # the latter with torch.func.functional_call
 
 
@@ -161,15 +163,17 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
     if setting is None:
         return None
     names, dtype, autocast = setting
-    adapters = adapters_of(layer, names, None if autocast else dtype)
-    if not adapters:
-        return None
-    magnitude = adapters[0].magnitude
-    if len(adapters) > 1:
-        if any(adapter.magnitude is not None for adapter in adapters):
+    more: Sequence[Adapter] = ()
+    if len(names) == 1:  # as nearly always, and so without the lists
+        adapter = adapter_of(layer, names[0], None if autocast else dtype, layer.fuses_plain)
+        if adapter is None:
             return None
-        adapters = _together(adapters)
-    (factors, p, _), *more = adapters
+    else:
+        adapters = adapters_of(layer, names, None if autocast else dtype)
+        if not adapters or any(adapter.magnitude is not None for adapter in adapters):
+            return None
+        adapter, *more = _together(adapters)
+    factors, p, magnitude = adapter
 
     base = layer.__dict__["_modules"]["base_layer"]
     weight: Tensor | PackedWeight | None
@@ -178,9 +182,7 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
         weight = bias = None
     if magnitude is not None and (weight is None or p):
         return None
-    if torch.compiler.is_compiling() and (
-        more or weight is None or compiled.form_of(x.to(dtype), weight, p) == "operations"
-    ):
+    if is_compiling() and (more or weight is None or compiled.form_of(x.to(dtype), weight, p) == "operations"):
         return None
     if weight is None and not has_hooks(base):
         weight = packed_weight(base, x, dtype)
@@ -196,8 +198,10 @@ def setting_of(layer: Any, x: Tensor) -> tuple[list[str], torch.dtype, bool] | N
     own = layer.__dict__
     if own["_disable_adapters"] or own["merged_adapters"] or not is_ordinary(x):
         return None
-    names = layer.active_adapters
-    if len(names) != 1:
+    names = layer.active_adapter  # a string, or several
+    if isinstance(names, str):
+        names = [names]
+    elif len(names) != 1:
         downs = children_of(own["_modules"]["lora_A"])
         names = [name for name in names if name in downs]
     dtype, autocast = _dtype_of(x)
@@ -211,58 +215,71 @@ def is_ordinary(x: Tensor) -> bool:
 
 def _dtype_of(x: Tensor) -> tuple[torch.dtype | None, bool]:
     """What is computed in, and whether autocast sets it; None for what autocast leaves as it is."""
-    device = "cuda" if x.is_cuda else x.device.type  # making the string costs more than all other checks
+    device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type  # which is slow to make
     if not torch.is_autocast_enabled(device):
         return x.dtype, False
     return None if x.dtype == torch.float64 else torch.get_autocast_dtype(device), True
 
 
 def adapters_of(layer: Any, names: Sequence[str], dtype: torch.dtype | None) -> list[Adapter] | None:
-    """The adapters of these names, or None if `fused_call` is not to compute one of them.
-
-    Args:
-        layer: a `FusedLayer` over PEFT's layer for a linear map.
-        names: of its adapters.
-        dtype: that their factors must have; None for any, which is then converted.
-    """
-    own = layer.__dict__
-    modules = own["_modules"]
-    downs, ups, dropouts = (children_of(modules[name]) for name in ("lora_A", "lora_B", "lora_dropout"))
-    down_class, up_class = layer.factor_modules
+    """`adapter_of` each of these names, or None if one is None. Beside a GraLoRA plain LoRAs are computed, too."""
+    downs = children_of(layer.__dict__["_modules"]["lora_A"])
+    down_class, _ = layer.factor_modules
     fuses_plain = layer.fuses_plain or len(names) > 1 and any(type(downs.get(name)) is down_class for name in names)
     adapters = []
     for name in names:
-        if name not in downs:
+        adapter = adapter_of(layer, name, dtype, fuses_plain)
+        if adapter is None:
             return None
-        magnitude = None
-        if name in own["lora_variant"]:
-            magnitude = magnitude_of(layer, name)
-            if magnitude is None:
-                return None
-        A, B, dropout = downs[name], ups[name], dropouts[name]
-        is_grid = type(A) is down_class and type(B) is up_class
-        if not (is_grid or fuses_plain and type(A) is type(B) is Linear) or type(dropout) not in (Identity, Dropout):
-            return None
-        factors_A, factors_B = unhooked_parameters(A), unhooked_parameters(B)
-        if factors_A is None or factors_B is None or has_hooks(dropout) or factors_B.get("bias") is not None:
-            return None
-        A_weight: Any = factors_A.get("weight")
-        B_weight: Any = factors_B.get("weight")
-        if type(A_weight) not in TENSORS or type(B_weight) not in TENSORS:
-            return None  # DTensors, or nothing: FSDP1 keeps it elsewhere
-        if dtype is not None and not A_weight.dtype == B_weight.dtype == dtype:
-            return None
-        A_hybrid, B_hybrid = factors_A.get("hybrid_weight"), factors_B.get("hybrid_weight")
-        scaling = own["scaling"][name]
-        if is_grid and B.gralora_scaling != "lora":
-            k, *_, r_g = A_weight.shape
-            scaling = scaling * scaling_gain(B.gralora_scaling, k, r_g, 0 if A_hybrid is None else A_hybrid.shape[0])
-        if isinstance(scaling, Tensor):  # prepare_model_for_compiled_hotswap: a number would be compiled in
-            B_weight, B_hybrid = B_weight * scaling, None if B_hybrid is None else B_hybrid * scaling
-            scaling = 1.0
-        p = dropout.p if dropout.training and type(dropout) is Dropout else 0.0
-        adapters.append(Adapter(Factors(A_weight, B_weight, A_hybrid, B_hybrid, scaling), p, magnitude))
+        adapters.append(adapter)
     return adapters
+
+
+def adapter_of(layer: Any, name: str, dtype: torch.dtype | None, fuses_plain: bool) -> Adapter | None:
+    """An adapter of a layer, or None if `fused_call` is not to compute it.
+
+    Args:
+        layer: a `FusedLayer` over PEFT's layer for a linear map.
+        name: of the adapter; the layer may lack it.
+        dtype: that its factors must have; None for any, which is then converted.
+        fuses_plain: whether a plain LoRA is computed.
+    """
+    own = layer.__dict__
+    modules = own["_modules"]
+    downs = children_of(modules["lora_A"])
+    if name not in downs:
+        return None
+    magnitude = None
+    if name in own["lora_variant"]:
+        magnitude = magnitude_of(layer, name)
+        if magnitude is None:
+            return None
+    A, B, dropout = downs[name], children_of(modules["lora_B"])[name], children_of(modules["lora_dropout"])[name]
+    down_class, up_class = layer.factor_modules
+    is_grid = type(A) is down_class and type(B) is up_class
+    if not (is_grid or fuses_plain and type(A) is type(B) is Linear) or type(dropout) not in DROPOUTS:
+        return None
+    factors_A, factors_B = unhooked_parameters(A), unhooked_parameters(B)
+    if factors_A is None or factors_B is None or unhooked_parameters(dropout) is None:
+        return None
+    if factors_B.get("bias") is not None:
+        return None
+    A_weight: Any = factors_A.get("weight")
+    B_weight: Any = factors_B.get("weight")
+    if type(A_weight) not in TENSORS or type(B_weight) not in TENSORS:
+        return None  # DTensors, or nothing: FSDP1 keeps it elsewhere
+    if dtype is not None and not A_weight.dtype == B_weight.dtype == dtype:
+        return None
+    A_hybrid, B_hybrid = factors_A.get("hybrid_weight"), factors_B.get("hybrid_weight")
+    scaling = own["scaling"][name]
+    if is_grid and B.gralora_scaling != "lora":
+        k, *_, r_g = A_weight.shape
+        scaling = scaling * scaling_gain(B.gralora_scaling, k, r_g, 0 if A_hybrid is None else A_hybrid.shape[0])
+    if isinstance(scaling, Tensor):  # prepare_model_for_compiled_hotswap: a number would be compiled in
+        B_weight, B_hybrid = B_weight * scaling, None if B_hybrid is None else B_hybrid * scaling
+        scaling = 1.0
+    p = dropout.p if type(dropout) is Dropout and dropout.training else 0.0
+    return Adapter(Factors(A_weight, B_weight, A_hybrid, B_hybrid, scaling), p, magnitude)
 
 
 def _together(adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -280,7 +297,7 @@ def mixed_output(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> Tensor 
         adapter_names: of each row; a name that the layer has no adapter of, as "__base__", stands for none.
     """
     dtype, autocast = _dtype_of(x)
-    if dtype is None or not is_ordinary(x) or torch.compiler.is_compiling():
+    if dtype is None or not is_ordinary(x) or is_compiling():
         return None
     names = [name for name in dict.fromkeys(adapter_names) if name in layer.lora_A]
     adapters = adapters_of(layer, names, None if autocast else dtype)
@@ -363,7 +380,7 @@ class FusedLayer(Transparent, Stock):
         """PEFT's forward, or one operation that computes the same."""
         if len(args) != 1 or kwargs:
             return super().forward(*args, **kwargs)
-        if not torch.compiler.is_compiling() and sharing.group is not None:
+        if not is_compiling() and sharing.group is not None:
             y = sharing.group.output_of(self, *args)
             if y is not None:
                 return y

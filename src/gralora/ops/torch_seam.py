@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
+from torch._C import _functorch, _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.fx.traceback import get_current_meta
@@ -134,10 +135,10 @@ def is_transformed() -> bool:
     `torch.jit.trace`, the TorchScript ONNX exporter or `make_fx` record. torch.compile alone does not count.
     """
     return (
-        _functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
+        peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
         or forward_ad._current_level >= 0
-        or (torch._C._len_torch_dispatch_stack() > 0 and _records_operations())
+        or (_len_torch_dispatch_stack() > 0 and _records_operations())
     )
 
 
