@@ -1,11 +1,16 @@
 """Training steps on several GPUs, DDP and FSDP2, with the configs in configs/accelerate.
 
     python -m benchmarks.multi_gpu [--nproc 1 2 4] [--engines ddp fsdp2] [--out results.json]
+    python -m benchmarks.multi_gpu --nproc 2 --engines fsdp2 --shape 30b --batch 1 --sequence 4096 --checkpointing
+    python -m benchmarks.multi_gpu --nproc 2 --engines fsdp2 --nf4 --batch 1 --sequence 16384 --checkpointing
 
-Llama-3-8B's shape with random weights, bf16, r = 64, k = 4, all seven linears, sequences of 2048 tokens: the frozen
-base, PEFT LoRA, PEFT GRALORA and gralora, interleaved step by step as in benchmarks.speed. For each engine and number
-of GPUs there is a table: time of a step on the slowest GPU, tokens per second over all GPUs, most memory of a GPU that
-the method alone would use, and scaling efficiency: tokens per second, over those of one GPU times the number of GPUs.
+Llama-3-8B's shape (or the first Llama's of 30B, or Llama-3-70B's) with random weights, bf16 or nf4, r = 64, k = 4, all
+seven linears, sequences of 2048 tokens: the frozen base, PEFT LoRA, PEFT GRALORA and gralora, interleaved step by step
+as in benchmarks.speed. For each engine and number of GPUs there is a table: time of a step on the slowest GPU, tokens
+per second over all GPUs and on each, their share of an H100's or H200's peak, most memory of a GPU that the method
+alone would use, and scaling efficiency: tokens per second, over those of one GPU times the number of GPUs. The share
+counts the products that training adapters needs, those of the forward pass and of the gradients of inputs: 4 FLOPs a
+weight of a linear and token, none for the activations that checkpointing computes again, none of attention's own.
 One GPU runs DDP only: there is nothing to shard. Before that, `STEPS` steps on the same sequences for any number of
 GPUs, each of which takes its share: how far their losses are from those on one GPU, as a share. `--tiny` is a model of
 a few thousand weights on CPU processes, to test this script.
@@ -18,6 +23,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from .speed import programs
 from .speed.methods import LINEARS, METHODS, methods_of
 from .speed.report import environment, report
 from .speed.steps import BF16, FP32, llama
@@ -28,6 +34,12 @@ CONFIGS = ROOT / "configs" / "accelerate"
 ENGINES = ["ddp", "fsdp2"]
 LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)
 LLAMA_8B |= dict(num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192)
+LLAMA_30B = dict(hidden_size=6656, intermediate_size=17920, num_hidden_layers=60, num_attention_heads=52)
+LLAMA_30B |= dict(num_key_value_heads=52, vocab_size=32000, max_position_embeddings=2048)
+LLAMA_70B = dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
+LLAMA_70B |= dict(num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192)
+SHAPES = {"8b": LLAMA_8B, "30b": LLAMA_30B, "70b": LLAMA_70B}
+PEAK_FLOPS = 989e12  # of an H100 or H200 (SXM): dense bf16, by its data sheet
 TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 TINY |= dict(num_key_value_heads=2, vocab_size=64)
 STEPS = 4  # whose losses are compared
@@ -53,8 +65,11 @@ def measure(args: argparse.Namespace) -> None:
 
     accelerator = Accelerator(cpu=args.tiny)
     device = accelerator.device.type
-    shape, dtype = (TINY, FP32) if args.tiny else (LLAMA_8B, BF16)
+    shape, dtype = (TINY, FP32) if args.tiny else (SHAPES[args.shape], BF16)
     base = llama(shape, device, dtype)
+    flops = 4 * sum(m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear))  # of a token
+    if args.nf4:
+        base = programs.quantize_nf4(base, storage=dtype)
     base_mib = sum(p.numel() * p.element_size() for p in base.parameters()) / 2**20
     shares = (math.lcm(*args.nproc), args.batch, args.sequence)
     batches = torch.randint(0, shape["vocab_size"], shares, device=device)  # the same in all processes
@@ -85,9 +100,12 @@ def measure(args: argparse.Namespace) -> None:
         if accelerator.num_processes > 1:
             torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
         row |= dict(zip([*row, "peak_mib"], worst.tolist(), strict=True))
-        row["tokens_per_s"] = batches[0].numel() * accelerator.num_processes / row["time_ms"] * 1e3
+        row["tokens_per_s_per_gpu"] = batches[0].numel() / row["time_ms"] * 1e3
+        row["tokens_per_s"] = row["tokens_per_s_per_gpu"] * accelerator.num_processes
+        row["peak_percent"] = 100 * flops * row["tokens_per_s_per_gpu"] / PEAK_FLOPS
     if accelerator.is_main_process:
-        args.worker.write_text(json.dumps({"rows": rows, "losses": losses, "facts": environment()}))
+        facts = environment(args.commit)
+        args.worker.write_text(json.dumps({"rows": rows, "losses": losses, "facts": facts}))
     steps.clear()  # DDP's models, before what they communicate through
     accelerator.free_memory()
     accelerator.wait_for_everyone()
@@ -131,19 +149,11 @@ def launch(engine: str, processes: int, args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "rows.json")
         command = ["--config_file", str(CONFIGS / f"{engine}.yaml"), "--num_processes", str(processes)]
-        command += [
-            "--main_process_port",
-            "0",
-            "--module",
-            "benchmarks.multi_gpu",
-            "--worker",
-            str(out),
-            "--rounds",
-            str(args.rounds),
-        ]
-        command += ["--batch", str(args.batch), "--sequence", str(args.sequence), "--methods", *args.methods]
-        command += ["--nproc", *map(str, args.nproc)]
-        command += [flag for flag in ("--tiny", "--checkpointing") if getattr(args, flag[2:])]
+        command += ["--main_process_port", "0", "--module", "benchmarks.multi_gpu", "--worker", str(out)]
+        command += ["--methods", *args.methods, "--nproc", *map(str, args.nproc)]
+        for name in ("batch", "sequence", "rounds", "shape", "commit"):
+            command += [f"--{name}", str(getattr(args, name))] if getattr(args, name) else []
+        command += [f"--{name}" for name in ("tiny", "checkpointing", "nf4") if getattr(args, name)]
         launch_command(launch_command_parser().parse_args(command))
         return json.loads(out.read_text())
 
@@ -153,10 +163,13 @@ def main() -> None:
     parser.add_argument("--nproc", type=int, nargs="+", default=[1, 2], help="numbers of GPUs")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="which methods to compare")
+    parser.add_argument("--shape", choices=SHAPES, default="8b", help="of the model")
+    parser.add_argument("--nf4", action="store_true", help="weights of 4 bits (bitsandbytes), which FSDP2 shards too")
     parser.add_argument("--batch", type=int, default=2, help="sequences per GPU")
     parser.add_argument("--sequence", type=int, default=2048, help="tokens per sequence")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--rounds", type=int, default=7, help="rounds over all methods")
+    parser.add_argument("--commit", help="recorded in each row; asked of git unless given")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on CPU processes")
     parser.add_argument("--out", type=Path, help="write all rows as JSON")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -175,7 +188,9 @@ def main() -> None:
                 for name, row in timed.items():
                     linear = processes * alone["rows"][name]["tokens_per_s"]
                     row["efficiency_percent"] = 100 * row["tokens_per_s"] / linear
-            setting = f"{engine}, {processes} x {args.batch} x {args.sequence} tokens"
+            setting = f"{args.shape}, " if args.shape != "8b" else ""
+            setting += "nf4, " if args.nf4 else ""
+            setting += f"{engine}, {processes} x {args.batch} x {args.sequence} tokens"
             setting += ", gradient checkpointing" if args.checkpointing else ""
             found_rows = report("multi_gpu", setting, timed, "frozen", **facts)
             for row in found_rows:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from benchmarks.speed.methods import METHODS
 from packaging.version import Version
 from peft import load_peft_weights
 from transformers import AutoModelForCausalLM
@@ -301,7 +302,7 @@ def test_benchmark(tmp_path):
     command += ["--rounds", "2", "--out", str(tmp_path / "rows.json")]
     output_of(command)
     rows = json.loads((tmp_path / "rows.json").read_text())
-    methods = ["frozen", "PEFT LoRA", "PEFT GRALORA", "gralora"]
+    methods = list(METHODS)
     found = [(row["engine"], row["gpus"], row["method"]) for row in rows]
     assert found == [(*run, name) for run in (("ddp", 1), ("ddp", 2), ("fsdp2", 2)) for name in methods]
     for row in rows:

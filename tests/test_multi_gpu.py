@@ -34,7 +34,8 @@ RUNS = {
     "fsdp2 one to two": ("fsdp2", 2, "fsdp2-one"),
 }
 # sums in another order; in bfloat16 FSDP2 also rounds the loss and sums of gradients, see test_distributed.py
-TOLERANCE = {"plain": 1e-4, "bf16": 2**-7}
+TOLERANCE = {"plain": 1e-4, "bf16": 2**-7, "nf4": 2**-7}
+OPTIONS = {"plain": {}, "bf16": {"bf16": True}, "nf4": {"bf16": True, "quantization": "4bit"}}
 
 
 def start(engine: str | None, processes: int, options: dict[str, Any]) -> subprocess.Popen:
@@ -52,7 +53,7 @@ def runs(request, arguments, tmp_path_factory):  # noqa: F811
         started = {}
         for name, (engine, processes, source) in RUNS.items():
             if bool(source) == going_on:
-                options = arguments(name, folder, bf16=request.param == "bf16")
+                options = arguments(name, folder, **OPTIONS[request.param])
                 if source:
                     options["resume_from_checkpoint"] = str(folder / source / f"checkpoint-{STEP}")
                 started[name] = start(engine, processes, options)

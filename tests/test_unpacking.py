@@ -29,7 +29,8 @@ def definition(weight, dtype):
     absmax = state.absmax
     if state.nested:
         absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
-    halves = torch.stack([weight.data.view(-1) >> 4, weight.data.view(-1) & 15], dim=1).view(-1).long()
+    packed = weight.data.view(-1).view(torch.uint8)
+    halves = torch.stack([packed >> 4, packed & 15], dim=1).view(-1).long()
     scales = absmax.repeat_interleave(state.blocksize)[: len(halves)]
     return (state.code[halves] * scales).to(dtype).view(state.shape)
 
@@ -38,7 +39,9 @@ def check_unpacking(device, sizes, blocksizes, dtypes):
     for (n_out, n_in), quant_type, blocksize, nested in itertools.product(sizes, ("nf4", "fp4"), blocksizes, (0, 1)):
         for dtype in dtypes:
             weight = torch.randn(n_out, n_in, dtype=dtype, device=device)
-            packed = bnb.nn.Params4bit(weight, False, None, blocksize, bool(nested), quant_type).to(device)
+            storage = torch.bfloat16 if n_in % 64 == 0 else torch.uint8  # as FSDP needs it, and the default
+            packed = bnb.nn.Params4bit(weight, False, None, blocksize, bool(nested), quant_type, quant_storage=storage)
+            packed = packed.to(device)
             if packed.quant_state is None:
                 packed = packed._quantize(device)
             ours = quantized.FourBitWeight(packed).dense(dtype)

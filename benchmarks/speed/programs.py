@@ -19,8 +19,12 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 
-def quantize_nf4(model: nn.Module) -> nn.Module:
-    """A copy of a model with the weights of its decoder's linears in 4 bits: nf4, with nested statistics."""
+def quantize_nf4(model: nn.Module, storage: torch.dtype = torch.uint8) -> nn.Module:
+    """A copy of a model with the weights of its decoder's linears in 4 bits: nf4, with nested statistics.
+
+    Args:
+        storage: the dtype that packed weights are tensors of; FSDP shards those of floats only.
+    """
     import bitsandbytes as bnb
 
     quantized = copy.deepcopy(model)
@@ -28,10 +32,12 @@ def quantize_nf4(model: nn.Module) -> nn.Module:
     for name, layer in list(quantized.named_modules()):
         if isinstance(layer, nn.Linear) and name != "lm_head":
             packed = bnb.nn.Linear4bit(
-                layer.in_features, layer.out_features, layer.bias is not None, dtype, quant_type="nf4"
+                *(layer.in_features, layer.out_features, layer.bias is not None, dtype),
+                **{"quant_type": "nf4", "quant_storage": storage},
             )
             packed.weight = bnb.nn.Params4bit(
-                layer.weight.data.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
+                layer.weight.data.cpu(),
+                **{"requires_grad": False, "quant_type": "nf4", "compress_statistics": True, "quant_storage": storage},
             )
             quantized.set_submodule(name, packed.to(layer.weight.device))
     quantized.is_loaded_in_4bit = True  # as transformers says, and PEFT asks

@@ -30,7 +30,7 @@ def llama(shape: Mapping[str, object], device: str, dtype: torch.dtype) -> nn.Mo
     """A Llama with random weights, the same at every call, in training mode."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).to(dtype)
+        model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**shape), dtype=dtype)
     return model.train()
 
 

@@ -129,7 +129,7 @@ def dequantize_4bit(
     if nested is not None:
         values, scales, offset = nested
         absmax = values[absmax.int()] * scales.repeat_interleave(256)[: absmax.numel()] + offset
-    packed = packed.flatten()
+    packed = packed.flatten().view(torch.uint8)  # FSDP has it stored as floats
     halves = torch.stack([packed >> 4, packed & 15], dim=1).flatten()
     w.copy_((code[halves.int()] * absmax.repeat_interleave(blocksize)[: w.numel()]).view(w.shape))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,8 +31,10 @@ OTHER_TOKENIZER = (
 
 
 def _4bit(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """As in the QLoRA paper (arXiv 2305.14314)."""
+    """As in the QLoRA paper (arXiv 2305.14314); under FSDP stored as floats, since it shards no integers."""
     options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        options["bnb_4bit_quant_storage"] = dtype
     return BitsAndBytesConfig(load_in_4bit=True, **options)
 
 
