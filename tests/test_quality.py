@@ -112,6 +112,23 @@ def test_worker_keeps_its_model() -> None:
     assert runs.choose([], LORA, set()) is None
 
 
+def test_a_step_that_cannot_be_compiled_is_captured(task: Task, capsys: Any, monkeypatch: Any) -> None:
+    def build(model: Any, cell: Cell, task: Task, steps: int, tokens: int, launch: str) -> Trainer:
+        if launch == "compiled":
+            raise RuntimeError("no compiler")
+        return Trainer(model, cell, task, steps, tokens, "eager")
+
+    monkeypatch.setattr(runs, "Trainer", build)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args: self)
+    worker = object.__new__(runs.Worker)
+    worker.args = quality.parser().parse_args(["run", "--model", "m", "--tasks", "t", "--results", "r"])
+    worker.device, worker.base, worker.tasks = "cuda", tiny_llama(num_hidden_layers=1), {"python": task}
+    worker.trainer, worker.tokenizer, worker.facts = None, None, {}
+    result = worker(quality_plan.job(LORA, 0, 0, RUN))
+    assert result["launch"] == "graph" and result["test_loss"] and result["build_s"] > 0
+    assert "LoRA r=8, python not compiled" in capsys.readouterr().out
+
+
 # Training
 
 
@@ -146,11 +163,13 @@ def test_runs_are_those_of_a_plain_loop(task: Task) -> None:
     cell = Cell("python", "gralora", 8, 2, 4)
     own = trainer(cell, task)
     own.run(Job(cell, 1e-1, 1, **RUN))
-    result = own.run(Job(cell, 1e-2, 2, **RUN))
+    result = own.run(Job(cell, 1e-2, 2, **RUN), evals=2)
     other = trainer(cell, task)
     other.reset(1e-2, 2)
     optimizer = torch.optim.AdamW(other.trainable, weight_decay=0.0)
     for step in range(4):
+        if step == 2:
+            assert result["test_curve"] == {"2": pytest.approx(other.test()["test_loss"], abs=1e-6)}
         optimizer.param_groups[0]["lr"] = 1e-2 * schedule(step, 4)
         rows = other.order[step]
         loss = other.row_losses(other.tokens[rows], other.mask[rows]).sum() / other.mask[rows][:, 1:].sum()

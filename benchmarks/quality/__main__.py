@@ -22,7 +22,7 @@ from . import corpus, plan, report
 from . import data as tasks
 from .data import Task
 from .plan import Results
-from .runs import read, run
+from .runs import LAUNCHES, read, run
 from .train import Cell, Job, Trainer
 
 
@@ -112,11 +112,15 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("--results", type=Path, required=True, help=".jsonl, read and added to")
     r.add_argument("--steps", type=int, default=200, help="optimizer steps a run [200]")
     r.add_argument("--tokens_per_step", type=int, default=8192, help="[8192]")
+    r.add_argument("--evals", type=int, default=1, help="held-out losses of a run, the last at its end [1]")
     r.add_argument("--workers", type=int, default=4, help="processes that share the device [4]")
     r.add_argument("--budget_s", type=float, default=float("inf"), help="seconds after which it ends")
     r.add_argument("--max_runs", type=int, default=10**9, help="runs after which it ends")
     r.add_argument(
-        "--launch", choices=["eager", "graph", "compiled"], default="compiled", help="how a GPU runs a step [compiled]"
+        "--launch",
+        choices=LAUNCHES,
+        default=LAUNCHES[0],
+        help="how a GPU runs a step, a slower way where that fails [compiled]",
     )
     r.add_argument("--exact_match", type=int, default=0, help="GSM8K: test problems to generate answers for [0: none]")
     t = commands.add_parser("report", help="tables, plots and summary")

@@ -150,28 +150,29 @@ def much_data(task: str) -> list[Stage]:
         return grid(task, r, k, power=0.5)
 
     wide = (-3, -2, -1, 0, 1, 2, 3, 4)  # to see how far from the best rate a method still works
+    first, plain = (lora(task, 128), matched(128, 4)), grid(task, 128, 4)
+    full, rslora = Cell(task, "full"), Cell(task, "rslora", 128)
+    ranks = (lora(task, 256), matched(256, 4), lora(task, 16), matched(16, 2))
+    loraplus, lora_ga = (tuple(replace(c, **other) for c in first) for other in ({"ratio": 4.0}, {"init": "lora_ga"}))
+    others = ("pissa", "olora", "orthogonal", "eva", "corda")
     return [
-        Stage(f"{task}, r=128", (lora(task, 128), matched(128, 4)), seeds=3, seeds_at_loras=1),
-        Stage(f"{task}, r=256 and 16", (lora(task, 256), matched(256, 4), lora(task, 16), matched(16, 2)), seeds=3),
-        Stage(f"{task}, full fine-tuning and rsLoRA", (Cell(task, "full"), Cell(task, "rslora", 128)), seeds=3),
+        Stage(f"{task}, r=128", first, seeds=0),
+        Stage(f"{task}, lora_alpha / r", (plain,), seeds=0, exponents=(1, 2)),
+        Stage(f"{task}, r=128, again", first, seeds=3),
+        Stage(f"{task}, full fine-tuning", (full,), seeds=0),
+        Stage(f"{task}, r=256 and 16", ranks, seeds=0),
+        Stage(f"{task}, rsLoRA", (rslora,), seeds=0),
+        Stage(f"{task}, lora_alpha / r, again", (plain, full), seeds=3),
+        Stage(f"{task}, LoRA-GA", lora_ga, seeds=0, exponents=(-1, 0)),
+        Stage(f"{task}, LoRA+", loraplus, seeds=0, exponents=(-1, 0)),
+        Stage(f"{task}, more seeds", (*ranks, rslora, *lora_ga, *loraplus), seeds=3),
         Stage(f"{task}, other k", (matched(128, 2), matched(128, 8), matched(256, 8)), seeds=3),
         Stage(f"{task}, r=64", (lora(task, 64), matched(64, 4)), seeds=3),
-        Stage(f"{task}, lora_alpha / r", (grid(task, 128, 4), grid(task, 256, 4)), seeds=3, seeds_at_loras=1),
-        Stage(
-            f"{task}, LoRA-GA", tuple(replace(c, init="lora_ga") for c in (lora(task, 64), matched(64, 4))), seeds=3
-        ),
-        Stage(f"{task}, width", (lora(task, 128), matched(128, 4), grid(task, 128, 4)), seeds=0, exponents=wide),
-        Stage(f"{task}, LoRA+", tuple(replace(c, ratio=4.0) for c in (lora(task, 128), matched(128, 4))), seeds=3),
-        Stage(f"{task}, rsLoRA", tuple(Cell(task, "rslora", r) for r in (256, 64, 16)), seeds=3),
-        Stage(
-            f"{task}, initialisations",
-            tuple(
-                replace(c, init=init)
-                for init in ("pissa", "olora", "orthogonal", "eva", "corda")
-                for c in (lora(task, 64), matched(64, 4))
-            ),
-            seeds=0,
-        ),
+        Stage(f"{task}, one rate for all", (first[1], plain), seeds=0, seeds_at_loras=1),
+        Stage(f"{task}, width", (*first, plain), seeds=0, exponents=wide),
+        Stage(f"{task}, r=256, lora_alpha / r", (grid(task, 256, 4),), seeds=3),
+        Stage(f"{task}, rsLoRA, other ranks", tuple(Cell(task, "rslora", r) for r in (256, 64, 16)), seeds=3),
+        Stage(f"{task}, initialisations", tuple(replace(c, init=init) for init in others for c in first), seeds=0),
     ]
 
 
@@ -230,7 +231,8 @@ def stages(tasks: Iterable[str]) -> list[Stage]:
         Stage("smaller start of A", (grid(python, 64, 4, power=0.5, smaller_start=True),), seeds=4),
         Stage("larger scaling", tuple(grid(python, 64, k, power=1.0) for k in (4, 2, 8)), seeds=0),
     ]
-    order = much_data("source") + order + much_data("docs")
+    much = {of: [s for t in tasks if t.partition("-")[0] == of for s in much_data(t)] for of in ("source", "docs")}
+    order = much["source"] + order + much["docs"]
     kept = [replace(stage, cells=tuple(c for c in stage.cells if c.task in tasks)) for stage in order]
     return [stage for stage in kept if stage.cells]
 

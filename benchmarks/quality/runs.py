@@ -21,6 +21,8 @@ from .data import Task
 from .plan import Results, Stage
 from .train import Cell, Job, Trainer
 
+LAUNCHES = ("compiled", "graph", "eager")  # the fastest first
+
 
 class Worker:
     """Trains jobs one after the other; builds the model anew only when the cell changes."""
@@ -41,16 +43,27 @@ class Worker:
             gc.collect()
             if self.device == "cuda":
                 torch.cuda.empty_cache()
-            torch.manual_seed(0)
-            model = copy.deepcopy(self.base).to(self.device)
-            launch = self.args.launch if self.device == "cuda" else "eager"
-            task = self.tasks[job.cell.task]
-            self.trainer = Trainer(model, job.cell, task, job.steps, job.tokens_per_step, launch)
+            self.trainer = self._build(job)
         build_s = time.perf_counter() - start
         # only for what the tables show, which is not the runs that choose the learning rate
         wanted = self.tokenizer is not None and job.seed != plan.TUNING_SEED
-        results = self.trainer.run(job, (self.tokenizer, self.args.exact_match) if wanted else None)
-        return job.key | results | {"build_s": build_s} | self.facts
+        results = self.trainer.run(job, (self.tokenizer, self.args.exact_match) if wanted else None, self.args.evals)
+        return job.key | results | {"build_s": build_s, "launch": self.launch} | self.facts
+
+    def _build(self, job: Job) -> Trainer:
+        """The trainer of a job's cell; where a step cannot be compiled or captured, without, and a line says so."""
+        ways = LAUNCHES[LAUNCHES.index(self.args.launch) :] if self.device == "cuda" else LAUNCHES[-1:]
+        for self.launch in ways:
+            torch.manual_seed(0)
+            model = copy.deepcopy(self.base).to(self.device)
+            try:
+                task = self.tasks[job.cell.task]
+                return Trainer(model, job.cell, task, job.steps, job.tokens_per_step, self.launch)
+            except Exception:
+                if self.launch == ways[-1]:
+                    raise
+                print(f"{job.cell.name}, {job.cell.task} not {self.launch}:\n{traceback.format_exc()}", flush=True)
+        raise AssertionError("there is always a way to try")
 
 
 def _worker(pipe: Connection, args: argparse.Namespace, threads: int) -> None:
@@ -95,7 +108,7 @@ def run(args: argparse.Namespace, stages: list[Stage] | None = None) -> Results:
         print(f"{len(results)} runs there, nothing to do")
         return results
     pool = Pool(args)
-    longest, made = 0.0, 0
+    build_s, run_s, made = 0.0, 0.0, 0  # the longest so far
     failed: dict[Cell, str] = {}
     try:
         while pool.starting or pool.sent:
@@ -120,7 +133,8 @@ def run(args: argparse.Namespace, stages: list[Stage] | None = None) -> Results:
                 if answer is None:
                     pool.starting.discard(pipe)
                     continue
-                longest = max(longest, time.monotonic() - pool.sent.pop(pipe)[1])
+                took = time.monotonic() - pool.sent.pop(pipe)[1]
+                build_s, run_s = max(build_s, answer["build_s"]), max(run_s, took - answer["build_s"])
                 made += 1
                 results.add(answer)
                 with args.results.open("a") as file:
@@ -135,7 +149,8 @@ def run(args: argparse.Namespace, stages: list[Stage] | None = None) -> Results:
                     if job not in running and job.cell not in failed
                 ]
                 job = choose(todo, pool.held[pipe], {cell for p, cell in pool.held.items() if p is not pipe and cell})
-                if job is not None and made + len(pool.sent) < args.max_runs and left >= 1.2 * longest:
+                needed = 1.1 * run_s + (build_s if job is not None and job.cell != pool.held[pipe] else 0)
+                if job is not None and made + len(pool.sent) < args.max_runs and left >= needed:
                     pool.send(pipe, job)
     finally:
         pool.close()

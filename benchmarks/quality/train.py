@@ -227,17 +227,18 @@ class Trainer:
         self.order.copy_(torch.from_numpy(order).view(self.steps, self.batch))
         self.lrs.copy_(torch.tensor([lr * schedule(step, self.steps) for step in range(self.steps)]))
 
-    def run(self, job: Job, exact_match: tuple[Any, int] | None = None) -> dict[str, Any]:
+    def run(self, job: Job, exact_match: tuple[Any, int] | None = None, evals: int = 1) -> dict[str, Any]:
         """Train and test.
 
         Args:
+            evals: how often to test, at equal distances; the last time is after the last step.
             exact_match: on GSM8K, the tokenizer and on how many test problems to generate answers.
 
         Returns:
             test_loss (held out, nats a token), for some tasks accuracy or exact_match, each also before training
-            (start_loss, ...); train_loss (mean of the last tenth), curve (of each fortieth), update_rms (steps -> root
-            mean square of dW's entries, mean over layers), parameters, seconds. Losses are None where the run
-            diverged.
+            (start_loss, ...); test_curve (steps -> held-out loss on the way); train_loss (mean of the last tenth),
+            curve (of each fortieth), update_rms (steps -> root mean square of dW's entries, mean over layers),
+            parameters, seconds. Losses are None where the run diverged.
         """
         start = time.perf_counter()
         self.reset(job.lr, job.seed)
@@ -246,13 +247,18 @@ class Trainer:
             self.before = self.test()
         if wanted and "exact_match" not in self.before:
             self.before["exact_match"] = self.exact_match(*wanted)
-        sizes = {}
+        sizes: dict[int, float] = {}
+        on_the_way: dict[int, float | None] = {}
+        test_after = {self.steps * number // evals for number in range(1, evals)}
         for step in range(1, self.steps + 1):
             self.train_step()
             if step in SIZES_AT or step == self.steps:
                 sizes[step] = self.update_rms()
+            if step in test_after:
+                on_the_way[step] = self.test()["test_loss"]
         results = {
             "test_loss": None,
+            "test_curve": {str(step): loss for step, loss in on_the_way.items()},
             "train_loss": _finite(self.losses[-max(self.steps // 10, 1) :].mean().item()),
             "curve": [_finite(part.mean().item()) for part in self.losses.tensor_split(min(POINTS, self.steps))],
             "update_rms": {str(step): _finite(size) for step, size in sizes.items()},
