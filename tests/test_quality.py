@@ -119,7 +119,7 @@ def test_a_step_that_cannot_be_compiled_is_captured(task: Task, capsys: Any, mon
         return Trainer(model, cell, task, steps, tokens, "eager")
 
     monkeypatch.setattr(runs, "Trainer", build)
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args: self)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args, **kwargs: self)
     worker = object.__new__(runs.Worker)
     worker.args = quality.parser().parse_args(["run", "--model", "m", "--tasks", "t", "--results", "r"])
     worker.device, worker.base, worker.tasks = "cuda", tiny_llama(num_hidden_layers=1), {"python": task}

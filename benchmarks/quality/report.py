@@ -38,8 +38,8 @@ NOTES = {
     "python-800": "800 of the task's 6400 training rows, drawn at random, and the same test. A run reads each of them "
     "four times, where one on all rows reads 3200 once.",
     "source": "52000 training rows of 512 tokens, 26.6 million, of packages on PyPI; each is read once.",
-    "source-24000": "24000 training rows of 512 tokens, 12.3 million, drawn from 52000 of packages on PyPI; a run reads "
-    "12800 of them, each once.",
+    "source-24000": "24000 training rows of 512 tokens, 12.3 million, drawn from 52000 of packages on PyPI; a run "
+    "reads 12800 of them, each once.",
     "docs": "6000 training rows of 512 tokens, of the documentation of packages on PyPI.",
     "gsm8k": "6309 training problems, in rows of 256 tokens, filled up; a run reads each once, 91 of them twice. "
     "Exact match: greedy answers of at most 192 tokens, adapters merged in bfloat16, on the 1098 of 1319 test "
