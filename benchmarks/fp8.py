@@ -125,7 +125,7 @@ def speed(args: argparse.Namespace) -> list[dict[str, Any]]:
     }
     if plans._fp8_module(0 if args.device == "cuda" else None)[0]:
         cases["gralora, fp8 products"] = (adapted, quantized)
-    setting = Setting("fp8", False, False, args.compile, args.device)
+    setting = Setting("fp8", False, False, "default" if args.compile else None, args.device)
     steps: dict[str, Callable[[], None]] = {}
     errors: dict[str, Any] = {}
     for name, (method, base) in cases.items():

@@ -62,6 +62,15 @@ def test_sections_of_steps(tmp_path: Path, section: str) -> None:
     assert len(set(losses.values())) == 3  # of adapters that change something
 
 
+@pytest.mark.parametrize("arguments", [["--compile"], ["--compile_mode", "blocks"]], ids="-".join)
+def test_compiled_steps(tmp_path: Path, arguments: list[str]) -> None:
+    """The table names the mode. Nothing is compiled here, which takes half a minute."""
+    with torch.compiler.set_stance("force_eager"):
+        rows = run(tmp_path, "short", *arguments, "--methods", "PEFT LoRA", "gralora")
+    assert all(str(row["setting"]).endswith(("compiled", "compiled (blocks)")[len(arguments) - 1]) for row in rows)
+    assert all(row["loss"] == pytest.approx(row["exact_loss"], rel=1e-4) for row in rows)
+
+
 @pytest.mark.parametrize("case", kinds.KINDS, ids=lambda case: case.name)
 def test_kinds_agree_with_their_reference(case: kinds.KindCase) -> None:
     if case.fields.get("use_dora") and not seam.MERGES_DORA:

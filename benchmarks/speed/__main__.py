@@ -36,7 +36,15 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("sections", nargs="+", metavar="section", help=", ".join(SECTIONS))
-    p.add_argument("--compile", action="store_true", help="training steps under torch.compile instead of eager")
+    p.add_argument(
+        "--compile", action="store_const", const="default", help="training steps under torch.compile instead of eager"
+    )
+    p.add_argument(
+        "--compile_mode",
+        choices=steps.COMPILED,
+        dest="compile",
+        help="the same in this mode of torch.compile, or its default mode for each of the blocks alone",
+    )
     p.add_argument("--checkpointing", action="store_true", help="training steps also with gradient checkpointing")
     p.add_argument("--batch", type=_batch, help="sequences and tokens of training steps, as 1x2048")
     p.add_argument("--methods", nargs="+", choices=[*METHODS, UNSLOTH], help="which methods to compare [all]")

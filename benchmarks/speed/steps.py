@@ -1,13 +1,16 @@
 """Sections that measure whole training steps: forward, backward and AdamW on the adapters of a Llama."""
 
 import argparse
+import functools
 import gc
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import compile_regions
 from torch import Tensor, nn
 
 import gralora
@@ -26,6 +29,21 @@ TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_atte
 TINY |= dict(num_key_value_heads=2, vocab_size=256, tie_word_embeddings=True)
 
 
+# How models are compiled: modes of torch.compile, or each block alone, as accelerate's "regional compilation" does.
+COMPILED: Mapping[str, Callable[[nn.Module], Callable[..., Any]]] = {
+    "default": torch.compile,
+    "reduce-overhead": functools.partial(torch.compile, mode="reduce-overhead"),  # CUDA graphs
+    "blocks": compile_regions,
+}
+
+
+def _words(compiled: str | None) -> str:
+    """As in tables, of a key of COMPILED."""
+    if compiled is None:
+        return "eager"
+    return "compiled" if compiled == "default" else f"compiled ({compiled})"
+
+
 def llama(shape: Mapping[str, object], device: str, dtype: torch.dtype) -> nn.Module:
     """A Llama with random weights, the same at every call, in training mode."""
     torch.manual_seed(0)
@@ -41,12 +59,13 @@ class Setting:
     Attributes:
         words: as in tables.
         fp32_adapters: adapters in float32 and a forward under autocast, as PEFT's default is; else all in one dtype.
+        compiled: one of COMPILED, or None for eager mode.
     """
 
     words: str
     fp32_adapters: bool
     checkpointing: bool
-    compiled: bool
+    compiled: str | None
     device: str
 
 
@@ -61,7 +80,7 @@ class TrainingStep:
         model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
         if setting.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.forward = torch.compile(model) if setting.compiled else model
+        self.forward = COMPILED[setting.compiled](model) if setting.compiled else model
 
     def _dtypes(self) -> AbstractContextManager[object]:
         return torch.autocast(self.setting.device, BF16) if self.setting.fp32_adapters else nullcontext()
@@ -73,10 +92,12 @@ class TrainingStep:
 
     def backward(self) -> Tensor:
         """Forward and backward; returns the loss."""
+        if self.setting.compiled == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()  # whose results may overwrite those of the step before
         with self._dtypes():
             loss = self.forward(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss
         loss.backward()
-        return loss.detach()
+        return loss.detach().clone()
 
     def __call__(self) -> None:
         self.backward()
@@ -152,7 +173,7 @@ def _sections(
     rows = []
     for words, fp32 in settings[:1] if args.compile else settings:
         for checkpoints in sorted({*checkpointing, *([True] if args.checkpointing else [])}):
-            text = f"{batch[0]} x {batch[1]} tokens, r={r}, {words}, {'compiled' if args.compile else 'eager'}"
+            text = f"{batch[0]} x {batch[1]} tokens, r={r}, {words}, {_words(args.compile)}"
             text += ", gradient checkpointing" if checkpoints else ""
             setting = Setting(text, fp32, checkpoints, args.compile, args.device)
             chosen = [m for m in methods if not (m.name == UNSLOTH and args.compile)]
