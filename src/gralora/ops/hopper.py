@@ -209,6 +209,7 @@ def _launch_of(
         (_processors(device), 1, 1),
         (*strides, *sizes, *tiles, *order),
         (
+            _layout((BLOCK_T, BLOCK_K), dtype),
             _layout(b_block, dtype),
             h_layout,
             z_layout,

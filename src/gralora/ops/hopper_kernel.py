@@ -98,6 +98,22 @@ def _multiply(a, b, acc, ring, step, first):
 
 
 @gluon.jit
+def _scale(acc, scales, t, n, T, N):
+    """Scale rows and columns of acc once its products are done; scales are read while the last one runs."""
+    layout: gl.constexpr = acc.type.layout
+    rows = t + gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))
+    of_rows = gl.load(scales[0] + rows, mask=rows < T, other=0.0)
+    if len(scales) > 1:
+        columns = n + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
+        of_columns = gl.load(scales[1] + columns, mask=columns < N, other=0.0)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        acc *= of_columns[None, :]
+    else:
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+    return acc * of_rows[:, None]
+
+
+@gluon.jit
 def _finish(acc, ring, step):
     """Wait for the last product of a tile."""
     small_slots, large_slots, ready, empty = ring
@@ -128,6 +144,7 @@ def _load_tiles(
     T, N, K, k, r, from_z, from_x, spread, every = sizes
     BLOCK_T: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
+    STEP_R: gl.constexpr = g_desc.block_type.shape[2]
     chunk = N // k
     products = gl.cdiv(T, BLOCK_T) * gl.cdiv(N, BLOCK_N)
     places = products + from_z + from_x
@@ -157,7 +174,7 @@ def _load_tiles(
                 step = _load(x_desc, [t, c], w_desc, [n, c] if W_TRANSPOSED else [c, n], ring, step)
             for j in range(n // chunk, (gl.minimum(n + BLOCK_N, N) - 1) // chunk + 1):
                 o = n - j * chunk
-                for c in range(0, r, BLOCK_K):
+                for c in range(0, r, STEP_R):
                     step = _load(g_desc, [j, t, c], b_desc, [j, o, c] if B_TRANSPOSED else [j, c, o], ring, step)
         place = gl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
     if place == places + gl.num_programs(0) - 1:  # the last of the programs to find no tile: for the next launch
@@ -175,6 +192,7 @@ def _multiply_gradient(
     step,
     T,
     r,
+    dtype: gl.constexpr,
     H_LAYOUT: gl.constexpr,
     Z_LAYOUT: gl.constexpr,
     BLOCK_S: gl.constexpr,
@@ -185,7 +203,6 @@ def _multiply_gradient(
     """Compute one tile of a gradient, transposed in the accumulator, BLOCK_S tokens per step."""
     small_slots, large_slots, ready, empty = ring
     stride_c, stride_r = strides
-    dtype: gl.constexpr = small_slots.dtype
     SLOTS: gl.constexpr = small_slots.type.shape[0]
     WARPS_R: gl.constexpr = BLOCK_R // 16
     layout: gl.constexpr = gl.NVMMADistributedLayout(
@@ -214,10 +231,12 @@ def _multiply_tiles(
     y_desc,
     y_tile,
     bias_ptr,
+    scales,
     gradients,
     queue,
     ring,
     sizes,
+    G_LAYOUT: gl.constexpr,
     B_LAYOUT: gl.constexpr,
     H_LAYOUT: gl.constexpr,
     Z_LAYOUT: gl.constexpr,
@@ -227,6 +246,7 @@ def _multiply_tiles(
     MAKES_GRADIENTS: gl.constexpr,
     ADDS: gl.constexpr,
     BLOCK_K: gl.constexpr,
+    STEP_R: gl.constexpr,
     GROUP: gl.constexpr,
     WARPS: gl.constexpr,
 ):
@@ -238,6 +258,9 @@ def _multiply_tiles(
     BLOCK_T: gl.constexpr = y_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = y_desc.block_type.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
+    main_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [WARPS, 1], [16, BLOCK_N, 256 // small_slots.dtype.primitive_bitwidth]
+    )
     chunk = N // k
     products = gl.cdiv(T, BLOCK_T) * gl.cdiv(N, BLOCK_N)
     places = products + from_z + from_x
@@ -247,19 +270,23 @@ def _multiply_tiles(
         is_gradient, tile = _tile(place, products, spread, every)
         if not is_gradient:
             t, n = _product_at(tile, T, N, BLOCK_T, BLOCK_N, GROUP)
-            acc = gl.zeros((BLOCK_T, BLOCK_N), dtype=gl.float32, layout=layout)
+            acc = gl.zeros((BLOCK_T, BLOCK_N), dtype=gl.float32, layout=main_layout)
             for c in range(0, K, BLOCK_K):
                 w = large_slots.index(step % SLOTS)
                 if W_TRANSPOSED:
                     w = w.permute((1, 0))
                 acc, step = _multiply(small_slots.index(step % SLOTS), w, acc, ring, step, c == 0)
+            if len(scales) > 0:
+                acc = _scale(acc, scales, t, n, T, N)
+                acc = gl.convert_layout(acc, layout, assert_trivial=True)
             for _j in range(n // chunk, (gl.minimum(n + BLOCK_N, N) - 1) // chunk + 1):
-                for _c in range(0, r, BLOCK_K):
-                    b_block: gl.constexpr = [BLOCK_N, BLOCK_K] if B_TRANSPOSED else [BLOCK_K, BLOCK_N]
+                for _c in range(0, r, STEP_R):
+                    b_block: gl.constexpr = [BLOCK_N, STEP_R] if B_TRANSPOSED else [STEP_R, BLOCK_N]
                     b = reinterpret(large_slots.index(step % SLOTS), dtype, b_block, B_LAYOUT)
                     if B_TRANSPOSED:
                         b = b.permute((1, 0))
-                    acc, step = _multiply(small_slots.index(step % SLOTS), b, acc, ring, step, False)
+                    g = reinterpret(small_slots.index(step % SLOTS), dtype, [BLOCK_T, STEP_R], G_LAYOUT)
+                    acc, step = _multiply(g, b, acc, ring, step, False)
             acc = _finish(acc, ring, step)
             if HAS_BIAS:
                 columns = n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
@@ -287,6 +314,7 @@ def _multiply_tiles(
                     step,
                     T,
                     r,
+                    dtype,
                     H_LAYOUT,
                     Z_LAYOUT,
                     BLOCK_S,
@@ -304,6 +332,7 @@ def _multiply_tiles(
                     step,
                     T,
                     r,
+                    dtype,
                     H_LAYOUT,
                     Z_LAYOUT,
                     BLOCK_S,
@@ -316,11 +345,110 @@ def _multiply_tiles(
     tma.store_wait(pendings=0)
 
 
-_SIZES = ["T", "N", "K", "k", "r", "from_z", "from_x", "spread", "every"]
-_STRIDES = ["z_stride_c", "z_stride_r", "x_stride_c", "x_stride_r"]
+@gluon.jit
+def run_tiles(
+    x_desc,
+    w_desc,
+    g_desc,
+    b_desc,
+    y_desc,
+    bias_ptr,
+    counter,
+    scales,
+    gradients,
+    sizes,
+    G_LAYOUT: gl.constexpr,
+    B_LAYOUT: gl.constexpr,
+    H_LAYOUT: gl.constexpr,
+    Z_LAYOUT: gl.constexpr,
+    W_TRANSPOSED: gl.constexpr,
+    B_TRANSPOSED: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    MAKES_GRADIENTS: gl.constexpr,
+    ADDS: gl.constexpr,
+    SLOTS: gl.constexpr,
+    GROUP: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """Allocate the ring and run the loading warp and the warpgroups: the body of a kernel.
+
+    `scales` are pointers to a float32 scale for each row of x, and for each row of W, or none.
+    """
+    BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
+    STEP_R: gl.constexpr = g_desc.block_type.shape[2]
+    BLOCK_N: gl.constexpr = y_desc.block_type.shape[1]
+    small_slots = gl.allocate_shared_memory(x_desc.dtype, [SLOTS] + x_desc.block_type.shape, x_desc.layout)
+    large_slots = gl.allocate_shared_memory(w_desc.dtype, [SLOTS] + w_desc.block_type.shape, w_desc.layout)
+    y_tile = gl.allocate_shared_memory(y_desc.dtype, y_desc.block_type.shape, y_desc.layout)
+    places = gl.allocate_shared_memory(gl.int32, [TURNS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    sent = gl.allocate_shared_memory(gl.int64, [TURNS, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(ready.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=1)
+    for turn in gl.static_range(TURNS):
+        mbarrier.init(sent.index(turn), count=1)
+    queue = (places, sent)
+    ring = (small_slots, large_slots, ready, empty)
+    gl.warp_specialize(
+        [
+            (
+                _multiply_tiles,
+                (
+                    y_desc,
+                    y_tile,
+                    bias_ptr,
+                    scales,
+                    gradients,
+                    queue,
+                    ring,
+                    sizes,
+                    G_LAYOUT,
+                    B_LAYOUT,
+                    H_LAYOUT,
+                    Z_LAYOUT,
+                    W_TRANSPOSED,
+                    B_TRANSPOSED,
+                    HAS_BIAS,
+                    MAKES_GRADIENTS,
+                    ADDS,
+                    BLOCK_K,
+                    STEP_R,
+                    GROUP,
+                    WARPS,
+                ),
+            ),
+            (
+                _load_tiles,
+                (
+                    x_desc,
+                    w_desc,
+                    g_desc,
+                    b_desc,
+                    gradients,
+                    counter,
+                    queue,
+                    ring,
+                    sizes,
+                    W_TRANSPOSED,
+                    B_TRANSPOSED,
+                    MAKES_GRADIENTS,
+                    BLOCK_N,
+                    GROUP,
+                ),
+            ),
+        ],
+        [1],
+        [24],
+    )
 
 
-@gluon.jit(do_not_specialize=[*_SIZES, *_STRIDES])
+SIZES = ["T", "N", "K", "k", "r", "from_z", "from_x", "spread", "every"]
+STRIDES = ["z_stride_c", "z_stride_r", "x_stride_c", "x_stride_r"]
+
+
+@gluon.jit(do_not_specialize=[*SIZES, *STRIDES])
 def linear_kernel(
     x_desc,
     w_desc,
@@ -348,6 +476,7 @@ def linear_kernel(
     from_x,
     spread,
     every,
+    G_LAYOUT: gl.constexpr,
     B_LAYOUT: gl.constexpr,
     H_LAYOUT: gl.constexpr,
     Z_LAYOUT: gl.constexpr,
@@ -365,70 +494,30 @@ def linear_kernel(
     `from_z` and `from_x` are the numbers of tiles of the two gradients; `spread` and `every` are from `hopper._order`.
     The counter, which counts the places of the list that are taken, is 0 before and after a launch.
     """
-    BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
-    BLOCK_N: gl.constexpr = y_desc.block_type.shape[1]
-    small_slots = gl.allocate_shared_memory(x_desc.dtype, [SLOTS] + x_desc.block_type.shape, x_desc.layout)
-    large_slots = gl.allocate_shared_memory(w_desc.dtype, [SLOTS] + w_desc.block_type.shape, w_desc.layout)
-    y_tile = gl.allocate_shared_memory(y_desc.dtype, y_desc.block_type.shape, y_desc.layout)
-    places = gl.allocate_shared_memory(gl.int32, [TURNS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    sent = gl.allocate_shared_memory(gl.int64, [TURNS, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(ready.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=1)
-    for turn in gl.static_range(TURNS):
-        mbarrier.init(sent.index(turn), count=1)
-    queue = (places, sent)
-    ring = (small_slots, large_slots, ready, empty)
     sizes = (T, N, K, k, r, from_z, from_x, spread, every)
     z_strides, x_strides = (z_stride_c, z_stride_r), (x_stride_c, x_stride_r)
     gradients = (z_desc, h_desc, x_wide_desc, g_wide_desc, z_grad_ptr, x_grad_ptr, z_strides, x_strides)
-    gl.warp_specialize(
-        [
-            (
-                _multiply_tiles,
-                (
-                    y_desc,
-                    y_tile,
-                    bias_ptr,
-                    gradients,
-                    queue,
-                    ring,
-                    sizes,
-                    B_LAYOUT,
-                    H_LAYOUT,
-                    Z_LAYOUT,
-                    W_TRANSPOSED,
-                    B_TRANSPOSED,
-                    HAS_BIAS,
-                    MAKES_GRADIENTS,
-                    ADDS,
-                    BLOCK_K,
-                    GROUP,
-                    WARPS,
-                ),
-            ),
-            (
-                _load_tiles,
-                (
-                    x_desc,
-                    w_desc,
-                    g_desc,
-                    b_desc,
-                    gradients,
-                    counter,
-                    queue,
-                    ring,
-                    sizes,
-                    W_TRANSPOSED,
-                    B_TRANSPOSED,
-                    MAKES_GRADIENTS,
-                    BLOCK_N,
-                    GROUP,
-                ),
-            ),
-        ],
-        [1],
-        [24],
+    run_tiles(
+        x_desc,
+        w_desc,
+        g_desc,
+        b_desc,
+        y_desc,
+        bias_ptr,
+        counter,
+        (),
+        gradients,
+        sizes,
+        G_LAYOUT,
+        B_LAYOUT,
+        H_LAYOUT,
+        Z_LAYOUT,
+        W_TRANSPOSED,
+        B_TRANSPOSED,
+        HAS_BIAS,
+        MAKES_GRADIENTS,
+        ADDS,
+        SLOTS,
+        GROUP,
+        WARPS,
     )
