@@ -44,7 +44,7 @@ class Architecture:
 # The sizes were measured on H100 and H200, also those of the other rows.
 ARCHITECTURES = (
     Architecture("Blackwell or later", (10, 0), "kernels", fp8_product="fp8"),
-    Architecture("Hopper", (9, 0), "kernels", product="hopper", fp8_product="fp8"),
+    Architecture("Hopper", (9, 0), "kernels", product="hopper", fp8_product="fp8_hopper"),
     Architecture("Ada", (8, 9), "kernels", fp8_product="fp8"),
     Architecture("Ampere", (8, 0), "kernels"),
     Architecture("a GPU without kernels", (0, 0), "batched"),

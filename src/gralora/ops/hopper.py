@@ -27,7 +27,8 @@ from .launch import MOST_TILINGS, Grid, Launcher, Tiling
 from .layout import Ints, Layout, layout, row_stride
 from .torch_seam import current_raw_stream, is_capturing
 
-BLOCK_T, BLOCK_N, BLOCK_K = 128, 256, 64
+BLOCK_T, BLOCK_N = 128, 256
+BLOCK_K = 64  # of half precision, and twice as many 8-bit floats, which take the same time
 SLOTS = 3
 GROUP = 8  # row tiles that share columns of W while they are in L2
 GRADIENT_BLOCKS = {64: (128, 128), 128: (64, 256)}  # ranks of a tile -> tokens of a step, and columns
@@ -36,7 +37,7 @@ FULL = (
     0.82  # least share of a round's places that tiles fill: two rounds at 85% beat cuBLAS by 8%, three at 81% lose 7%
 )
 LONG_ROW = 8192  # longest row of W; above it cuBLAS is faster: for 4096 rows of 14336, 1183 us against 1352
-GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
 
 
 @functools.cache
@@ -66,15 +67,21 @@ def _layout(block: Ints, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(list(block), GLUON_DTYPES[dtype])
 
 
-def _descriptor(tensor: Tensor, block: Ints, shape: Ints, strides: Ints) -> TensorDescriptor:
+def descriptor(tensor: Tensor, block: Ints, shape: Ints, strides: Ints) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(shape), list(strides), list(block), _layout(block, tensor.dtype))
 
 
-_linear = Launcher(__name__, linear_kernel, _descriptor, num_warps=8, maxnreg=168)
+_linear = Launcher(__name__, linear_kernel, descriptor, num_warps=8, maxnreg=168)
 
 
 def _tiles(T: int, N: int) -> int:
     return -(-T // BLOCK_T) * -(-N // BLOCK_N)
+
+
+def fills(T: int, N: int, device: int, share: float, all_rounds: bool = True) -> bool:
+    """Tell whether tiles of y `[T, N]` fill this share of the places that a GPU has in all rounds, or in the first."""
+    rounds = _tiles(T, N) / _processors(device)
+    return rounds >= share * (math.ceil(rounds) if all_rounds else 1)
 
 
 def reads(x: Tensor) -> bool:
@@ -94,9 +101,8 @@ def takes(x: Layout, weight: Layout, B: Layout, device: int, z: Layout | None = 
     too, their tiles fill the last round.
     """
     (_, r, chunk), (stride_k, stride_r, stride_c), (stride_o, stride_i) = B.shape, B.strides, weight.strides
-    rounds = _tiles(math.prod(x.shape[:-1]), weight.shape[0]) / _processors(device)
     return (
-        rounds >= FULL * (math.ceil(rounds) if z is None else 1)
+        fills(math.prod(x.shape[:-1]), weight.shape[0], device, FULL, z is None)
         and not (stride_i == 1 and stride_o > LONG_ROW)
         and _reads(x)
         and (z is None or _reads(z))
@@ -135,73 +141,105 @@ def linear(
 
     What is added to y is rounded before, as by the addition of two tensors.
     """
+    launch(_linear, y, x, x, weight, bias, g, B, gradients, adds)
+
+
+def launch(
+    launcher: Launcher,
+    y: Tensor,
+    x: Tensor,
+    factor: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    g: Tensor,
+    B: Tensor,
+    gradients: FactorGradients | None,
+    adds: bool,
+    more_pointers: tuple[Tensor, ...] = (),
+    more_constants: tuple[Any, ...] = (),
+) -> None:
+    """Launch `linear_kernel`, or another kernel with the same parameters and more.
+
+    Args:
+        launcher: of the kernel.
+        y, x, bias, g, B, gradients, adds: as of `linear`.
+        factor, weight: what the product multiplies: x, or what it was rounded to, contiguous; and the weight.
+        more_pointers, more_constants: what the kernel takes after the pointers and constants of `linear_kernel`.
+    """
     (k, T, r), device = g.shape, x.get_device()
-    tensors, written, gradient_strides = (x, weight, g, B, y), (y, y), None
+    tensors, written, gradient_strides = (factor, weight, g, B, y), (y, y), None
     if gradients is not None:
         z, h, *written = gradients
-        tensors = *tensors, z, h
-        gradient_strides = row_stride(z.shape, z.stride()), *written[0].stride()[1:], *written[1].stride()[1:]
+        tensors = *tensors, z, h, x
+        x_stride = row_stride(x.shape, x.stride())
+        z_stride = row_stride(z.shape, z.stride())
+        gradient_strides = x_stride, z_stride, *written[0].stride()[1:], *written[1].stride()[1:]
     sizes = T, weight.shape[0], x.shape[-1], k, r
-    strides = row_stride(x.shape, x.stride()), weight.stride(), B.stride()
-    launch = _launch_of(x.dtype, device, sizes, *strides, bias is not None, gradient_strides, adds)
-    key, grid, numbers, constants, tiling = launch
-    pointers = y if bias is None else bias, _counter(device), *written
-    _linear(key, grid, pointers, numbers, constants, (tiling, tensors))
+    strides = row_stride(factor.shape, factor.stride()), weight.stride(), B.stride()
+    key, grid, numbers, constants, tiling = _launch_of(
+        x.dtype, factor.dtype, device, sizes, *strides, bias is not None, gradient_strides, adds
+    )
+    pointers = y if bias is None else bias, _counter(device), *written, *more_pointers
+    launcher((key, more_constants), grid, pointers, numbers, constants + more_constants, (tiling, tensors))
 
 
 @functools.lru_cache(MOST_TILINGS)
 def _launch_of(
     dtype: torch.dtype,
+    factor_dtype: torch.dtype,
     device: int,
     sizes: tuple[int, int, int, int, int],
-    x_stride: int,
+    factor_stride: int,
     w_strides: tuple[int, int],
     b_strides: tuple[int, int, int],
     has_bias: bool,
-    gradient_strides: tuple[int, int, int, int, int] | None,
+    gradient_strides: tuple[int, int, int, int, int, int] | None,
     adds: bool,
 ) -> tuple[Hashable, Grid, tuple[int, ...], tuple[Any, ...], Tiling]:
     """Compute what a launch takes besides tensors: key, grid, numbers, constants, and the tiling of the tensors.
 
-    The tiled tensors are x, weight, g, B, y, z and h, in this order.
+    The tiled tensors are factor, weight, g, B, y, z, h and x, in this order; the last three only with gradients.
 
     Args:
         dtype: dtype of x.
+        factor_dtype: dtype of what is multiplied with the weight.
         device: index of the GPU.
         sizes: T, O, I, k, r.
-        x_stride, w_strides, b_strides: the strides of the rows of x, of weight and of B.
+        factor_stride, w_strides, b_strides: the strides of the rows of the factor, of weight and of B.
         has_bias: whether bias is not None.
-        gradient_strides: strides of the rows of z, and of columns and ranks of z_grad and x_grad; None if there are no
-            gradients.
+        gradient_strides: strides of the rows of x and z, and of columns and ranks of z_grad and x_grad; None if there
+            are no gradients.
         adds: whether y is added to.
     """
     T, N, K, k, r = sizes
     w_transposed, b_transposed = w_strides[1] == 1, b_strides[2] != 1
-    b_block = (BLOCK_N, BLOCK_K) if b_transposed else (BLOCK_K, BLOCK_N)
-    x_layout, g_layout = ((T, K), (x_stride, 1)), ((k, T, r), (T * r, r, 1))
-    x_tiles, g_tiles = (0, (BLOCK_T, BLOCK_K), *x_layout), (2, (1, BLOCK_T, BLOCK_K), *g_layout)
+    block_k = BLOCK_K * dtype.itemsize // factor_dtype.itemsize
+    g_block, b_block = (BLOCK_T, BLOCK_K), (BLOCK_N, BLOCK_K) if b_transposed else (BLOCK_K, BLOCK_N)
+    g_layout = (k, T, r), (T * r, r, 1)
+    factor_tiles, g_tiles = (0, (BLOCK_T, block_k), (T, K), (factor_stride, 1)), (2, (1, *g_block), *g_layout)
     if w_transposed:
-        w_tiles = 1, (BLOCK_N, BLOCK_K), (N, K), w_strides
+        w_tiles = 1, (BLOCK_N, block_k), (N, K), w_strides
     else:
-        w_tiles = 1, (BLOCK_K, BLOCK_N), (K, N), w_strides[::-1]
+        w_tiles = 1, (block_k, BLOCK_N), (K, N), w_strides[::-1]
     if b_transposed:
         b_tiles = 3, (1, *b_block), (k, N // k, r), (b_strides[0], b_strides[2], 1)
     else:
         b_tiles = 3, (1, *b_block), (k, r, N // k), b_strides
-    read, strides, tiles, h_layout, z_layout = (x_tiles, g_tiles) * 2, (0,) * 4, (0, 0), None, None
+    y_tiles = 4, (BLOCK_T, BLOCK_N), (T, N), (N, 1)
+    read, strides, tiles, h_layout, z_layout = (y_tiles, g_tiles) * 2, (0,) * 4, (0, 0), None, None
     order, block_r = (0, 1), 64 if r <= 64 else 128
     if gradient_strides is not None:
-        z_stride, *strides = gradient_strides
+        x_stride, z_stride, *strides = gradient_strides
         z_block = GRADIENT_BLOCKS[block_r]
         h_block = z_block[0], block_r
         read = (
             (5, z_block, (T, N), (z_stride, 1)),
             (6, (1, *h_block), *g_layout),
-            (0, z_block, *x_layout),
+            (7, z_block, (T, K), (x_stride, 1)),
             (2, (1, *h_block), *g_layout),
         )
         tiles = [k * -(-(n // k) // z_block[1]) * -(-r // block_r) for n in (N, K)]
-        length, gradient_length = -(-K // BLOCK_K) + -(-r // BLOCK_K), -(-T // z_block[0]) * GRADIENT_STEPS[block_r]
+        length, gradient_length = -(-K // block_k) + -(-r // BLOCK_K), -(-T // z_block[0]) * GRADIENT_STEPS[block_r]
         order = _order(_tiles(T, N), length, sum(tiles), gradient_length, _processors(device))
         h_layout, z_layout = _layout(h_block, dtype), _layout(z_block, dtype)
     return (
@@ -209,7 +247,7 @@ def _launch_of(
         (_processors(device), 1, 1),
         (*strides, *sizes, *tiles, *order),
         (
-            _layout((BLOCK_T, BLOCK_K), dtype),
+            _layout(g_block, dtype),
             _layout(b_block, dtype),
             h_layout,
             z_layout,
@@ -222,5 +260,5 @@ def _launch_of(
             GROUP,
             8,
         ),
-        Tiling((x_tiles, w_tiles, g_tiles, b_tiles, (4, (BLOCK_T, BLOCK_N), (T, N), (N, 1)), *read)),
+        Tiling((factor_tiles, w_tiles, g_tiles, b_tiles, y_tiles, *read)),
     )

@@ -105,7 +105,8 @@ def _scale(acc, scales, t, n, T, N):
     of_rows = gl.load(scales[0] + rows, mask=rows < T, other=0.0)
     if len(scales) > 1:
         columns = n + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
-        of_columns = gl.load(scales[1] + columns, mask=columns < N, other=0.0)
+        # N is a multiple of 8, and told so a thread loads two scales at once
+        of_columns = gl.load(scales[1] + columns, mask=columns // 8 < N // 8, other=0.0)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         acc *= of_columns[None, :]
     else:

@@ -27,12 +27,14 @@ class Float8Weight:
         scales: `[ceil(O/a), ceil(I/b)]`, float32.
         block: a and b; `(1, I)` with scales per row, `(O, I)` with one scale.
         quantises_input: whether the layer that holds it multiplies with inputs that are quantised, too.
+        transpose_of: the values that these are a transposed view of, if they are one.
     """
 
     values: Tensor
     scales: Tensor
     block: tuple[int, int]
     quantises_input: bool = False
+    transpose_of: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,7 +55,7 @@ class Float8Weight:
 
     def t(self) -> "Float8Weight":
         """The transposed weight `[I, O]`; a view, only products of FP8 take it."""
-        return Float8Weight(self.values.t(), self.scales.t(), self.block[::-1], self.quantises_input)
+        return Float8Weight(self.values.t(), self.scales.t(), self.block[::-1], self.quantises_input, self.values)
 
 
 Weight = Tensor | PackedWeight

@@ -1,0 +1,80 @@
+"""The product of 8-bit floats for Hopper GPUs that includes the adapter: one launch, one accumulator, one store.
+
+Implements `interface.Product` for a `Float8Weight`. x is rounded to E4M3 row by row (`fp8_kernels`), and multiplied
+with the weight as it is stored; the sum in the accumulator is scaled, and there the adapter's half-precision product
+is added to it. The device code is that of `hopper`.
+
+Tensor cores read 8-bit floats along the sum only. So for the gradient of x a transposed copy of the values is made at
+the first backward, and kept for as long as they are: with it the weight takes as much memory as in half precision.
+The copy is of the very values: the scales of W's rows are columns' there, and go into dy before that is rounded.
+"""
+
+import functools
+import weakref
+
+import torch
+from torch import Tensor
+
+from . import fp8, hopper
+from .fp8_hopper_kernel import scaled_linear_kernel
+from .fp8_kernels import quantize_rows
+from .interface import FactorGradients
+from .launch import Launcher
+from .layout import Layout, layout
+from .torch_seam import is_capturing, version_of
+from .weights import Float8Weight
+
+FULL = 0.7  # least share of the last round's places that tiles fill; else torch's product, which has smaller tiles
+
+_scaled_linear = Launcher(__name__, scaled_linear_kernel, hopper.descriptor, num_warps=8, maxnreg=168)
+takes, reads = fp8.takes, fp8.reads
+
+
+def linear(
+    y: Tensor,
+    x: Tensor,
+    weight: Float8Weight,
+    bias: Tensor | None,
+    g: Tensor,
+    B: Tensor,
+    gradients: FactorGradients | None = None,
+    adds: bool = False,
+) -> None:
+    """See `interface.Product.linear`; weight is `[O, I]` with scales per row, or the transpose of such a one."""
+    if fp8.choice != "fused" or not _fits(g.shape[1], weight.shape, x.dtype, layout(B), x.get_device()):
+        return fp8.linear(y, x, weight, bias, g, B, gradients, adds)
+    scales = weight.scales  # [O, 1], [1, I] or [1, 1]
+    scales_columns = scales.shape[0] > 1
+    factor, of_rows = quantize_rows(x, None if scales_columns else scales)
+    values = weight.values if weight.transpose_of is None else _transposed(weight.transpose_of)
+    pointers = of_rows, scales if scales_columns else of_rows
+    hopper.launch(_scaled_linear, y, x, factor, values, bias, g, B, gradients, adds, pointers, (scales_columns,))
+
+
+@functools.lru_cache(1024)
+def _fits(T: int, shape: tuple[int, int], dtype: torch.dtype, B: Layout, device: int) -> bool:
+    """Tell whether TMA can read the adapter's operands, and the tiles of y fill the GPU's processors."""
+    (_, r, chunk), (stride_k, stride_r, stride_c) = B.shape, B.strides
+    return (
+        dtype in hopper.GLUON_DTYPES
+        and hopper.fills(T, shape[0], device, FULL)
+        and 1 in (stride_r, stride_c)
+        and not (r | chunk | stride_k | stride_r * stride_c) % 8
+        and B.aligned
+    )
+
+
+# id of values [O, I] -> they, their version, and their transpose [I, O], contiguous
+_copies: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+
+
+def _transposed(values: Tensor) -> Tensor:
+    """Return the transpose `[I, O]` of values `[O, I]`, contiguous, which is kept as long as they are, unchanged."""
+    key, version = id(values), version_of(values)
+    kept = _copies.get(key)
+    if kept is not None and kept[0]() is values and kept[1] == version:
+        return kept[2]
+    copy = values.t().contiguous()
+    if not is_capturing():  # else it would be in the graph's memory
+        _copies[key] = weakref.ref(values, lambda _: _copies.pop(key, None)), version, copy
+    return copy
