@@ -14,9 +14,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon.language import shared_memory_descriptor  # noqa: E402
 
 from gralora import ops  # noqa: E402
-from gralora.ops import hopper, kernels, launch, plans  # noqa: E402
+from gralora.ops import fp8, fp8_hopper, hopper, kernels, launch, plans  # noqa: E402
 from gralora.ops.activations import ACTIVATIONS  # noqa: E402
 from gralora.ops.interface import Conversion, FactorGradients  # noqa: E402
+from gralora.ops.weights import Float8Weight  # noqa: E402
 
 SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a program may take
 
@@ -111,6 +112,28 @@ def test_hopper_kernel_compiles(w_transposed, b_transposed, block_r, compiled):
         bool(block_r) and not has_bias
     )
     assert "wgmma.mma_async" in compiled.made["linear_kernel"].asm["ptx"]
+
+
+@pytest.mark.parametrize("transposed, b_transposed", [(False, False), (True, True)])
+@pytest.mark.parametrize("block_r", [None, 64, 128], ids="gradients-{}".format)
+def test_fp8_kernels_compile(block_r, transposed, b_transposed, compiled, monkeypatch):
+    """For weight and transpose, all with tensor cores' 8-bit floats, and the adapter's product in half precision."""
+    compiled.target = 90
+    monkeypatch.setattr(fp8, "choice", "fused")
+    monkeypatch.setattr(fp8_hopper, "is_capturing", lambda: False)
+    T, n_in, n_out, k, r = 4096, 256, 2048, 2, block_r or 64
+    w = fp8.quantize_rows(torch.zeros(n_in, n_out) if transposed else torch.zeros(n_out, n_in))
+    weight = Float8Weight(*w, (1, w[0].shape[1]))
+    B = torch.empty(k, n_out // k, r, dtype=HALF).mT if b_transposed else torch.empty(k, r, n_out // k, dtype=HALF)
+    x, y, g = (torch.empty(*size, dtype=HALF) for size in [(T, n_in), (T, n_out), (k, T, r)])
+    grads = FactorGradients(y, g, torch.empty(k, n_out // k, r), torch.empty(k, r, n_in // k).mT) if block_r else None
+    bias = None if transposed else y[0]
+    fp8_hopper.linear(y, x, weight.t() if transposed else weight, bias, g, B, grads, adds=transposed)
+    assert set(compiled.made) == {"_quantize_rows_kernel", "scaled_linear_kernel"}
+    check(compiled)
+    ptx = compiled.made["scaled_linear_kernel"].asm["ptx"]
+    assert "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3" in ptx and "m64n256k16.f32.bf16.bf16" in ptx
+    assert "cvt.rn.satfinite.e4m3x2.f32" in compiled.made["_quantize_rows_kernel"].asm["ptx"]
 
 
 @pytest.mark.parametrize("moved", ["", "reinterpret", "kernels"])

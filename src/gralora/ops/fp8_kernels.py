@@ -47,12 +47,11 @@ def _quantize_rows_kernel(
     for c0 in range(0, WIDTH, BLOCK):
         if WIDTH > BLOCK:
             b_x = _read(x_ptr, factors_ptr, t, c0 + c, WIDTH, STRIDE_XT, FACTOR_STRIDE)
-        tl.store(
-            values_ptr + t * WIDTH + c0 + c, (b_x * inverse).to(values_ptr.dtype.element_ty), mask=c0 + c < WIDTH
-        )
+        tl.store(values_ptr + t * WIDTH + c0 + c, (b_x * inverse).to(values_ptr.dtype.element_ty), mask=c0 + c < WIDTH)
 
 
-_quantize_rows = Launcher(__name__, _quantize_rows_kernel, num_warps=8)
+# of the module that cannot compute without it
+_quantize_rows = Launcher(f"{__package__}.fp8_hopper", _quantize_rows_kernel, num_warps=8)
 
 
 def quantize_rows(x: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:

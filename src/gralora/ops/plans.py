@@ -35,13 +35,14 @@ from .torch_seam import is_traced, saves_through_hooks
 from .weights import Float8Weight, Weight, dense
 
 if TYPE_CHECKING:  # a checker of types compares what a row may name with the protocols
-    from . import hopper, kernels
+    from . import fp8_hopper, hopper, kernels
 
     _with_torch: Kernels = batched
     _with_triton: Kernels = kernels
     _torch_product: Product[Tensor] = batched
     _hopper_product: Product[Tensor] = hopper
     _fp8_product: Product[Float8Weight] = fp8
+    _fp8_hopper_product: Product[Float8Weight] = fp8_hopper
 
 CHOICES = ("auto", "portable", "torch", "triton", "reference")
 
@@ -58,7 +59,13 @@ def choose(value: str) -> None:
     """Restrict what is chosen from now on to one of CHOICES; to be called before models are compiled."""
     global choice
     choice = value
+    _forget()
+
+
+def _forget() -> None:
+    """Forget what was chosen."""
     architecture.cache_clear()
+    _fp8_module.cache_clear()
     _plan.cache_clear()
 
 
@@ -104,7 +111,7 @@ def _with_kernels(device: int | None) -> Architecture:
 
 @functools.cache
 def _fp8_module(device: int | None) -> tuple[str, str]:
-    """The module of a device's product of FP8 weights, whatever computes otherwise, and what the device is called."""
+    """The module of a device's product of FP8 weights, and what the device is called; torch's where ours cannot be."""
     if device is None:
         return CPU.fp8_product, "the CPU"
     name = torch.cuda.get_device_name(device)
@@ -112,7 +119,10 @@ def _fp8_module(device: int | None) -> tuple[str, str]:
         return "", f"{name}, a GPU of AMD's with another format of such numbers,"
     capability = torch.cuda.get_device_capability(device)
     row = next(row for row in ARCHITECTURES if capability >= row.capability)
-    return row.fp8_product, f"{name}, of compute capability {capability[0]}.{capability[1]},"
+    product = row.fp8_product
+    if product and (choice in ("portable", "torch", "reference") or not _is_there(product)):
+        product = "fp8"
+    return product, f"{name}, of compute capability {capability[0]}.{capability[1]},"
 
 
 def _is_there(product: str) -> bool:
@@ -345,8 +355,7 @@ def give_up(error: KernelUnavailable) -> None:
     if choice == "triton" or error.module in _failed:
         raise error
     _failed.add(error.module)
-    architecture.cache_clear()
-    _plan.cache_clear()
+    _forget()
     is_product = any(error.module == row.product for row in ARCHITECTURES)
     instead = "the portable kernels compute" if is_product else "torch computes"
     warnings.warn(f"{error}. From now on {instead} instead, more slowly.", RuntimeWarning, stacklevel=2)
