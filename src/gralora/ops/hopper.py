@@ -225,8 +225,7 @@ def _launch_of(
         b_tiles = 3, (1, *b_block), (k, N // k, r), (b_strides[0], b_strides[2], 1)
     else:
         b_tiles = 3, (1, *b_block), (k, r, N // k), b_strides
-    y_tiles = 4, (BLOCK_T, BLOCK_N), (T, N), (N, 1)
-    read, strides, tiles, h_layout, z_layout = (y_tiles, g_tiles) * 2, (0,) * 4, (0, 0), None, None
+    read, strides, tiles, h_layout, z_layout = (factor_tiles, g_tiles) * 2, (0,) * 4, (0, 0), None, None
     order, block_r = (0, 1), 64 if r <= 64 else 128
     if gradient_strides is not None:
         x_stride, z_stride, *strides = gradient_strides
@@ -260,5 +259,5 @@ def _launch_of(
             GROUP,
             8,
         ),
-        Tiling((factor_tiles, w_tiles, g_tiles, b_tiles, y_tiles, *read)),
+        Tiling((factor_tiles, w_tiles, g_tiles, b_tiles, (4, (BLOCK_T, BLOCK_N), (T, N), (N, 1)), *read)),
     )
