@@ -11,7 +11,7 @@ DARK = f"""<style>
 @media (prefers-color-scheme: dark) {{
 text[style*="fill: {INK}"] {{ fill: #d8dce2 !important; }}
 [style*="stroke: {INK}"] {{ stroke: #d8dce2 !important; }}
-use[style*="fill: {INK}"], g[style*="fill: {INK}"] {{ fill: #d8dce2 !important; }}
+use[style*="fill: {INK}"], g[style*="fill: {INK}"], tspan[style*="fill: {INK}"] {{ fill: #d8dce2 !important; }}
 path[style*="fill: {PALE}"] {{ fill: #2b2f38 !important; }}
 path[style*="stroke: #ffffff"] {{ stroke: #1e2129 !important; }}
 }}

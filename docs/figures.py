@@ -10,7 +10,7 @@ from gralora import ops
 
 plt = pyplot()
 COLOURS = ["#4c78a8", "#f58518", "#54a24b", "#b279a2"]
-GREY, RED = "#6b7482", "#d1333a"
+GREY, RED = "#6b7482", "#e5484d"
 
 
 def box(ax, x, y, width, height, colour, text="", fontsize=9):
@@ -164,7 +164,7 @@ def forward() -> plt.Figure:
 
 def update(k: int = 4) -> plt.Figure:
     """LoRA's update beside GraLoRA's, with the blocks that an outlier in one input channel reaches."""
-    fig, axes = plt.subplots(1, 2, figsize=(10.6, 3.1))
+    fig, axes = plt.subplots(1, 2, figsize=(9, 2.75))
     thin, side = 0.55, 3.0  # of factors, of dW
     where = 1  # the outlier's chunk
     for ax, parts, method in zip(axes, (1, k), ("LoRA", "GraLoRA"), strict=True):
@@ -180,13 +180,13 @@ def update(k: int = 4) -> plt.Figure:
         ax.add_patch(Rectangle(*frame, facecolor="none", edgecolor=RED, linewidth=2))
         channel = where * side / k + 0.3
         ax.annotate("", (channel, side + 0.93), (channel, side + 1.4), arrowprops={"arrowstyle": "->", "color": RED})
-        ax.text(channel + 0.12, side + 1.2, "an outlier channel", fontsize=9, color=RED, va="center")
-        facts = ["one product B A", "rank r", "r (in + out) parameters", "an outlier reaches all of dW"]
+        ax.text(channel + 0.12, side + 1.2, "an outlier channel", fontsize=11, color=RED, va="center")
+        facts = ["one product B A", "rank r", "r (in + out) parameters", "outlier: in all of dW"]
         if parts > 1:
-            reach = f"an outlier reaches {k} of {k * k} blocks"
+            reach = f"outlier: in {k} of {k * k} blocks"
             facts = [f"{k} x {k} products", f"rank up to {k} r", "r (in + out) parameters", reach]
         ax.text(side + 0.35, side - 0.1, method, fontsize=13, weight="bold", color=INK, va="top")
-        ax.text(side + 0.35, side - 0.75, "\n".join(facts), fontsize=10, color=INK, va="top", linespacing=1.7)
+        ax.text(side + 0.35, side - 0.75, "\n".join(facts), fontsize=11, color=INK, va="top", linespacing=1.7)
         ax.set(xlim=(-1.1, 7.0), ylim=(-0.2, side + 1.55))
         ax.set_aspect("equal")
         ax.axis("off")

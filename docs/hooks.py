@@ -1,5 +1,5 @@
-"""What MkDocs adds to the pages: README.md before the list of pages, to the API
-the fields of `LoraConfig` and the names of `gralora.__all__`."""
+"""What MkDocs adds to the pages: README.md before the list of pages, to the API the fields of `LoraConfig` and the
+names of `gralora.__all__`, and to all of them where long names in code may break."""
 
 import dataclasses
 import re
@@ -12,28 +12,51 @@ from gralora.config import GRALORA_FIELDS
 
 ROOT = Path(__file__).parents[1]
 MARK = "<!-- the other names of gralora.__all__ -->"
+FLAG = r'<span class="flag">\g<0></span>'
 FIELDS = "<!-- the fields of gralora.LoraConfig -->"
 
 
 def on_config(config: Any) -> Any:
     """Called by MkDocs once: link the repository that this clone is of, if that has an address."""
     command = ["git", "-C", str(ROOT), "config", "--get", "remote.origin.url"]
-    found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    if found.startswith("https://"):
-        config.repo_url, config.repo_name = found.removesuffix(".git"), "Repository"
+    if found := address(subprocess.run(command, capture_output=True, text=True).stdout.strip()):
+        config.repo_url, config.repo_name = found, "Repository"
     return config
+
+
+def address(remote: str) -> str | None:
+    """The page of a repository on the web, without a name or password that `remote` may have; None of a folder."""
+    remote = re.sub(r"^(?:ssh://)?git@([^:/]+)[:/]", r"https://\1/", remote)
+    remote = re.sub(r"^https://[^/@]+@", "https://", remote)
+    return remote.removesuffix(".git") if remote.startswith("https://") else None
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Called by MkDocs for each page."""
     if page.file.src_uri == "index.md":
-        return f"{front((ROOT / 'README.md').read_text(encoding='utf-8'))}\n\n{markdown}"
+        return f"{front((ROOT / 'README.md').read_text(encoding='utf-8'), config.repo_url)}\n\n{markdown}"
     return with_references(markdown.replace("](../README.md", "](index.md"))  # which begins with it
 
 
-def front(readme: str) -> str:
-    """README.md with links from the site's root. A file outside of docs is named without a link."""
+def on_page_content(html: str, **_: Any) -> str:
+    """Called by MkDocs for each page's HTML: says where code may break in a line; what a reader copies stays as it is.
+
+    Flags keep their dashes. In tables, long names break after `_`, `.`, `/` or `::`.
+    """
+    html = re.sub(r"<code>[^<\n]+</code>", lambda code: re.sub(r"(?<![^\s>])--[a-z0-9]+", FLAG, code[0]), html)
+    cell = re.compile(r"<td.*?</td>", re.S)
+    name = re.compile(r"(?<=>)[\w./:]{20,}(?=</code>)")
+    return cell.sub(lambda c: name.sub(lambda n: re.sub(r"(?:[_./]|::)(?=\w)", r"\g<0><wbr>", n[0]), c[0]), html)
+
+
+def front(readme: str, repository: str | None = None) -> str:
+    """README.md with links from the site's root, and the repository's address where it stands for it.
+
+    A file outside of docs is named without a link.
+    """
     readme = readme.replace("](docs/", "](")
+    if repository:
+        readme = readme.replace(" REPOSITORY is the address of this one.", "").replace("REPOSITORY", repository)
     return re.sub(r"\[[^\]]+\]\(([A-Z]+(?:\.md)?)\)", r"`\1`", readme)
 
 

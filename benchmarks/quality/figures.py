@@ -13,17 +13,15 @@ from .train import Cell
 def forest(named: list[tuple[str, Difference]], path: Path) -> None:
     """Differences with their 95% intervals below each other: left of the line the loss is lower."""
     plt = pyplot()
-    figure, axis = plt.subplots(figsize=(8, 1 + 0.32 * len(named)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.5, 1 + 0.32 * len(named)), layout="constrained")
     colours = {"better": "#2a7f3f", "tie": "#8a9099", "worse": "#b3372f"}
     for place, (_, difference) in enumerate(named):
         axis.errorbar(difference.mean, place, xerr=difference.half, fmt="o", ms=5, color=colours[difference.verdict])
-        axis.text(1.01, place, difference.verdict, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
-    axis.set_yticks(range(len(named)), [name for name, _ in named], fontsize=8)
+        axis.text(1.01, place, difference.verdict, transform=axis.get_yaxis_transform(), va="center", fontsize=10)
+    axis.set_yticks(range(len(named)), [name for name, _ in named], fontsize=10)
     axis.axvline(0, color=INK, linewidth=0.8)
     axis.invert_yaxis()
-    axis.set_xlabel(
-        "held-out loss, GraLoRA's minus LoRA's of as many parameters (95% interval over seeds)", fontsize=8
-    )
+    axis.set_xlabel("held-out loss: GraLoRA's minus LoRA's (95% interval over seeds)")
     axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right", "left"]].set_visible(False)
     save(figure, path)

@@ -27,7 +27,7 @@ def added(file: str, checkpointing: bool) -> dict[str, float]:
 
 def draw(path: Path) -> None:
     plt = pyplot()
-    plt.rcParams["font.size"] = 9
+    plt.rcParams["font.size"] = 10.5
     figure, axes = plt.subplots(figsize=(7.5, 3.9), layout="constrained")
     height = 0.27
     for group, (_, file, checkpointing) in enumerate(GROUPS):
@@ -41,7 +41,7 @@ def draw(path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xticks([])
     axes.spines[["top", "right", "bottom"]].set_visible(False)
-    axes.set_title("Time that adapters add to a training step of the frozen base (less is better)", loc="left")
+    axes.set_title("Time that adapters add to a training step (less is better)", loc="left")
     axes.legend(frameon=False, loc="upper right")
     save(figure, path)
 
