@@ -245,11 +245,31 @@ def test_site_is_built_strictly(tmp_path: Path) -> None:
     assert "pip install" in (tmp_path / "index.html").read_text(encoding="utf-8")
 
 
-def test_every_public_name_is_in_the_reference() -> None:
+def hooks() -> Any:
     spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
-    page = hooks.with_references((ROOT / "docs" / "api.md").read_text(encoding="utf-8"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_site_links_the_repository_and_no_password() -> None:
+    for remote in ("https://host/us/gralora.git", "https://me:secret@host/us/gralora", "git@host:us/gralora.git"):
+        assert hooks().address(remote) == "https://host/us/gralora"
+    assert hooks().address("/home/me/gralora") is None and hooks().address("") is None
+    front = hooks().front((ROOT / "README.md").read_text(encoding="utf-8"), "https://host/us/gralora")
+    assert "git clone https://host/us/gralora gralora" in front and "REPOSITORY" not in front
+
+
+def test_code_breaks_where_it_may() -> None:
+    """Only tables break names, and what is copied is the code."""
+    long = "test_layers.py::test_an_adapter"
+    html = hooks().on_page_content(f"<td><code>{long}</code></td><p><code>{long} --top_k 1 a--b</code></p>")
+    assert html.startswith("<td><code>test_<wbr>layers.<wbr>py::<wbr>test_<wbr>an_<wbr>adapter</code></td>")
+    assert html.endswith(f'<code>{long} <span class="flag">--top</span>_k 1 a--b</code></p>')
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    page = hooks().with_references((ROOT / "docs" / "api.md").read_text(encoding="utf-8"))
     named = {found.rpartition(".")[2] for found in re.findall(r"^::: (\S+)$", page, re.M)}
     assert set(gralora.__all__) <= named
 
@@ -260,6 +280,8 @@ def test_figures_are_small_and_their_text_is_text() -> None:
     assert len(names) >= 4
     for path in (ROOT / "docs").glob("*.svg"):
         assert path.stat().st_size < 100_000, path.name
+        filled = set(re.findall(r"<(\w+)[^>]*fill: #333333", path.read_text(encoding="utf-8")))
+        assert filled <= {"text", "tspan", "use", "g"}, path.name  # benchmarks.pictures turns these light in the dark
     for name in names:
         assert "<text" in (ROOT / "docs" / f"{name}.svg").read_text(encoding="utf-8"), name
 

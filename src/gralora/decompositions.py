@@ -6,7 +6,6 @@ so that it adds nothing until it is trained.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -191,8 +190,7 @@ def _fill_quantised(layer: Any, adapter: str, config: Any, decompose: Callable[[
     W = layer.as_matrix(dequantize_module_weight(layer.get_base_layer()))
     write(layer, adapter, *decompose(blocks_of(layer, adapter, config, W)))
     layer.merged_adapters.append(adapter)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Unmerge lora module")  # it rounds, which PEFT's OLoRA does without a word
+    with without("Unmerge lora module"):  # it rounds, which PEFT's OLoRA does without a word
         layer.unmerge()  # PEFT's way to subtract dW from such a weight
 
 

@@ -16,6 +16,8 @@ from .kinds import is_coarse, mixin_of
 from .layers import GraloraLayer
 from .ops.torch_seam import parameters_of
 from .promote import Promoted
+from .seam import MERGES_4_BITS
+from .warned import without
 
 # measured with nf4 and double quantisation: docs/quantized.md
 COARSE = (
@@ -141,11 +143,11 @@ class GraloraModel(Promoted, Stock):
         parents.adapt_all(self.model)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        with telling_losses(self.model):
+        with telling_losses(self.model), without(MERGES_4_BITS):
             super().merge_adapter(*args, **kwargs)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
-        with telling_losses(self.model):
+        with telling_losses(self.model), without(MERGES_4_BITS):
             model = super().merge_and_unload(*args, **kwargs)
         parents.adapt_all(model)
         return model

@@ -9,7 +9,6 @@ change experts, embeddings or convolutions.
 import hashlib
 import re
 import shutil
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from operator import attrgetter
@@ -23,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..ops.torch_seam import parameters_of
+from ..warned import without
 from .adapter import PREFIX
 from .base import WEIGHT_ENDINGS
 from .convert import convert_adapter
@@ -148,8 +148,7 @@ def merge_in_memory(
     untied = untie(loaded)
     layers = [module for module in loaded.modules() if isinstance(module, BaseTunerLayer)]
     rounding = merge_layers(loaded, dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "All adapters are already merged")  # by `merge_layers`
+    with without("All adapters are already merged"):  # by `merge_layers`
         merged = loaded.merge_and_unload(safe_merge=True)
     if dtype is not None:
         convert_weights(merged, dtype)
