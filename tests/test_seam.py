@@ -6,9 +6,11 @@ A test that fails here names what has moved; `gralora/seam.py` and `gralora/ops/
 import argparse
 import ast
 import importlib
+import importlib.util
 import inspect
 import itertools
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -490,6 +492,21 @@ def test_dora_is_cached():
 def test_MERGES_DORA():
     """The version that is compared is that of the release with the right merging."""
     assert hasattr(lora.LoraLayer, "_unmerged_base_weight") == seam.MERGES_DORA
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_MERGES_4_BITS():
+    """It begins the one warning that PEFT's class gives while it merges."""
+    import bitsandbytes as bnb
+
+    model = OneLayer(bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4").to("cpu"))
+    model.is_loaded_in_4bit = True  # as transformers marks it
+    layer = only_layer(plain_lora(model))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        layer.merge()
+    (said,) = [str(warning.message) for warning in caught]
+    assert said.startswith(seam.MERGES_4_BITS)
 
 
 def test_prepare_model_for_compiled_hotswap():

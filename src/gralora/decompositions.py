@@ -23,6 +23,7 @@ from .seam import (
     forget_preprocessing,
     gather_params_ctx,
 )
+from .warned import without
 
 Pairs = tuple[Tensor, Tensor]
 """B and A of the LoRAs of all blocks, `[..., k_j, k_i, O/k, q]` and `[..., k_j, k_i, q, I/k]`."""

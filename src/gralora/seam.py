@@ -97,6 +97,7 @@ __all__ = [
     "INTEGRATION_TO_CALLBACK",
     "LAZY",
     "LORA_METADATA",
+    "MERGES_4_BITS",
     "MERGES_DORA",
     "OVERRIDES",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
@@ -235,9 +236,7 @@ def wrap_model_card(wrap: Callable[[Callable[..., None]], Callable[..., None]]) 
 
 # The module and the class whose `create_model_card` writes `args.output_dir`/README.md for all of TRL's trainers, in
 # the first process, when a checkpoint is saved and before a push to the hub (TRL 1.14 to 1.16).
-TRL_TRAINER = "trl.trainer.base_trainer"
-TRL_TRAINER_CLASS = "_BaseTrainer"
-
+TRL_TRAINER, TRL_TRAINER_CLASS = "trl.trainer.base_trainer", "_BaseTrainer"
 
 # Unsloth's module of kernels; the function in it by which fused functions leave a layer to PEFT, called with the layer
 # before each of their passes, and the two that read a layer's weight and factors, which they call afterwards.
@@ -246,9 +245,7 @@ UNSLOTH_LEAVES = "_has_active_dora_adapter"
 UNSLOTH_READS = ("get_lora_parameters", "get_lora_parameters_bias")
 # The module that writes new forwards for PEFT's LoRA layers, its function that does, and the function in their globals
 # that adds the update: (result, lora_A, lora_B, dropout, x, scaling) -> result + update.
-UNSLOTH_COMPILER = "unsloth_zoo.compiler"
-UNSLOTH_WRITES = "patch_lora_forwards"
-UNSLOTH_UPDATE = "lora_forward"
+UNSLOTH_COMPILER, UNSLOTH_WRITES, UNSLOTH_UPDATE = "unsloth_zoo.compiler", "patch_lora_forwards", "lora_forward"
 
 
 def stock_class(layer: Any, ours: type) -> type:
@@ -342,6 +339,9 @@ def forget_preprocessing(base: nn.Module) -> None:
 
 # Whether PEFT merges DoRA rightly into Conv1D layers, and beside other adapters: since 0.21.
 MERGES_DORA = Version(peft.__version__) >= Version("0.21.0.dev0")
+
+# What PEFT's warning begins with, which each merge into a layer of bitsandbytes' 4 bits gives; it names no loss.
+MERGES_4_BITS = "Merge lora module to 4-bit linear"
 
 # PEFT's methods that ours take the place of, or the property. Each must be what PEFT calls for this purpose.
 OVERRIDES: dict[str, str] = {

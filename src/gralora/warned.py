@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 def without(message: str) -> Iterator[None]:
     """Show no warning that begins with `message` while the context lasts.
 
-    `warnings.catch_warnings` would do that as well, and make Python forget which warnings it has shown: those that come
-    once would come again, for every layer that enters the context. The list of filters can be changed without it.
+    `warnings.catch_warnings` would do that as well, and make Python forget which warnings it has shown: those that
+    come once would come again, for every layer that enters the context. The list of filters can be changed without.
     """
     rule = ("ignore", re.compile(re.escape(message)), Warning, None, 0)
     filters = warnings.filters
