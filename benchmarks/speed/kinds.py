@@ -47,6 +47,7 @@ class KindCase:
         adapters: how many are active at once.
         reference: step -> what it is compared with.
         dtype: of the products, where the base layer decides it.
+        autocast: whether a GPU computes under it, as trainers do with adapters in float32.
     """
 
     name: str
@@ -59,12 +60,14 @@ class KindCase:
     adapters: int = 1
     reference: Callable[[LayerStep], exact.Outcome] = double_outcome
     dtype: torch.dtype | None = None
+    autocast: bool = False
 
     def steps(self, args: argparse.Namespace) -> dict[str, LayerStep]:
         """The frozen layer, and the layer with PEFT's LoRA, with the same accelerated, and with GraLoRA."""
         base, x = self.make(args)
         base.requires_grad_(False)
-        steps = {"frozen": LayerStep(copy.deepcopy(base), x)}
+        autocast = self.autocast and args.device == "cuda"
+        steps = {"frozen": LayerStep(copy.deepcopy(base), x, autocast)}
         for name in ("PEFT LoRA", ACCELERATED, "gralora"):
             config = lora_config(name, self.r, self.k, **self.targets, **self.fields)
             for key, value in self.grid.items() if name == "gralora" else ():
@@ -77,7 +80,7 @@ class KindCase:
             randomize(module)
             if name == ACCELERATED:
                 gralora.accelerate(module)
-            steps[name] = LayerStep(module, x)
+            steps[name] = LayerStep(module, x, autocast)
         return steps
 
 
@@ -168,7 +171,13 @@ KINDS = [
     KindCase("dropout 0.1, 4096->14336", _linear(4096, 14336), fields={"lora_dropout": 0.1}),
     KindCase("DoRA, 4096->14336", _linear(4096, 14336), fields={"use_dora": True}),
     KindCase("two active adapters, 4096->4096", _linear(4096, 4096), adapters=2, reference=exact_outcome),
-    KindCase("bitsandbytes int8, 4096->4096, 2048 tokens", _int8, reference=exact_outcome, dtype=torch.float16),
+    KindCase(
+        "bitsandbytes int8, 4096->4096, 2048 tokens",
+        _int8,
+        reference=exact_outcome,
+        dtype=torch.float16,
+        autocast=True,  # PEFT's adapters are float32 there
+    ),
     KindCase("Conv2d 320->320 3x3, r=16, k=2, 4 x 64 x 64", _conv, r=16, k=2),
     KindCase("Embedding 128256 x 2048, 8192 ids", _embedding),
     KindCase("experts 8 of 4096->14336, 2 active, r=16", _experts(8, 4096, 14336, 2), EXPERTS, r=16),

@@ -164,18 +164,12 @@ class ConvCall(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        if type(self.base).forward not in FORWARDS or is_view(y) or has_hooks(self.base) or not _is_dense(y):
-            y = y.clone(memory_format=torch.contiguous_format)  # must be nobody else's, nor kept for the backward
+        if type(self.base).forward not in FORWARDS or is_view(y) or has_hooks(self.base):
+            y = y.clone()  # must be nobody else's, nor kept for the backward
         for factors, p, _ in self.adapters:
             seen = nn.functional.dropout(x, p) if p else x
             y = conv_update(y, padded(seen.to(self.dtype), self.pad), factors, self.geometry)
         return y
-
-
-def _is_dense(y: Tensor) -> bool:
-    """Whether y is contiguous in one of torch's memory formats."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return y.is_contiguous() or y.dim() in formats and y.is_contiguous(memory_format=formats[y.dim()])
 
 
 def geometry_of(base: Any) -> tuple[Geometry, tuple[list[int], str] | None]:
