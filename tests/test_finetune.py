@@ -16,7 +16,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, load_peft_
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
-from gralora import LoraConfig
+from gralora import LoraConfig, quantize_fp8
 from gralora.ops import plans
 from gralora.tool import arguments as arguments_module
 from gralora.tool import cli, output
@@ -25,6 +25,7 @@ from gralora.tool.arguments import FinetuneArguments
 from gralora.tool.data.examples import file_examples, split
 from gralora.tool.data.tokens import encode
 from gralora.tool.finetune import finetune
+from gralora.tool.models import load_model, load_tokenizer
 from gralora.tool.training import resume
 from gralora.tool.verify import verify
 
@@ -230,6 +231,24 @@ def test_quantised_base(arguments, tmp_path, monkeypatch, quantization, precisio
     save_file({name: tensor * 0.5 for name, tensor in changed.items()}, tmp_path / "out" / WEIGHTS)
     with pytest.raises(ValueError, match="the reloaded adapter"):
         verify(tmp_path / "out")
+
+
+def test_base_of_fp8_files(arguments, tiny_model, tmp_path, monkeypatch):
+    """In float32, which torchao's layers refuse as they are read: resumed bit for bit, and merged when dequantised."""
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(module, "verify_in_new_process", lambda folder: None)
+    folder, out = tmp_path / "fp8", tmp_path / "out"
+    quantize_fp8(load_model(str(tiny_model), torch.bfloat16)).save_pretrained(folder)
+    load_tokenizer(str(tiny_model)).save_pretrained(folder)
+    assert {p.dtype for p in load_model(str(folder), torch.float32).parameters()} == {torch.float32}
+    changes = {"base_model": str(folder), "lora_target_modules": ["all-linear"], "save_steps": 3, "verify": True}
+    finetune(arguments(**changes))
+    whole = weights(out)
+    shutil.rmtree(out / "checkpoint-6")
+    finetune(arguments(resume_from_checkpoint=str(out / "checkpoint-3"), **changes))
+    assert equal(weights(out), whole)
+    differences = verify(out)
+    assert differences["reloaded"] == 0 and differences["base"] > 10 * differences["merged"] > 0
 
 
 def test_early_stopping_keeps_the_best_adapter(arguments, tmp_path):

@@ -75,7 +75,7 @@ def quantize_fp8(model: nn.Module, modules_to_not_convert: Sequence[str] | None 
             f"floating point and outside of {sorted(skipped)}."
         )
     for module in inputs_quantised:
-        module.weight = _weight_only(module.weight)
+        module.weight = _remade(module.weight, act_quant_kwargs=None)
     quantize_(model, how, wanted)
     if isinstance(model, PreTrainedModel):
         linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -135,10 +135,22 @@ def _check_no_adapters(model: nn.Module, function: str) -> None:
         )
 
 
-def _weight_only(weight: Any) -> nn.Parameter:
-    """torchao's FP8 weight without what makes its product quantise the input."""
-    same = {name: getattr(weight, name) for name in ("block_size", "mm_config", "kernel_preference", "dtype")}
-    return nn.Parameter(type(weight)(weight.qdata, weight.scale, **same), requires_grad=False)
+def compute_in_own_dtype(model: Any) -> None:
+    """Let torchao's FP8 layers of a model of transformers take inputs of the model's dtype.
+
+    Read from files, in whatever dtype, they compute in the one that they were converted from, and fail with another.
+    """
+    for module in model.modules():
+        weight = _torchao(module)
+        if weight is not None and weight.dtype != model.dtype:
+            module.weight = _remade(weight, dtype=model.dtype)
+
+
+def _remade(weight: Any, **changes: Any) -> nn.Parameter:
+    """torchao's FP8 weight, sharing its memory, with other attributes."""
+    names = "block_size", "mm_config", "act_quant_kwargs", "kernel_preference", "dtype"
+    same = {name: getattr(weight, name) for name in names}
+    return nn.Parameter(type(weight)(weight.qdata, weight.scale, **same | changes), requires_grad=False)
 
 
 def quantize_blocks(w: Tensor, block: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from transformers import (
 
 from gralora_command import install
 
-from ..fp8 import dequantize_fp8
+from ..fp8 import compute_in_own_dtype, dequantize_fp8, float8_weight
 from .embedded import embedded_model
 
 EMBEDDED = "embedded"
@@ -65,17 +65,20 @@ QUANTIZATIONS = {
 
 
 def load_pretrained(auto: Any, base_model: str, **options: Any) -> Any:
-    """Call `from_pretrained` of an Auto class of transformers for the base model."""
+    """Call `from_pretrained` of an Auto class of transformers for the base model; return what that returns."""
     folder = str(embedded_model()) if base_model == EMBEDDED else base_model
     # the default would ask the user whether to run a model's code
     options.setdefault("trust_remote_code", False)
     try:
-        return auto.from_pretrained(folder, **options)
+        loaded = auto.from_pretrained(folder, **options)
     except OSError as error:
         raise OSError(
             f"base_model={base_model!r} could not be loaded; give a local folder, a hub id that can be reached, or "
             f"{EMBEDDED!r}. {error}"
         ) from error
+    if isinstance(loaded, PreTrainedModel):
+        compute_in_own_dtype(loaded)
+    return loaded
 
 
 def load_model(base_model: str, dtype: torch.dtype, quantization: str = "none", **options: Any) -> PreTrainedModel:
@@ -90,8 +93,16 @@ def load_model(base_model: str, dtype: torch.dtype, quantization: str = "none", 
     return load_pretrained(AutoModelForCausalLM, base_model, **{"dtype": dtype} | options)
 
 
+def quantization_of(model: Any) -> str:
+    """Return by which row of QUANTIZATIONS a model is quantised, by its files or when loaded, or "none"."""
+    for quantization in ("4bit", "8bit"):
+        if getattr(model, f"is_loaded_in_{quantization}", False):
+            return quantization
+    return "fp8" if any(float8_weight(module) is not None for module in model.modules()) else "none"
+
+
 def dequantized(model: Any, quantization: str) -> Any:
-    """A model without adapters that `load_model` has quantised, in floating point: the weights it computed with."""
+    """A model without adapters that is quantised so, in floating point: the weights it computed with."""
     if quantization == "fp8":
         return dequantize_fp8(model)
     return model.dequantize().float()  # float32, as all else that bitsandbytes' preparation for training leaves behind

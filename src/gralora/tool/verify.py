@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoints.files import write_json
 from . import output, parsers
-from .models import dequantized, load_model
+from .models import dequantized, load_model, quantization_of
 from .training.report import METRICS
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def verify(adapter: str | Path) -> dict[str, float]:
     base = load_model(PeftConfig.from_pretrained(adapter).base_model_name_or_path, dtype, quantization)
     if quantization != "none":
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    quantization = quantization_of(base)  # by its files, too
     model = PeftModel.from_pretrained(base.to(metadata["device"]), adapter)
     logits = {"reloaded": last_logits(model, texts)}
     with model.disable_adapter():
