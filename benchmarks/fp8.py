@@ -35,11 +35,12 @@ from .speed.steps import LLAMA_1B, TINY, Setting, TrainingStep, llama
 from .speed.timing import measure
 
 QUANTIZATION = {"bf16": "none", "fp8": "fp8", "fp8 products": "fp8", "nf4": "4bit"}
+PRODUCTS = {"fp8 products": "products", "fp8 fused": "fused"}  # what GRALORA_FP8 is for them
 
 
 def choose(base: str) -> None:
-    """Multiply 8-bit floats over the base that is called so, and dequantised weights over all others."""
-    fp8.choice = "products" if base == "fp8 products" else "dequantised"
+    """Multiply 8-bit floats over the bases that are called so, and dequantised weights over all others."""
+    fp8.choice = PRODUCTS.get(base, "dequantised")
 
 
 def rows_of_source(tokenizer: Any, count: int, length: int, draw: random.Random) -> Tensor:
@@ -123,8 +124,11 @@ def speed(args: argparse.Namespace) -> list[dict[str, Any]]:
         "gralora, bf16": (adapted, plain),
         "gralora, fp8": (adapted, quantized),
     }
-    if plans._fp8_module(0 if args.device == "cuda" else None)[0]:
+    product, _ = plans._fp8_module(0 if args.device == "cuda" else None)
+    if product:
         cases["gralora, fp8 products"] = (adapted, quantized)
+    if product == "fp8_hopper":
+        cases["gralora, fp8 fused"] = (adapted, quantized)
     setting = Setting("fp8", False, False, "default" if args.compile else None, args.device)
     steps: dict[str, Callable[[], None]] = {}
     errors: dict[str, Any] = {}

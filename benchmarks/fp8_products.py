@@ -12,6 +12,9 @@ For each shape the output, and the gradient of x: what a layer's launches beside
     fused product   alone
     quantise        one launch of ours
 
+and for the gradient of x, with the factors' gradients computed in the same launch ("grads in it") or after it ("grads
+after"), which is what a layer's backward takes besides its projections.
+
 `exact` is how far a result is from the float64 product of the rounded operands, as a share of its norm.
 """
 
@@ -26,7 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
 
-from gralora.ops import Float8Weight, fp8, fp8_hopper, fp8_kernels, hopper, reference
+from gralora.ops import Float8Weight, batched, fp8, fp8_hopper, fp8_kernels, hopper, reference
+from gralora.ops.interface import FactorGradients
 
 from .speed.timing import interleave
 
@@ -71,6 +75,13 @@ def cases(T: int, n_in: int, n_out: int, k: int, r: int, backward: bool) -> tupl
         )
         return y
 
+    def then(run: Callable[[], Tensor], gradients: FactorGradients) -> Callable[[], Tensor]:
+        def both() -> Tensor:
+            batched.product_gradients(x, g, gradients)
+            return run()
+
+        return both
+
     exact = (values.double() * rows.double()) @ (stored.double().t() * columns.double())
     found = {
         "bf16": lambda: x @ w.t(),
@@ -82,6 +93,13 @@ def cases(T: int, n_in: int, n_out: int, k: int, r: int, backward: bool) -> tupl
         "fused product": fused_product,
         "quantise": lambda: fp8_kernels.quantize_rows(x, factors)[0],
     }
+    if backward:
+        z, h = draw(T, n_out), draw(k, T, r)
+        grads = FactorGradients(z, h, w.new_empty(k, n_out // k, r), w.new_empty(k, r, n_in // k).mT)
+        found["gralora bf16, grads in it"] = chosen("dequantised", hopper.linear, w, None, g, B, grads)
+        found["torch, grads after"] = then(found["torch"], grads)
+        found["fused, grads after"] = then(found["fused"], grads)
+        found["fused, grads in it"] = chosen("fused", fp8_hopper.linear, weight, None, g, B, grads)
     return found, exact, exact + reference.up(g.double().transpose(0, 1).flatten(1), B.double())
 
 
@@ -106,7 +124,7 @@ def run(T: int, n_in: int, n_out: int, k: int, r: int, backward: bool, rounds: i
     base = timed["bf16"]["time_ms"]
     for name, row in timed.items():
         error = f"exact {errors[name]:.2e}" if name in errors else ""
-        print(f"  {row['time_ms'] / base:.3f}x {row['time_ms'] * 1e3:8.1f} us  {name:16} {error}", flush=True)
+        print(f"  {row['time_ms'] / base:.3f}x {row['time_ms'] * 1e3:8.1f} us  {name:26} {error}", flush=True)
     row = {name: times["time_ms"] for name, times in timed.items()}
     return {"tokens": T, "in": n_in, "out": n_out, "k": k, "r": r, "what": what, "time_ms": row, "errors": errors}
 

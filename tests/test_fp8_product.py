@@ -145,6 +145,21 @@ def test_fused_product_on_gpu(shape, dtype, fused):
             assert error < 0.01, (name, adds)
 
 
+def test_product_where_it_is_not_fused():
+    """Is torch's, and writes the factors' gradients, too, for which a plan relies on it."""
+    T, n_in, n_out, k, r = 24, 64, 32, 2, 4
+    x, z, w = torch.randn(T, n_in), torch.randn(T, n_out), torch.randn(n_out, n_in)
+    g, h, B = torch.randn(k, T, r), torch.randn(k, T, r), torch.randn(k, r, n_out // k)
+    y, expected, z_grad, x_grad = (
+        torch.empty(*size) for size in [(T, n_out)] * 2 + [(k, n_out // k, r), (k, r, n_in // k)]
+    )
+    fp8.linear(expected, x, float8(w), None, g, B)
+    fp8_hopper.linear(y, x, float8(w), None, g, B, FactorGradients(z, h, z_grad, x_grad.mT))
+    assert torch.equal(y, expected)
+    torch.testing.assert_close(z_grad, torch.einsum("tkc,ktr->kcr", z.unflatten(1, (k, -1)), g))
+    torch.testing.assert_close(x_grad.mT, torch.einsum("tkc,ktr->kcr", x.unflatten(1, (k, -1)), h))
+
+
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1], SHAPES[4]], ids=lambda s: "T{}-{}x{}-k{}-r{}".format(*s))
@@ -167,14 +182,17 @@ def test_gradients_of_factors_in_the_launch_on_gpu(shape, fused):
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("choice", ["products", "fused"])
-@pytest.mark.parametrize("n_in, n_out, bias", [(4096, 4096, False), (2048, 8192, True), (576, 1536, False)])
-def test_layers_on_gpu(monkeypatch, choice, n_in, n_out, bias):
+@pytest.mark.parametrize(
+    "n_in, n_out, bias, factors",
+    [(4096, 4096, False, torch.bfloat16), (2048, 8192, True, torch.float32), (576, 1536, False, torch.bfloat16)],
+)
+def test_layers_on_gpu(monkeypatch, choice, n_in, n_out, bias, factors):
     """Errors of y and dx are those of rounding x and dy, and the factors' gradients as exact as without FP8."""
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs compute capability 8.9")
-    x, w, b, *factors = make((4096, n_in, n_out, 4, 64, 0), torch.bfloat16, "cuda", bias)
+    x, w, b, A, B, *_ = make((4096, n_in, n_out, 4, 64, 0), torch.bfloat16, "cuda", bias)
     dy, weight, outcomes = torch.randn(4096, n_out, device="cuda", dtype=torch.bfloat16), float8(w), []
-    trained = [x, *factors[:2]]
+    trained = [x, A.to(factors), B.to(factors)]
     for used in ("dequantised", choice):
         monkeypatch.setattr(fp8, "choice", used)
         leaves = [t.clone().requires_grad_() for t in trained]

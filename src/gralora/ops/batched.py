@@ -85,6 +85,13 @@ def factor_gradients(
         _factor_gradient(dy, g, dB.mT)
 
 
+def product_gradients(x: Tensor, g: Tensor, gradients: FactorGradients) -> None:
+    """Write the gradients that a product's launch would: x and g are the product's."""
+    z, h, z_grad, x_grad = gradients
+    _factor_gradient(z, g, z_grad)
+    _factor_gradient(x, h, x_grad)
+
+
 def _factor_gradient(x: Tensor, h: Tensor, out: Tensor) -> None:
     """Write x_i^T h_i: x `[T, n]`, h `[k, T, R]`, out `[k, n/k, R]`, contiguous or the transpose of contiguous."""
     a, b = chunks(rows(x), h.shape[0]).mT, h

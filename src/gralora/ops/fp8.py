@@ -28,6 +28,7 @@ E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 SMALLEST = torch.finfo(torch.float32).tiny
 MULTIPLE = 16  # of which features have to be a multiple
+MAKES_GRADIENTS = False  # in the product's launch
 
 
 def read_choice() -> str:

@@ -15,7 +15,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from . import fp8, hopper
+from . import batched, fp8, hopper
 from .fp8_hopper_kernel import scaled_linear_kernel
 from .fp8_kernels import quantize_rows
 from .interface import FactorGradients
@@ -24,6 +24,7 @@ from .layout import Layout, layout
 from .torch_seam import is_capturing, version_of
 from .weights import Float8Weight
 
+MAKES_GRADIENTS = True
 FULL = 0.7  # least share of the last round's places that tiles fill; else torch's product, which has smaller tiles
 
 _scaled_linear = Launcher(__name__, scaled_linear_kernel, hopper.descriptor, num_warps=8, maxnreg=168)
@@ -41,8 +42,12 @@ def linear(
     adds: bool = False,
 ) -> None:
     """See `interface.Product.linear`; weight is `[O, I]` with scales per row, or the transpose of such a one."""
-    if fp8.choice != "fused" or not _fits(g.shape[1], weight.shape, x.dtype, layout(B), x.get_device()):
-        return fp8.linear(y, x, weight, bias, g, B, gradients, adds)
+    is_fused = fp8.choice == "fused" and _fits(g.shape[1], weight.shape, x.dtype, layout(B), x.get_device())
+    if gradients is not None and not (is_fused and hopper.reads(x) and hopper.reads(gradients.z)):
+        batched.product_gradients(x, g, gradients)
+        gradients = None
+    if not is_fused:
+        return fp8.linear(y, x, weight, bias, g, B, adds=adds)
     scales = weight.scales  # [O, 1], [1, I] or [1, 1]
     scales_columns = scales.shape[0] > 1
     factor, of_rows = quantize_rows(x, None if scales_columns else scales)

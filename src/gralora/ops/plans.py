@@ -229,7 +229,8 @@ def plan(x: Tensor, weight: Weight | None, A: Tensor | None, B: Tensor, h: int =
     if isinstance(weight, Float8Weight) and not is_traced(x):
         product, card = _fp8_module(x.get_device() if x.is_cuda else None)
         if fp8.multiplies(weight, bool(product), card):
-            return _packed_plan(row, x.dtype, x.numel() // x.shape[-1] <= row.few_tokens, product)
+            has_few_tokens = x.numel() // x.shape[-1] <= row.few_tokens
+            return _packed_plan(row, x.dtype, has_few_tokens, product, None if A is None else A.dtype, B.dtype)
     if row.large == NEVER:
         return TORCH
     if is_traced(x):
@@ -265,10 +266,26 @@ def _small_plan(row: Architecture, dtype: torch.dtype, tokens: int) -> Plan:
 
 
 @functools.cache
-def _packed_plan(row: Architecture, dtype: torch.dtype, has_few_tokens: bool, name: str) -> Plan:
+def _packed_plan(
+    row: Architecture,
+    dtype: torch.dtype,
+    has_few_tokens: bool,
+    name: str,
+    A_dtype: torch.dtype | None,
+    B_dtype: torch.dtype,
+) -> Plan:
     """Products that take the weight as it is stored, whatever the number of tokens, so that all are rounded alike."""
     small, product = _small_plan(row, dtype, 0 if has_few_tokens else row.few_tokens + 1), _module(name)
-    return replace(small, up=batched, forward=product, backward=product, takes_packed=True)
+    return replace(
+        small,
+        up=batched,
+        forward=product,
+        backward=product,
+        takes_packed=True,
+        gradients_in_product=not has_few_tokens and product.MAKES_GRADIENTS,
+        converts_A=A_dtype != dtype,
+        converts_B=B_dtype != dtype,
+    )
 
 
 @functools.lru_cache(4096)
