@@ -179,3 +179,10 @@ def test_adapted_models_in_evaluation_are_left_as_they_were(tiny_model, tmp_path
         processing_class=tokenizer(tiny_model),
     )
     assert model.get_output_embeddings() is head
+
+
+def test_factors_are_where_the_trainer_has_moved_the_model(tiny_model, tmp_path, monkeypatch):
+    """To a GPU, here to "meta": what keeps their dtype must not leave them on the CPU."""
+    monkeypatch.setattr(AdapterTrainer, "_move_model_to_device", lambda self, model, device: model.to("meta"))
+    trainer = make_trainer(tiny_model, tmp_path, ["q_proj"])
+    assert {(p.device.type, p.dtype) for p in trainer.model.parameters()} == {("meta", torch.float32)}

@@ -47,7 +47,7 @@ class AdapterTrainer(SFTTrainer):
                 del model.get_output_embeddings
         for name, p in model.named_parameters():
             if name in factors:
-                p.data = factors[name]
+                p.data = factors[name].to(p.device)  # the Trainer has moved the model
         takes = inspect.signature(model.get_base_model().forward).parameters
         plain = self.args.loss_type != "dft" and self.label_smoother is None and not self.aux_loss_enabled
         self.asks_for_logits = plain and "logits_to_keep" in takes
