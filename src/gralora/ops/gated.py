@@ -16,7 +16,7 @@ from torch import Tensor
 from . import batched, plans, shared
 from .activations import ACTIVATIONS
 from .autograd import Grads, differentiable
-from .fused import Needs, linear_backward, output, pack
+from .fused import Needs, linear, linear_backward, output, pack
 from .interface import Conversion, KernelUnavailable
 from .layout import rows
 from .plans import Plan, falls_back, plan
@@ -44,13 +44,21 @@ def gated_mlp(x: Tensor, mlp: GatedMlp) -> Tensor:
     x, weights and biases have one dtype, in which all is computed; gradients have the dtype of what they belong to.
     """
     mlp = GatedMlp(tuple(layer.seeded(x) for layer in mlp.first), mlp.down.seeded(x), mlp.activation)
-    if torch.is_grad_enabled():
-        y, outputs = GatedMlpFunction.apply(x, *factor_tensors((*mlp.first, mlp.down)), mlp)
-    else:
-        outputs, _, _ = shared.forward(x, mlp.first)
-        y = output(x, mlp.down.weight)
+    if not torch.is_grad_enabled():
+        return _value(x, mlp)
+    y, outputs = GatedMlpFunction.apply(x, *factor_tensors((*mlp.first, mlp.down)), mlp)
     _last(y, outputs, mlp)
     return y
+
+
+@falls_back
+def _value(x: Tensor, mlp: GatedMlp) -> Tensor:
+    """y, with nothing kept for a backward."""
+    outputs, _, hows = shared.forward(x, mlp.first)
+    e, u = _halves(outputs)
+    hidden = e.new_empty(e.shape)
+    hows[0].down.gated(e, u, mlp.activation, hidden)
+    return linear(hidden, *mlp.down)[0]
 
 
 def definition(x: Tensor, mlp: GatedMlp) -> Tensor:
