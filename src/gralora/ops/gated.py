@@ -56,7 +56,7 @@ def _value(x: Tensor, mlp: GatedMlp) -> Tensor:
     """y, with nothing kept for a backward."""
     outputs, _, hows = shared.forward(x, mlp.first)
     e, u = _halves(outputs)
-    hidden = e.new_empty(e.shape)
+    hidden = _like(e)
     hows[0].down.gated(e, u, mlp.activation, hidden)
     return linear(hidden, *mlp.down)[0]
 
@@ -114,10 +114,15 @@ def _last(y: Tensor, outputs: Sequence[Tensor], mlp: GatedMlp) -> None:
 
 def _hidden(e: Tensor, u: Tensor, mlp: GatedMlp) -> tuple[Plan, Tensor]:
     """The plan of `down`, and what it sees."""
-    hidden, packed = e.new_empty(e.shape), pack(mlp.down.factors)
+    hidden, packed = _like(e), pack(mlp.down.factors)
     how = plan(hidden, mlp.down.weight, packed.A, packed.B, packed.h, mlp.down.p)
     how.down.gated(e, u, mlp.activation, hidden)
     return how, hidden
+
+
+def _like(e: Tensor) -> Tensor:
+    """Memory for hidden: contiguous, whatever the strides of e."""
+    return torch.empty_like(e, memory_format=torch.contiguous_format)
 
 
 def _halves(outputs: Any) -> Any:

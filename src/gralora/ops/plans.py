@@ -20,7 +20,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from .architectures import ARCHITECTURES, NEVER, Architecture
 from .architectures import CPU as CPU
 from .architectures import HALF as HALF
 from .interface import Kernels, KernelUnavailable, Product
-from .layout import Layout, layout
+from .layout import Ints, Layout
 from .torch_seam import is_traced, saves_through_hooks
 from .weights import Float8Weight, Weight, dense
 
@@ -199,21 +199,6 @@ class Plan:
 TORCH = Plan()  # torch's operations, a product and then the adapter
 
 
-class _Operands(NamedTuple):
-    """All that a plan depends on, apart from the device."""
-
-    dtype: torch.dtype
-    x: Layout
-    weight: Layout | None
-    A: Layout | None
-    A_dtype: torch.dtype | None
-    B: Layout
-    B_dtype: torch.dtype
-    h: int
-    has_dropout: bool
-    goes_through_hooks: bool
-
-
 def plan(x: Tensor, weight: Weight | None, A: Tensor | None, B: Tensor, h: int = 0, p: float = 0.0) -> Plan:
     """Decide how a layer is computed; cached, so that it costs the host little.
 
@@ -233,36 +218,36 @@ def plan(x: Tensor, weight: Weight | None, A: Tensor | None, B: Tensor, h: int =
             return _packed_plan(row, x.dtype, has_few_tokens, product, None if A is None else A.dtype, B.dtype)
     if row.large == NEVER:
         return TORCH
-    if is_traced(x):
-        return _small_plan(row, x.dtype, x.numel() // x.shape[-1])
-    weight_layout: Layout | None
+    if isinstance(weight, Tensor) and weight.dtype != x.dtype:
+        raise TypeError(f"x has dtype {x.dtype}, weight {weight.dtype}; convert one of them.")
+    (k, _, chunk_out), n_in = B.shape, x.shape[-1]
+    tokens = x.numel() // n_in
+    if is_traced(x) or tokens * (n_in + k * chunk_out) < row.large:
+        return _small_plan(row, x.dtype, bool(tokens <= row.few_tokens))
     if isinstance(weight, Tensor):
-        if weight.dtype != x.dtype:
-            raise TypeError(f"x has dtype {x.dtype}, weight {weight.dtype}; convert one of them.")
-        weight_layout = layout(weight)
+        place: _Place | None = _place(weight)
     else:
-        weight_layout = None if weight is None else Layout(weight.shape, (weight.shape[1], 1))
-    operands = _Operands(
-        x.dtype,
-        layout(x),
-        weight_layout,
-        None if A is None else layout(A),
-        None if A is None else A.dtype,
-        layout(B),
-        B.dtype,
-        h,
-        p > 0,
-        saves_through_hooks(),
-    )
-    return _plan(row, x.get_device(), operands)
+        place = None if weight is None else (weight.shape, (weight.shape[1], 1), True)
+    of_A = (None, None) if A is None else (_place(A), A.dtype)
+    flags = h, p > 0, saves_through_hooks()
+    return _plan(row, x.get_device(), x.dtype, _place(x), place, *of_A, _place(B), B.dtype, *flags)
 
 
-def _small_plan(row: Architecture, dtype: torch.dtype, tokens: int) -> Plan:
+_Place = tuple[Ints, Ints, bool]
+
+
+def _place(t: Tensor) -> _Place:
+    """The fields of a `Layout` without their names, which would double the time of a plan."""
+    return t.shape, t.stride(), not t.data_ptr() % 16
+
+
+@functools.cache
+def _small_plan(row: Architecture, dtype: torch.dtype, has_few_tokens: bool) -> Plan:
     """torch's product, and a kernel before and after it; also what the compiler launches."""
     if dtype not in row.dtypes:
         return TORCH
     kernels = _module(row.kernels)
-    return Plan(kernels, kernels, kernels if tokens <= row.few_tokens else batched)
+    return Plan(kernels, kernels, kernels if has_few_tokens else batched)
 
 
 @functools.cache
@@ -275,7 +260,7 @@ def _packed_plan(
     B_dtype: torch.dtype,
 ) -> Plan:
     """Products that take the weight as it is stored, whatever the number of tokens, so that all are rounded alike."""
-    small, product = _small_plan(row, dtype, 0 if has_few_tokens else row.few_tokens + 1), _module(name)
+    small, product = _small_plan(row, dtype, has_few_tokens), _module(name)
     return replace(
         small,
         up=batched,
@@ -289,13 +274,26 @@ def _packed_plan(
 
 
 @functools.lru_cache(4096)
-def _plan(row: Architecture, device: int, operands: _Operands) -> Plan:
-    dtype, x, weight, A, A_dtype, B, B_dtype, h, has_dropout, goes_through_hooks = operands
+def _plan(
+    row: Architecture,
+    device: int,
+    dtype: torch.dtype,
+    of_x: _Place,
+    of_weight: _Place | None,
+    of_A: _Place | None,
+    A_dtype: torch.dtype | None,
+    of_B: _Place,
+    B_dtype: torch.dtype,
+    h: int,
+    has_dropout: bool,
+    goes_through_hooks: bool,
+) -> Plan:
+    """The plan of a large layer."""
+    x, B = Layout(*of_x), Layout(*of_B)
+    weight, A = (None if place is None else Layout(*place) for place in (of_weight, of_A))
     (k, R, chunk_out), n_in, tokens = B.shape, x.shape[-1], math.prod(x.shape[:-1])
     n_out = k * chunk_out
-    small = _small_plan(row, dtype, tokens)
-    if tokens * (n_in + n_out) < row.large:
-        return small
+    small = _small_plan(row, dtype, tokens <= row.few_tokens)
     forward: Product[Tensor] | None = None
     backward: Product[Tensor] | None = None
     gradients_in_product = False
