@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import batched, plans, shared
+from . import plans, shared
 from .activations import ACTIVATIONS
 from .autograd import Grads, differentiable
 from .fused import Needs, linear, linear_backward, output, pack
@@ -22,6 +22,7 @@ from .layout import rows
 from .plans import Plan, falls_back, plan
 from .shared import AdaptedLinear, factor_tensors
 from .torch_seam import is_batched
+from .weights import dense
 
 
 class GatedMlp(NamedTuple):
@@ -109,7 +110,13 @@ def _last(y: Tensor, outputs: Sequence[Tensor], mlp: GatedMlp) -> None:
     convert = None if B.dtype == e.dtype else Conversion(B, torch.empty_like(B, dtype=e.dtype))
     g = how.down.down(seen, A, h, scaling, convert)
     B = B if convert is None else convert.target
-    (how.forward or batched).linear(y, hidden, how.operand(weight, e.dtype), bias, g, B)
+    if how.forward is not None:
+        how.forward.linear(y, hidden, how.operand(weight, e.dtype), bias, g, B)
+        return
+    with torch.no_grad():  # autograd knows y already
+        x, w, out = rows(hidden), dense(weight, e.dtype).t(), rows(y)
+        torch.mm(x, w, out=out) if bias is None else torch.addmm(bias, x, w, out=out)
+        how.up.up(g, B, out)
 
 
 def _hidden(e: Tensor, u: Tensor, mlp: GatedMlp) -> tuple[Plan, Tensor]:
