@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .fast_path import is_ordinary
 from .layers import GraloraLayer
 from .ops import Factors
-from .ops.embedding import Lookup, embedding_output, embedding_update
+from .ops.embedding import Lookup, definition, embedding_update
+from .ops.torch_seam import has_hooks
 from .seam import LoraVariant
 
 
@@ -69,13 +70,13 @@ class GranularEmbedding(GraloraLayer):
     def update(self, adapter: str, ids: Tensor) -> Tensor:
         """Compute the adapter's output `[..., O]`, scaling included, for token ids `[...]`."""
         A, B = self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
-        return embedding_output(ids, A, B, self.lookup(adapter))
+        return definition(ids, A, B, self.lookup(adapter))
 
     def lookup(self, adapter: str) -> Lookup:
         """What an adapter is beside its factors; Gemma's embeddings multiply by a factor in their forward."""
         base, hybrid_r = self.get_base_layer(), self.lora_variant[adapter].hybrid_r
-        options = base.padding_idx, base.scale_grad_by_freq
-        return Lookup(hybrid_r, self.scaling[adapter], self._get_embed_scale(), *options)
+        padding_idx = -1 if base.padding_idx is None else base.padding_idx
+        return Lookup(hybrid_r, self.scaling[adapter], self._get_embed_scale(), padding_idx, base.scale_grad_by_freq)
 
     def as_weight(self, matrix: Tensor) -> Tensor:
         """`[O, V]` -> `[V, O]`."""
@@ -142,6 +143,8 @@ class EmbeddingCall(NamedTuple):
 
     def __call__(self, ids: Tensor) -> Tensor:
         y = self.base(ids)
+        if type(self.base).forward is not nn.Embedding.forward or has_hooks(self.base) or not y.is_contiguous():
+            y = y.clone(memory_format=torch.contiguous_format)  # must be nobody else's, nor kept for the backward
         for A, B, lookup in self.adapters:
             y = embedding_update(y, ids, A, B, lookup, self.dtype)
         return y

@@ -4,8 +4,8 @@ Letters beside those of `reference`: `P` the sizes of the kernel, `S` those of t
 chunk i of the channels is convolved with A_i, the sub-ranks are exchanged at every position, and B_j is a 1x1
 convolution.
 
-Both are torch's own convolutions, and so are their gradients: an autograd function in Python would cost the host more
-than it saves. The sub-ranks need no exchange of their own, since B is laid out with its columns in the order in which
+Both are torch's own convolutions, and so are their gradients: an autograd function in Python would cost the host as
+much. The sub-ranks need no exchange of their own, since B is laid out with its columns in the order in which
 the first convolution leaves them.
 """
 
@@ -90,11 +90,9 @@ def parts(factors: Factors, dtype: torch.dtype) -> list[Part]:
     """
     A, B, hybrid_A, hybrid_B, _ = factors
     k, chunk, *P, r = A.shape
-    ones = [1] * len(P)
-    ups = _up_matrix(B.to(dtype)).t()
-    ups = ups.reshape(*ups.shape, *ones)
+    ups = _weight_of_B(B.to(dtype), len(P))
     if hybrid_A is not None and hybrid_B is not None:
-        hybrid_A, hybrid_B = hybrid_A.to(dtype), hybrid_B.to(dtype).reshape(*hybrid_B.shape, *ones)
+        hybrid_A, hybrid_B = hybrid_A.to(dtype), hybrid_B.to(dtype)[(..., *[None] * len(P))]
     if k == 1 or is_grouped(factors):
         found = [Part(A.to(dtype).movedim(-1, 1).flatten(0, 1), ups, k)]
         if hybrid_A is not None and hybrid_B is not None:
@@ -107,13 +105,11 @@ def parts(factors: Factors, dtype: torch.dtype) -> list[Part]:
     return [Part(downs, ups, 1)]
 
 
-def _up_matrix(B: Tensor) -> Tensor:
-    """The exchange of sub-ranks and the product with B as one matrix: `[k, r, O/k]` -> `[k * r, O]`.
+def _weight_of_B(B: Tensor, dims: int) -> Tensor:
+    """The exchange of sub-ranks and B as the weight of a 1x1 convolution: `[k, r, O/k]` -> `[O, k * r, 1, ...]`.
 
-    Its rows are in the order in which A leaves the sub-ranks, block by block of A, and zero but in one block of B.
+    Its columns are in the order in which A leaves the sub-ranks, block by block of A, and zero but for one block of B.
     """
     k, r, n = B.shape
-    if k == 1:
-        return B[0]
-    blocks = B.reshape(k, k, r // k, n).permute(1, 2, 3, 0)  # [k_i, q, O/k, k_j]
-    return torch.diag_embed(blocks, dim1=1, dim2=3).reshape(k * r, k * n)
+    blocks = B.reshape(k, k, r // k, n).permute(3, 1, 2, 0)  # [O/k, k_i, q, k_j]
+    return torch.diag_embed(blocks, dim1=0, dim2=3).reshape(k * n, k * r, *[1] * dims)
