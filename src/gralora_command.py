@@ -39,7 +39,7 @@ COMMANDS = {
         "verify_main",
         "compare an adapter that was saved, or is served, with training",
     ),
-    "run": ("gralora.tool.run", "main", "start another trainer (TRL, LLaMA-Factory, torchrun), its LoRA made GraLoRA"),
+    "run": ("gralora.tool.run", "main", "start another trainer (TRL, torchrun, ...) and make its LoRA GraLoRA"),
 }
 
 # commands whose help needs no torch -> module, which imports only Python's own, and function that makes the parser
@@ -57,6 +57,7 @@ NOISE = {
     "torchao": "Failed to load ",  # kernels for GPUs, where there is none
     "torch.utils._pytree": "%s is an Enum subclass",  # torchao to torch
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # it has another one
+    "transformers.trainer_utils": "mtime may not be reliable",  # in whose stead it orders checkpoints by their steps
 }
 # Modules that warn of what other libraries call there; those that read a user's settings are not among them
 LIBRARIES = (
@@ -116,8 +117,9 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="commands:\n"
         + "\n".join(f"  {name:{width}}  {what}" for name, (_, _, what) in COMMANDS.items())
         + "\n\nexample:\n"
-        + "  gralora finetune --use_gralora --gralora_scaling matched --data_path data.jsonl --output_dir out"
-        + f"\nexit status: 0 done, {USER_ERROR} wrong arguments or data, {INTERRUPTED} stopped by Ctrl-C, 1 a fault",
+        + "  gralora finetune --data_path data.jsonl --output_dir out \\\n"
+        + "      --use_gralora --gralora_scaling matched"
+        + f"\n\nexit status: 0 done, {USER_ERROR} wrong arguments or data, {INTERRUPTED} stopped by Ctrl-C, 1 a fault",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--debug", action="store_true", help="show where an error came from (also after the command)")
@@ -222,6 +224,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command, `argv` or else the process's arguments, and return the exit status."""
     leave_out_noise()
     argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        make_parser().print_help(sys.stderr)
+        return USER_ERROR
     debug = "--debug" in argv
     call = make_parser().parse_args([argument for argument in argv if argument != "--debug"])
     module, function, _ = COMMANDS[call.command]

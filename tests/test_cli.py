@@ -89,6 +89,8 @@ def test_help_lists_the_commands(capsys):
     output = capsys.readouterr().out
     assert stop.value.code == 0
     assert all(name in output and what in output for name, (_, _, what) in cli.COMMANDS.items())
+    assert max(map(len, output.splitlines())) <= 80
+    assert cli.main([]) == cli.USER_ERROR and capsys.readouterr() == ("", output)
 
 
 def test_help_imports_no_command():
@@ -115,7 +117,7 @@ def test_words_of_light_parsers_are_those_of_the_tables():
     assert set(LIGHT) == set(cli.COMMANDS) - {"finetune", "run"}, "whose flags are fields of configs"
 
 
-@pytest.mark.parametrize("argv", [[], ["nonsense"], ["finetune", "--no_such_flag", "1"], ["finetune", "--seed", "x"]])
+@pytest.mark.parametrize("argv", [["nonsense"], ["finetune", "--no_such_flag", "1"], ["finetune", "--seed", "x"]])
 def test_wrong_usage_ends_with_2(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)

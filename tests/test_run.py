@@ -48,6 +48,7 @@ def test_bad_command_lines(capsys):
         (["--hybrid_r"], "PROGRAM is missing"),
         (["--use_gralora"], "PROGRAM is missing"),
         (["--lora_r", "8", "trl"], "flag '--lora_r' is not known"),
+        (["--gralora_K=8", "trl"], "did you mean --gralora_k?"),
         (["--use_gralora=false", "trl"], "start the program without `gralora run`"),
         (["trl", "--gralora_scaling", "big"], "gralora_scaling='big' must be one of lora, matched"),
     ):
@@ -76,7 +77,9 @@ def test_the_program_and_its_children_make_gralora(program, capfd, monkeypatch):
     parent = f"import subprocess, sys; sys.exit(subprocess.call({child!r} + sys.argv[1:]))"
     run.main(["--gralora_k", "4", "--", sys.executable, "-c", parent, "--max_steps", "3", "--hybrid_r", "4"])
     ours = [True, 4, 4]
-    out = capfd.readouterr().out.splitlines()
+    printed = capfd.readouterr()
+    assert printed.err.endswith("gralora run: its LoRA was GraLoRA with gralora_k 4, hybrid_r 4\n")
+    out = printed.out.splitlines()
     assert out.count("their sitecustomize") == 2
     assert out[-1] == f"{json.dumps([ours, ours, ours, [False, 'auto', 0]])} --max_steps 3"
     saved = json.loads((program / "saved" / "adapter_config.json").read_text())

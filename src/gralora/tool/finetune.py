@@ -302,11 +302,11 @@ def show(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, args: FinetuneArgum
     """Print how many examples there are, what of them is cut, and one as the model gets it."""
     counts = corpus.counts()
     train = f"{counts['train']} examples" if counts["train"] is not None else "a stream of examples"
-    print(
-        f"{train} to train on ({counts['left_out']} more have prompts of {args.length} tokens or more), "
-        f"{counts['held_out']} held out; the first, trained on what is between {' and '.join(LEARNT)}:\n"
-        f"{marked(tokenizer, corpus.first)}\n----"
-    )
+    parts = [f"{train} to train on", f"{counts['held_out']} held out"]
+    if counts["left_out"]:
+        parts.append(f"{counts['left_out']} left out, whose prompts have {args.length} tokens or more")
+    print(output.fitted(parts, (", ",), output.columns()))
+    print(f"the first, trained on what is between {' and '.join(LEARNT)}:\n{marked(tokenizer, corpus.first)}\n----")
     cut = corpus.cut(args.length)
     if cut["examples"] and not args.splits_long_texts:
         lost = "beginning" if args.truncation_mode == "keep_end" else "end"

@@ -29,7 +29,7 @@ CHAT_COMMANDS = """  /adapter            show which adapters there are
   /adapter on         switch the first adapter on
   /adapter off        the base model alone
   /adapter NAME       switch to an adapter
-  /compare PROMPT     what the base model and each adapter answer; not kept in the conversation
+  /compare PROMPT     answers of the base model and of each adapter; not kept
   /reset              forget the conversation
   /help               show this
   /quit               leave (also Ctrl-D); Ctrl-C stops an answer"""

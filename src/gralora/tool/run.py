@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gralora_command import Parser
+from gralora_command import Parser, likely
 
 from ..config import SETTINGS, LoraConfig, parse
 
@@ -50,6 +50,8 @@ def main(argv: list[str]) -> None:
             )
     if status:
         sys.exit(status)
+    listed = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "use_gralora")
+    print(f"gralora run: its LoRA was GraLoRA{f' with {listed}' if listed else ''}", file=sys.stderr)
 
 
 def read_command(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -81,6 +83,8 @@ def read_command(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     command = command[command[:1] == ["--"] :]
     if not command or command[0].startswith("-"):
         unknown = f"flag {command[0]!r} is not known" if command else "PROGRAM is missing"
+        near = likely(command[0].partition("=")[0], [f"--{name}" for name in SETTINGS]) if command else None
+        unknown += f", did you mean {near}?" if near else ""
         parser.error(f"{unknown}; PROGRAM and its own flags come after the flags of gralora run.")
     settings = {name: parse(name, text) for name, text in given.items()}
     if not settings.setdefault("use_gralora", True):

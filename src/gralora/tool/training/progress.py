@@ -49,6 +49,14 @@ class Bar(ProgressCallback):
         pass
 
 
+def label_bars(trainer: Trainer) -> None:
+    """Give a trainer our bars in the place of what it shows; none with `disable_tqdm`."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(Bar)
+
+
 def label(bar: Any, text: str) -> None:
     if bar is not None:  # as in all processes but one
         bar.set_description(text)
@@ -69,10 +77,7 @@ class Progress(TrainerCallback):
     @classmethod
     def replace(cls, trainer: Trainer) -> "Progress":
         """Put it in the place of what the Trainer prints; its bar stays, unless `disable_tqdm`."""
-        for callback in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(callback)
-        if not trainer.args.disable_tqdm:
-            trainer.add_callback(Bar)
+        label_bars(trainer)
         progress = cls()
         trainer.add_callback(progress)
         return progress

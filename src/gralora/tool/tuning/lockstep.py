@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -171,7 +172,7 @@ class Rungs(TrainerCallback):
         for name in self.trainer.live:
             losses = self.trainer.held_out(name, self.rows, self.batch_size)
             self.search.report(name, step, losses)
-            print(f"step {step}/{state.max_steps}  {name}  held-out loss {math.fsum(losses) / len(losses):.4f}")
+            tqdm.write(f"step {step}/{state.max_steps}  {name}  held-out loss {math.fsum(losses) / len(losses):.4f}")
         before = self.search.stopped([rung for rung in rungs if rung < step])
         self.search.wait([name for name in self.search.trials() if name not in before], step)
         if step < state.max_steps:

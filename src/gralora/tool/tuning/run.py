@@ -16,7 +16,7 @@ from ...checkpoints.files import locked, write_json
 from ...ops import plans
 from ..arguments import FinetuneArguments
 from ..finetune import Loaded, load
-from ..training.progress import peak_memory_gib
+from ..training.progress import label_bars, peak_memory_gib
 from ..training.report import finite
 from .lockstep import LockstepTrainer, Rungs, can_mix, fastest_together
 from .report import BEST, PLOT, TABLE, lines, summary, write
@@ -170,6 +170,7 @@ def prepare(
         processing_class=loaded.tokenizer,
     )
     rungs = Rungs(trainer, search, loaded.corpus.held_out, options.shares, args.micro_batch_size)
+    label_bars(trainer)
     trainer.add_callback(rungs)
     if options.together != "auto":
         trainer.together = min(int(options.together), len(mine))
@@ -181,6 +182,8 @@ def prepare(
     elif trainer.args.device.type != "cpu":
         trainer.step_seconds = fastest_together(loaded.args, trainer)
     print(f"candidates: {len(mine)}, {trainer.together} in one pass through the base model")
+    for one in mine:
+        print(f"  {one.name}: {', '.join(f'{name} {value}' for name, value in one.settings.items())}")
     return trainer, rungs
 
 
