@@ -14,6 +14,7 @@ Written in Gluon, Triton's lower level (Triton >= 3.6); the device code is in ho
 import functools
 import math
 from collections.abc import Hashable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -58,7 +59,18 @@ def _counter(device: int) -> Tensor:
     key = device, current_raw_stream(device)
     counter = _counters.get(key)
     if counter is None:
-        counter = _counters[key] = torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))
+        with ThreadPoolExecutor(1) as thread:
+            counter = _counters[key] = thread.submit(_new_counter, device).result()
+    return counter
+
+
+def _new_counter(device: int) -> Tensor:
+    """Make a counter that lasts, which takes a thread of its own.
+
+    Before it captures a CUDA graph, torch.compile lets a thread allocate what the graph's replays overwrite.
+    """
+    counter = torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))
+    torch.cuda.synchronize(device)  # whatever stream is to use it
     return counter
 
 
