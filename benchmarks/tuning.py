@@ -98,8 +98,12 @@ def run(args: argparse.Namespace) -> None:
     jobs = [(task, method, seed) for seed in args.seeds for task in args.tasks for method in METHODS]
     task, method, seed = jobs[0]
     started = time.monotonic()
-    done = subprocess.run(command(args, task, method, seed, args.out / "alone"), timeout=args.budget_s)
-    print(f"alone: status {done.returncode}, {time.monotonic() - started:.1f} s", flush=True)
+    try:
+        words = command(args, task, method, seed, args.out / "alone")
+        done = subprocess.run(words, timeout=args.budget_s)
+        print(f"alone: status {done.returncode}, {time.monotonic() - started:.1f} s", flush=True)
+    except subprocess.TimeoutExpired:
+        print("alone: not finished", flush=True)
     running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
     waiting = [(f"{task}-{method}-{seed}", (task, method, seed)) for task, method, seed in jobs]
     while (waiting or running) and time.monotonic() < end:

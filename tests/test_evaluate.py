@@ -497,7 +497,7 @@ def test_models_that_agree_on_few_items_may_differ_on_more():
 
 
 def test_intervals_of_paired_losses():
-    """The bootstrap's, which is nearly the t interval's; and of items taken together, not apart."""
+    """Of items taken together, not apart; of few, they hold the true difference as often as of many."""
     draw = np.random.default_rng(0)
     hard = draw.normal(2, 1, 300)
     scores, reference = hard + draw.normal(-0.1, 0.2, 300), hard
@@ -505,6 +505,10 @@ def test_intervals_of_paired_losses():
     half = 1.96 * (scores - reference).std(ddof=1) / 300**0.5
     assert value == pytest.approx((scores - reference).mean())
     assert value - low == pytest.approx(half, rel=0.1) and high - value == pytest.approx(half, rel=0.1)
+    for n in (2, 3, 6):
+        pairs = draw.normal(0.3, 0.2, (1000, n))
+        held = [low <= 0.3 <= high for _, low, high in (difference(list(row), [0.0] * n) for row in pairs)]
+        assert np.mean(held) == pytest.approx(0.95, abs=0.02)
     assert difference([2.5], [2.0]) == (0.5, None, None)
     with pytest.raises(ValueError, match="as many for both"):
         difference([1.0], [1.0, 2.0])
@@ -520,6 +524,9 @@ def test_differences_of_other_aggregations():
     scores, reference = list(draw.normal(-2, 0.3, 200)), list(draw.normal(-2.2, 0.3, 200))
     value, low, high = difference(scores, reference, perplexity)
     assert value == pytest.approx(perplexity(scores) - perplexity(reference)) and low < value < high < 0
+    few = draw.normal(0, 0.1, (200, 8))
+    held = [low <= 0 <= high for _, low, high in (difference(list(row), [0.0] * 8, perplexity) for row in few)]
+    assert 0.92 <= np.mean(held) <= 0.99
 
 
 def test_estimate():

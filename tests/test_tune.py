@@ -24,7 +24,7 @@ from gralora.tool.finetune import finetune, read_arguments
 from gralora.tool.tune import main, shares
 from gralora.tool.tuning import run
 from gralora.tool.tuning.lockstep import LockstepTrainer
-from gralora.tool.tuning.report import certainty
+from gralora.tool.tuning.report import certainty, is_worse
 from gralora.tool.tuning.search import JOURNAL, Search, values, wait_for_study
 
 RATES = "0.002,0.03,0.01,2"
@@ -324,14 +324,19 @@ def found(best: float, tied: list[str] = (), base: float = 3.0) -> dict:
         "candidates": rows,
         "tied": list(tied),
         "base_model_loss": base,
+        "held_out_answers": 20,
         "share_of_full_sweep": 0.2,
     }
 
 
 def test_certainty():
     said = "\n".join(certainty(found(2e-4), ["learning_rate"]))
-    assert "sure, for this seed" in said and "end of the range" not in said and "took 20%" in said
+    assert "sure, for this seed" in said and "the same 20 answers" in said
+    assert "end of the range" not in said and "took 20%" in said
     assert "not sure: 1 candidates tie" in "\n".join(certainty(found(2e-4, ["c0"]), ["learning_rate"]))
+    one = found(2e-4) | {"held_out_answers": 1}
+    assert "not sure: there is one held-out answer" in "\n".join(certainty(one, ["learning_rate"]))
+    assert [is_worse({"low": low}) for low in (0.1, -0.1, None)] == [True, False, False]
     assert "--learning_rate 1.0e-05..2.0e-04" in "\n".join(certainty(found(1e-4), ["learning_rate"]))
     assert "--learning_rate 2.0e-04..4.0e-03" in "\n".join(certainty(found(4e-4), ["learning_rate"]))
     assert "no candidate is better than the base" in "\n".join(certainty(found(2e-4, base=1.9), ["learning_rate"]))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 Z = 1.959964  # of a normal distribution, two-sided 95 %
 RESAMPLES = 1000
@@ -12,7 +13,7 @@ FEW_RESAMPLES = 100  # for aggregations that are slow, as lm-evaluation-harness 
 
 
 class Estimate(NamedTuple):
-    """A value and the ends of its 95 % confidence interval, which are None where one item gives none."""
+    """A value and the ends of its 95 % confidence interval, which are None where it has none, as for one item."""
 
     value: float
     low: float | None
@@ -44,8 +45,9 @@ def difference(
     """Return how much higher a model scores than a reference on the same items.
 
     Where each score is 0 or 1, the interval is the adjusted Wald interval for paired proportions (Bonett and Price,
-    2012), which also has a width where both models agree on all items. Else it is the percentile bootstrap's, whose
-    resamples take the items of both models together.
+    2012), which also has a width where both models agree on all items. That of another mean is Student's, for as few
+    items as there are. Else it is the percentile bootstrap's, whose resamples take the items of both models together,
+    made wider for few items (Hesterberg, 2014, arXiv 1411.5279, section 4.5.1).
 
     Args:
         scores: the model's score of each item.
@@ -62,17 +64,24 @@ def difference(
     value = (aggregate or mean)(scores) - (aggregate or mean)(reference)
     if aggregate is None and {*scores, *reference} <= {0, 1}:
         return Estimate(value, *adjusted_wald(scores, reference))
+    if aggregate is None:
+        return estimate([float(a) - float(b) for a, b in zip(scores, reference, strict=True)])
     if n == 1:
         return Estimate(value, None, None)
     draws = np.random.default_rng(0).integers(0, n, (FEW_RESAMPLES if slow else RESAMPLES, n))  # [resamples, items]
-    if aggregate is None:
-        changes = np.asarray(scores, float) - np.asarray(reference, float)
-        differences = changes[draws].mean(axis=1)
-    else:
-        differences = np.array(
-            [aggregate([scores[i] for i in draw]) - aggregate([reference[i] for i in draw]) for draw in draws]
-        )
-    return Estimate(value, *map(float, np.quantile(differences, (0.025, 0.975))))
+    differences = np.array(
+        [aggregate([scores[i] for i in draw]) - aggregate([reference[i] for i in draw]) for draw in draws]
+    )
+    return Estimate(value, *map(float, np.quantile(differences, levels(n))))
+
+
+def levels(n: int) -> tuple[float, float]:
+    """Return the quantiles of the resamples of `n` items that are the ends of the interval.
+
+    They are 2.5% and 97.5% for many items. For few, resamples vary too little, and are taken to vary as Student's t.
+    """
+    low = float(stats.norm.cdf(stats.t.ppf(0.025, n - 1) * math.sqrt(n / (n - 1))))
+    return low, 1 - low
 
 
 def difference_of_groups(
@@ -80,7 +89,8 @@ def difference_of_groups(
 ) -> Estimate:
     """Return how much higher a model's weighted mean over several tasks is, with the percentile bootstrap's interval.
 
-    Items are drawn within each task, so that each resample has as many of each as there are.
+    Items are drawn within each task, so that each resample has as many of each as there are. The interval is as wide
+    as if there were as few of all as of the task with the fewest, and has no ends where that is one.
 
     Args:
         parts: the model's and the reference's scores of each task's items.
@@ -93,7 +103,10 @@ def difference_of_groups(
         value += weight * float(changes.mean())
         draws = generator.integers(0, len(changes), (RESAMPLES, len(changes)))
         differences += weight * changes[draws].mean(axis=1)
-    return Estimate(value, *map(float, np.quantile(differences, (0.025, 0.975))))
+    fewest = min(len(scores) for scores, _ in parts)
+    if fewest == 1:
+        return Estimate(value, None, None)
+    return Estimate(value, *map(float, np.quantile(differences, levels(fewest))))
 
 
 def adjusted_wald(scores: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:
@@ -110,9 +123,10 @@ def adjusted_wald(scores: Sequence[float], reference: Sequence[float]) -> tuple[
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Return the mean of the items' values, with the percentile bootstrap's interval."""
-    if len(values) == 1:
+    """Return the mean of the items' values, with Student's interval, which has no ends for one item."""
+    n = len(values)
+    if n == 1:
         return Estimate(values[0], None, None)
-    draws = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.quantile(np.asarray(values, float)[draws].mean(axis=1), (0.025, 0.975))
-    return Estimate(mean(values), float(low), float(high))
+    middle = mean(values)
+    half = float(stats.t.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return Estimate(middle, middle - half, middle + half)

@@ -45,12 +45,18 @@ def summary(search: Search, made: list[Candidate], rungs: list[int], before: lis
     return {
         "best": next(row for row in rows if row["name"] == best),
         "base_model_loss": math.fsum(before) / len(before),
+        "held_out_answers": len(before),
         "candidates": rows,
-        "tied": [row["name"] for row in rows if row["name"] != best and not row["minus_best"]["low"] > 0],
+        "tied": [row["name"] for row in rows if row["name"] != best and not is_worse(row["minus_best"])],
         "rungs": rungs,
         "steps_trained": trained,
         "share_of_full_sweep": trained / (len(made) * rungs[-1]),
     }
+
+
+def is_worse(difference: dict[str, Any]) -> bool:
+    """Whether an interval is above 0; one without ends, of a single answer, decides nothing."""
+    return difference["low"] is not None and difference["low"] > 0
 
 
 def last(trial: FrozenTrial) -> float:
@@ -96,13 +102,18 @@ def certainty(found: dict[str, Any], fields: list[str]) -> list[str]:
         for field in fields
     )
     said = [f"best: {settings}; held-out loss {best['held_out_loss']:.4f}, base model {found['base_model_loss']:.4f}"]
-    if found["tied"]:
+    answers = found["held_out_answers"]
+    if answers == 1:
+        said.append("not sure: there is one held-out answer, which compares nothing; give more (--val_set_size)")
+    elif found["tied"]:
         said.append(
             f"not sure: {len(found['tied'])} candidates tie with it, where they were measured last (marked tie); more "
             "held-out examples (--val_set_size) or another --seed would tell"
         )
     else:
-        said.append("sure, for this seed and data: all others were worse on the same answers, by the 95 % intervals")
+        said.append(
+            f"sure, for this seed and data: all others were worse on the same {answers} answers, by the 95 % intervals"
+        )
     rates = sorted({row["learning_rate"] for row in found["candidates"] if "learning_rate" in row})
     if len(rates) > 1 and best["learning_rate"] in (rates[0], rates[-1]):
         low, high = (rates[0] / 10, rates[1]) if best["learning_rate"] == rates[0] else (rates[-2], rates[-1] * 10)
