@@ -351,6 +351,61 @@ def test_code_is_run_only_with_consent(tiny_model, own_tasks, run, monkeypatch):
     assert run(tiny_model, *flags, "--confirm_run_unsafe_code")["models"]
 
 
+METRIC = """
+import os, subprocess, sys
+import datasets, evaluate
+
+class CodeEval(evaluate.Metric):
+    def _info(self):
+        features = {"predictions": datasets.Sequence(datasets.Value("string")), "references": datasets.Value("string")}
+        return evaluate.MetricInfo(
+            description="", citation="", inputs_description="", features=datasets.Features(features)
+        )
+
+    def _compute(self, predictions, references, k):
+        if os.getenv("HF_ALLOW_CODE_EVAL") != "1":
+            raise ValueError("HF_ALLOW_CODE_EVAL")
+        programs = [one + "\\n" + test for ones, test in zip(predictions, references) for one in ones]
+        passed = [subprocess.run([sys.executable, "-c", one], capture_output=True).returncode == 0 for one in programs]
+        return {"pass@1": sum(passed) / len(passed)}, {}
+"""
+
+
+@pytest.mark.slow
+def test_humaneval_of_a_cached_data_set(tiny_model, tmp_path, run, monkeypatch):
+    """Without the hub: its data set in the cache as `datasets` leaves it, and a stand-in there for the metric."""
+    import datasets
+    import evaluate as metrics
+
+    row = {"task_id": "t", "entry_point": "add", "canonical_solution": "", "prompt": "def add(a, b):\n"}
+    row["test"] = "def check(candidate):\n    assert candidate(2, 3) == 5\n"
+    rows = write_rows(tmp_path / "rows.jsonl", [row, row])
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(metrics.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(metrics.config, "HF_EVALUATE_OFFLINE", True)
+    datasets.load_dataset("json", data_files={"test": str(rows)})
+    (made,) = (tmp_path / "datasets" / "json").glob("*/*/*/")
+    name = "openai_humaneval"
+    cached = tmp_path / "datasets" / f"openai___{name}" / name / "0.0.0" / made.name
+    shutil.copytree(made, cached)
+    (cached / "json-test.arrow").rename(cached / f"{name}-test.arrow")
+    info = (cached / "dataset_info.json").read_text().replace('"dataset_name": "json"', f'"dataset_name": "{name}"')
+    (cached / "dataset_info.json").write_text(info.replace('"config_name": "default"', f'"config_name": "{name}"'))
+    module = tmp_path / "modules" / "evaluate_modules" / "metrics" / "evaluate-metric--code_eval" / ("0" * 64)
+    module.mkdir(parents=True)
+    for folder in (module, *module.parents[:3]):
+        (folder / "__init__.py").touch()
+    (module / "code_eval.py").write_text(METRIC)
+    answers(monkeypatch, ["    return a + b\n", "    return a * b\n"])
+    flags = (tiny_model, "--tasks", "humaneval", "--confirm_run_unsafe_code")
+    with pytest.raises(ValueError, match="HF_ALLOW_CODE_EVAL"):
+        run(*flags)
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    (own,) = run(*flags)["models"].values()
+    assert own["results"]["humaneval"]["pass@1,create_test"] == 0.5
+
+
 def test_files_take_the_place_of_a_task_s_data(tiny_model, own_tasks, tmp_path, run, monkeypatch):
     asked = write_rows(tmp_path / "asked.jsonl", [{"q": "9 + 1", "a": "10"}])
     solved = write_rows(tmp_path / "solved.jsonl", [{"q": "7 + 1", "a": "8"}])
