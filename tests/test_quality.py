@@ -602,6 +602,21 @@ def test_fewer_rows_are_beside_all(tmp_path: Path) -> None:
     assert "| python-800 | GraLoRA k=2 r=8 | 0.001 | 0.00025 | 1.0000 | 2.0000 at 0.0005, the nearest tried |" in lines
 
 
+def test_tasks_have_steps_ranks_and_learning_curves_of_their_own(tmp_path: Path) -> None:
+    """A task of longer runs beside a shorter one; the losses on the way are those at the best rate."""
+    results, much = results_with([], []), {"steps": 8, "tokens_per_step": 32}
+    for r, level in ((8, 2.0), (64, 1.5)):
+        for cell in (Cell("source", "lora", r), quality_plan.grid("source", r, 2 if r == 8 else 4, power=0.5)):
+            for e in (-1, 0, 1):
+                on_the_way = {"test_curve": {"2": level + 0.5 + e, "4": level + 0.25 + e}}
+                results.add(record(quality_plan.job(cell, e, 0, much), level + abs(e), **on_the_way))
+    results.add(record(quality_plan.job(LORA, 3, 0, much), 0.1))  # a run of a task's that was made with other steps
+    text = quality_report.write(results, tmp_path / "q.md")
+    assert "- 12 runs of 8 steps of 32 tokens" in text and "- 6 runs of 4 steps of 32 tokens" in text
+    assert "| LoRA r=64 | 2.0000 | 1.7500 | 1.5000 |" in text and "| LoRA r=8 | 8.4000" not in text
+    assert (tmp_path / "q-source-rank.svg").stat().st_size > 1000 and not (tmp_path / "q-python-rank.svg").exists()
+
+
 def test_tuning_seed_decides_nothing(tmp_path: Path) -> None:
     text = quality_report.write(results_with([], []), tmp_path / "q.md")
     assert "nothing is decided" in text
@@ -612,7 +627,7 @@ def test_tuning_seed_decides_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def published() -> Results:
-    return Results(runs.read(ROOT / "benchmarks" / "results" / "quality-h100.jsonl"))
+    return Results(r for path in (ROOT / "benchmarks" / "results").glob("quality-*.jsonl") for r in runs.read(path))
 
 
 def test_page_is_that_of_the_results(published: Results, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The plots of the quality page: held-out loss by learning rate."""
+"""The plots of the quality page: differences, held-out loss by rank, and by learning rate."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.pictures import INK, pyplot, save
 
-from .stats import Difference, Runs, order
+from .stats import Difference, Runs, matched, order
 from .train import Cell
 
 
@@ -26,6 +26,46 @@ def forest(named: list[tuple[str, Difference]], path: Path) -> None:
     axis.spines[["top", "right", "left"]].set_visible(False)
     save(figure, path)
     plt.close(figure)
+
+
+def ranks(task: str, runs: dict[Cell, Runs], path: Path) -> bool:
+    """Held-out loss of the tuning seed against rank, a line for each method at its own best learning rates.
+
+    A grid is drawn with k = 2 below r = 64 and k = 4 from there on, full fine-tuning as a level.
+
+    Returns:
+        Whether there are two ranks of a method, so something to draw.
+    """
+    lines: dict[str, dict[int, float]] = {}
+    for cell, own in runs.items():
+        usual = not (cell.init or cell.hybrid_r or cell.ratio != 1) and cell.method != "full"
+        if cell.task != task or not usual or (cell.method == "gralora" and cell.k != (2 if cell.r < 64 else 4)):
+            continue
+        if cell.method == "gralora":
+            name = {True: "GraLoRA, matched", False: "GraLoRA, lora_alpha / r"}.get(matched(cell))
+        else:
+            name = {"lora": "LoRA", "rslora": "rsLoRA"}[cell.method]
+        if name:
+            lines.setdefault(name, {})[cell.r] = own.tuning[own.lr]
+    if not any(len(line) > 1 for line in lines.values()):
+        return False
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for name, line in sorted(lines.items(), key=lambda item: item[0] != "LoRA"):
+        style: dict[str, Any] = {"lw": 3, "color": INK, "zorder": 1} if name == "LoRA" else {"lw": 1.8}
+        axis.plot(*zip(*sorted(line.items()), strict=True), "o-", label=name, **style)
+    for own in runs.values():
+        if own.cell.task == task and own.cell.method == "full":
+            axis.axhline(own.tuning[own.lr], color="#8a9099", linestyle="--", label="full fine-tuning")
+    every = sorted({r for line in lines.values() for r in line})
+    axis.set(xscale="log", xlabel="rank r, so trainable parameters", ylabel="held-out loss")
+    axis.set_xticks(every, [str(r) for r in every])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, frameon=False)
+    save(figure, path)
+    plt.close(figure)
+    return True
 
 
 def draw(task: str, runs: dict[Cell, Runs], path: Path) -> None:

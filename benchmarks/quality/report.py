@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from .figures import draw, forest
-from .plan import Results
+from .figures import draw, forest, ranks
+from .plan import TUNING_SEED, Results
 from .stats import (
     SCORES,
     Difference,
@@ -68,19 +69,17 @@ METHOD = (
 def write(results: Results, out: Path) -> str:
     """The Markdown report, which is also written to `out`, with plots beside it."""
     runs = collect(results)
-    some = next(iter(results))
     tasks = [task for task in TASKS if any(cell.task == task for cell in runs)]
     if unknown := {cell.task for cell in runs}.difference(TASKS):
         raise ValueError(f"no heading for the task {unknown.pop()!r} in TASKS; there are {', '.join(TASKS)}.")
-    steps, tokens = next(iter(runs.values())).steps, some["tokens_per_step"]
-    made = sum(len(own.records) for own in runs.values())
     lines = [
         "# Quality at equal parameters",
         "",
         "Made by `python -m benchmarks.quality report` from the results in `benchmarks/results/`; do not edit.",
         "",
-        f"{made} runs of {steps} steps of {tokens} tokens ({steps * tokens / 1e6:.2f} million), on {some['card']}, "
-        f"torch {some['torch']}, peft {some['peft']}, transformers {some['transformers']}.",
+        "What to do is in [choosing k, hybrid_r and the learning rate](choosing.md); here is what was measured.",
+        "",
+        *what_was_run(runs),
         "",
         *METHOD,
         "",
@@ -101,6 +100,11 @@ def write(results: Results, out: Path) -> str:
             *before,
             *table([own for own in runs.values() if own.cell.task == task], runs),
         ]
+        by_rank = out.with_name(f"{out.stem}-{task}-rank.svg")
+        if ranks(task, runs, by_rank):
+            caption = "*Each at its own best learning rate, with the seed that chooses it.*"
+            lines += ["", f"![Held-out loss by rank]({by_rank.name})", "", caption]
+        lines += on_the_way([own for own in runs.values() if own.cell.task == task])
         plot = out.with_name(f"{out.stem}-{task}.svg")
         draw(task, runs, plot)
         caption = "*With the seed that chooses the learning rate; what is far above the best loss is cut off.*"
@@ -113,6 +117,27 @@ def write(results: Results, out: Path) -> str:
     text = "\n".join(lines) + "\n"
     out.write_text(text)
     return text
+
+
+def what_was_run(runs: dict[Cell, Runs]) -> list[str]:
+    """A sentence for each number of steps: how many runs, of what, on which machines and with which versions."""
+    groups: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+    for own in runs.values():
+        for record in own.records:
+            groups[own.steps, record["tokens_per_step"]].append(record)
+    sentences = []
+    for (steps, tokens), records in sorted(groups.items(), key=lambda item: -math.prod(item[0])):
+        tasks = sorted({TASKS[record["task"]] for record in records}, key=list(TASKS.values()).index)
+        facts = {
+            name: ", ".join(dict.fromkeys(str(record[name]) for record in records))
+            for name in ("card", "torch", "peft", "transformers")
+        }
+        sentences.append(
+            f"- {len(records)} runs of {steps} steps of {tokens} tokens ({steps * tokens / 1e6:.2f} million): "
+            f"{'; '.join(tasks)}. On {facts['card']}, torch {facts['torch']}, peft {facts['peft']}, transformers "
+            f"{facts['transformers']}."
+        )
+    return sentences
 
 
 def summary(runs: dict[Cell, Runs], tasks: Iterable[str], plot: Path) -> list[str]:
@@ -221,6 +246,21 @@ def _mean(values: dict[int, float]) -> str:
         return ""
     known = list(values.values())
     return f"{statistics.mean(known):.4f}{plus_minus(half_width(known))} ({len(known)})"
+
+
+def on_the_way(own: list[Runs]) -> list[str]:
+    """Held-out losses during training, at the best learning rate, of the seed that chooses it."""
+    rows = []
+    for runs in sorted(own, key=order):
+        record = next(r for r in runs.records if r["lr"] == runs.lr and r["seed"] == TUNING_SEED)
+        if curve := record.get("test_curve"):
+            steps = sorted(curve, key=int)
+            rows.append([runs.name, *("" if curve[s] is None else f"{curve[s]:.4f}" for s in steps)])
+            rows[-1].append(f"{runs.tuning[runs.lr]:.4f}")
+    if not rows:
+        return []
+    head = ["method", *(f"after {step} steps" for step in steps), "at the end"]
+    return ["", "Learning curves, held out, of the seed that chooses the learning rate:", "", *_table([head, *rows])]
 
 
 def fewer_rows(runs: dict[Cell, Runs]) -> list[str]:

@@ -97,18 +97,19 @@ def _loss(record: dict[str, Any]) -> float:
 
 
 def collect(results: Results) -> dict[Cell, Runs]:
-    """The runs by cell, of the number of steps that most were made with."""
-    by_steps: dict[tuple[int, int], list] = defaultdict(list)
+    """The runs by cell; of each task, those of the number of steps and tokens that most were made with."""
+    by_steps: dict[str, dict[tuple[int, int], list]] = defaultdict(lambda: defaultdict(list))
     for record in results:
-        by_steps[record["steps"], record["tokens_per_step"]].append(record)
-    (steps, _), records = max(by_steps.items(), key=lambda item: len(item[1]))
+        by_steps[record["task"]][record["steps"], record["tokens_per_step"]].append(record)
     runs: dict[Cell, Runs] = {}
-    for record in records:
-        cell = Cell(**{f.name: record[f.name] for f in fields(Cell)})
-        own = runs.setdefault(cell, Runs(cell, steps))
-        own.records.append(record)
-        if record["seed"] == TUNING_SEED:
-            own.tuning[record["lr"]] = _loss(record)
+    for settings in by_steps.values():
+        (steps, _), records = max(settings.items(), key=lambda item: len(item[1]))
+        for record in records:
+            cell = Cell(**{f.name: record[f.name] for f in fields(Cell)})
+            own = runs.setdefault(cell, Runs(cell, steps))
+            own.records.append(record)
+            if record["seed"] == TUNING_SEED:
+                own.tuning[record["lr"]] = _loss(record)
     return {cell: own for cell, own in runs.items() if own.tuning}
 
 
