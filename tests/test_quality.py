@@ -30,6 +30,8 @@ from benchmarks.quality.train import Cell, Job, Trainer, schedule
 from helpers import adapter_parameters, tiny_llama
 from peft import get_peft_model
 
+import gralora
+
 ROOT = Path(__file__).parents[1]
 RUN = {"steps": 4, "tokens_per_step": 32}
 LORA, GRID = Cell("python", "lora", 8), Cell("python", "gralora", 8, 2)
@@ -351,6 +353,27 @@ def test_loraplus_gives_B_another_rate(task: Task) -> None:
         optimizer.step()
     assert result["test_loss"] == pytest.approx(other.test()["test_loss"], abs=1e-6)
     assert "LoRA+ x4" in cell.name
+
+
+def test_muon_is_a_plain_loop(task: Task) -> None:
+    """The second run of a trainer is a loop over a new LoRA-Muon, so its averages began anew."""
+    cell = replace(GRID, optimizer="muon")
+    own = trainer(cell, task)
+    own.run(Job(cell, 1e-1, 1, **RUN))
+    result = own.run(Job(cell, 1e-2, 2, **RUN))
+    other = trainer(cell, task)
+    other.reset(1e-2, 2)
+    optimizer = gralora.create_muon_optimizer(other.lm, lr=1e-2)
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] = 1e-2 * schedule(step, 4)
+        rows = other.order[step]
+        optimizer.zero_grad()
+        (other.row_losses(other.tokens[rows], other.mask[rows]).sum() / other.mask[rows][:, 1:].sum()).backward()
+        optimizer.step()
+    assert result["test_loss"] == pytest.approx(other.test()["test_loss"], abs=1e-5)
+    assert result["update_rms"]["4"] == pytest.approx(other.update_rms(), rel=1e-3) and "muon" in cell.name
+    with pytest.raises(ValueError, match="--launch eager"):
+        Trainer(tiny_llama(num_hidden_layers=1), cell, task, 4, 32, "graph")
 
 
 def test_range_of_good_learning_rates() -> None:

@@ -38,7 +38,7 @@ def ranks(task: str, runs: dict[Cell, Runs], path: Path) -> bool:
     """
     lines: dict[str, dict[int, float]] = {}
     for cell, own in runs.items():
-        usual = not (cell.init or cell.hybrid_r or cell.ratio != 1) and cell.method != "full"
+        usual = not (cell.init or cell.hybrid_r or cell.optimizer) and cell.ratio == 1 and cell.method != "full"
         if cell.task != task or not usual or (cell.method == "gralora" and cell.k != (2 if cell.r < 64 else 4)):
             continue
         if cell.method == "gralora":

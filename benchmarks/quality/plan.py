@@ -49,7 +49,12 @@ class Results:
             self.add(record)
 
     def add(self, record: dict[str, Any]) -> None:
-        record = {"start": 1.0, "init": "", "ratio": 1.0} | record  # earlier runs were made before there were these
+        record = {
+            "start": 1.0,
+            "init": "",
+            "ratio": 1.0,
+            "optimizer": "",
+        } | record  # earlier runs were made before there were these
         self._records[_identity(record)] = record
 
     def get(self, job: Job) -> dict[str, Any] | None:
@@ -70,7 +75,7 @@ class Results:
 
 
 KEY = (
-    *("task", "method", "r", "k", "hybrid_r", "scale", "start", "init", "ratio"),
+    *("task", "method", "r", "k", "hybrid_r", "scale", "start", "init", "ratio", "optimizer"),
     *("lr", "seed", "steps", "tokens_per_step"),
 )
 
@@ -154,6 +159,7 @@ def much_data(task: str) -> list[Stage]:
     full, rslora = Cell(task, "full"), Cell(task, "rslora", 128)
     ranks = (lora(task, 256), matched(256, 4), lora(task, 16), matched(16, 2))
     loraplus, lora_ga = (tuple(replace(c, **other) for c in first) for other in ({"ratio": 4.0}, {"init": "lora_ga"}))
+    muon = tuple(replace(c, optimizer="muon") for c in (lora(task, 16), matched(16, 2)))
     others = ("pissa", "olora", "orthogonal", "eva", "corda")
     return [
         Stage(f"{task}, r=128", first, seeds=0),
@@ -168,6 +174,7 @@ def much_data(task: str) -> list[Stage]:
         Stage(f"{task}, more seeds", (*ranks, rslora, *lora_ga, *loraplus), seeds=3),
         Stage(f"{task}, other k", (matched(128, 2), matched(128, 8), matched(256, 8)), seeds=3),
         Stage(f"{task}, r=64", (lora(task, 64), matched(64, 4)), seeds=3),
+        Stage(f"{task}, LoRA-Muon", muon, seeds=3, exponents=(1, 2)),
         Stage(f"{task}, one rate for all", (first[1], plain), seeds=0, seeds_at_loras=1),
         Stage(f"{task}, width", (*first, plain), seeds=0, exponents=wide),
         Stage(f"{task}, r=256, lora_alpha / r", (grid(task, 256, 4),), seeds=3),

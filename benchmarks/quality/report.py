@@ -284,7 +284,7 @@ def one_apart(runs: dict[Cell, Runs]) -> list[str]:
     for own in known:
         for other in known:
             a, b = own.cell, other.cell
-            rest = [(c.task, c.method, c.hybrid_r, c.init, c.ratio, matched(c)) for c in (a, b)]
+            rest = [(c.task, c.method, c.hybrid_r, c.init, c.ratio, c.optimizer, matched(c)) for c in (a, b)]
             differ = (a.k > b.k and a.r == b.r) or (a.r > b.r and a.k == b.k)
             if rest[0] == rest[1] and differ and (d := difference(own, other)) is not None:
                 rows.append([a.task, *(_with_rule(o) for o in (own, other)), f"{d} ({d.pairs})", d.verdict])

@@ -52,7 +52,8 @@ class Worker:
 
     def _build(self, job: Job) -> Trainer:
         """The trainer of a job's cell; where a step cannot be compiled or captured, without, and a line says so."""
-        ways = LAUNCHES[LAUNCHES.index(self.args.launch) :] if self.device == "cuda" else LAUNCHES[-1:]
+        eager = self.device != "cuda" or job.cell.optimizer == "muon"
+        ways = LAUNCHES[-1 if eager else LAUNCHES.index(self.args.launch) :]
         for self.launch in ways:
             torch.manual_seed(0)
             model = copy.deepcopy(self.base).to(self.device)

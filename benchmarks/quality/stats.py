@@ -194,11 +194,15 @@ def baseline(cell: Cell, runs: dict[Cell, Runs]) -> Runs | None:
     loras = sorted((c for c in runs if c.task == cell.task and c.method == "lora"), key=lambda c: c.r)
     grids = {c.r for c in runs if c.task == cell.task and c.method == "gralora"}
     same = [c for c in loras if c.r == cell.r and c.r in grids]
-    same.sort(key=lambda c: ((c.init, c.ratio) != (cell.init, cell.ratio), (c.init, c.ratio) != ("", 1.0)))
+    same.sort(key=lambda c: (_way(c) != _way(cell), _way(c) != ("", 1.0, "")))
     if same:
         return runs[same[0]]
     usual = [c for c in loras if c.r == 64] or loras
     return runs[usual[0]] if usual else None
+
+
+def _way(cell: Cell) -> tuple[str, float, str]:
+    return cell.init, cell.ratio, cell.optimizer
 
 
 def order(own: Runs) -> tuple:
@@ -213,6 +217,7 @@ def order(own: Runs) -> tuple:
         cell.start,
         cell.init,
         cell.ratio,
+        cell.optimizer,
     )
 
 

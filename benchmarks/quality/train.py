@@ -42,6 +42,7 @@ class Cell:
         start: factor on the initial entries of A.
         init: of PEFT's `init_lora_weights`; empty for its default. All seeds then start from the same factors.
         ratio: the learning rate of B over that of A, as in LoRA+ (arXiv 2402.12354).
+        optimizer: "muon" is LoRA-Muon (arXiv 2606.12921); empty for AdamW.
     """
 
     task: str
@@ -53,6 +54,7 @@ class Cell:
     start: float = 1.0
     init: str = ""
     ratio: float = 1.0
+    optimizer: str = ""
 
     @property
     def name(self) -> str:
@@ -64,6 +66,7 @@ class Cell:
         words += f" A x{self.start:.3g}" if self.start != 1 else ""
         words += f" {self.init}" if self.init else ""
         words += f" LoRA+ x{self.ratio:.3g}" if self.ratio != 1 else ""
+        words += f" {self.optimizer}" if self.optimizer else ""
         return f"{words} r={self.r}"
 
     def config(self) -> peft.LoraConfig:
@@ -97,7 +100,7 @@ class Trainer:
         Args:
             launch: "eager", "graph" (a step is one CUDA graph) or "compiled" (that, of compiled layers).
         """
-        self.cell, self.task, self.steps = cell, task, steps
+        self.cell, self.task, self.steps, self.launch = cell, task, steps, launch
         self.device = next(model.parameters()).device
         self.cuda = self.device.type == "cuda"
         if cell.method == "full":
@@ -131,21 +134,31 @@ class Trainer:
         self.lrs, self.losses = (torch.zeros(steps, device=self.device) for _ in range(2))
         self.count = torch.zeros(1, dtype=torch.long, device=self.device)
         self.test_rows = torch.zeros(self.batch, dtype=torch.long, device=self.device)
-        of_B = {id(p) for layer in self.adapted for p in layer.lora_B.parameters()} if cell.ratio != 1 else set()
-        groups = [([p for p in self.trainable if id(p) not in of_B], 1.0)]
-        groups += [([p for p in self.trainable if id(p) in of_B], cell.ratio)] if of_B else []
-        self.rates = [(torch.zeros((), device=self.device), factor) for _, factor in groups]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": members, "lr": lr} for (members, _), (lr, _) in zip(groups, self.rates, strict=True)],
-            weight_decay=0.0,
-            fused=True,
-            capturable=self.cuda,
-        )
+        self.rates: list[tuple[Tensor, float]] = []
+        self.optimizer = self._muon() if cell.optimizer == "muon" else self._adamw()
         self.before: dict[str, float | None] = {}
         self.generator: Generator | None = None
         self.train_step, self.test_step = self._train_step, self._test_step
         if launch != "eager":
             self._capture()
+
+    def _muon(self) -> torch.optim.Optimizer:
+        if self.launch != "eager":
+            raise ValueError("LoRA-Muon's eigenvalue decompositions cannot be captured: --launch eager.")
+        return gralora.create_muon_optimizer(self.lm, lr=0.0)
+
+    def _adamw(self) -> torch.optim.Optimizer:
+        ratio = self.cell.ratio
+        of_B = {id(p) for layer in self.adapted for p in layer.lora_B.parameters()} if ratio != 1 else set()
+        groups = [([p for p in self.trainable if id(p) not in of_B], 1.0)]
+        groups += [([p for p in self.trainable if id(p) in of_B], ratio)] if of_B else []
+        self.rates = [(torch.zeros((), device=self.device), factor) for _, factor in groups]
+        return torch.optim.AdamW(
+            [{"params": members, "lr": lr} for (members, _), (lr, _) in zip(groups, self.rates, strict=True)],
+            weight_decay=0.0,
+            fused=True,
+            capturable=self.cuda,
+        )
 
     def _place(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array.astype(np.int64 if array.dtype == np.uint16 else bool)).to(self.device)
@@ -172,6 +185,8 @@ class Trainer:
         self.losses.index_copy_(0, self.count, loss.detach()[None])
         for lr, factor in self.rates:
             lr.copy_(self.lrs.index_select(0, self.count)[0] * factor)
+        if not self.rates:  # LoRA-Muon's, which is never captured
+            self.optimizer.param_groups[0]["lr"] = self.lrs[self.count].item()
         self.optimizer.step()
         self.count += 1
 
