@@ -28,7 +28,9 @@ from benchmarks.quality.plan import Results, Stage
 from benchmarks.quality.stats import Difference
 from benchmarks.quality.train import Cell, Job, Trainer, schedule
 from helpers import adapter_parameters, tiny_llama
-from peft import get_peft_model
+from peft import GraloraConfig, PeftConfig, get_peft_model
+from peft.tuners.gralora.layer import Linear as GraloraLinear
+from peft.tuners.lora import LoraLayer
 
 import gralora
 
@@ -646,6 +648,29 @@ def test_tuning_seed_decides_nothing(tmp_path: Path) -> None:
 
 
 # The documentation
+
+
+def test_configuration_for_pefts_comparison(recwarn: pytest.WarningsRecorder) -> None:
+    """PEFT reads it whole, as its own GraLoRA, and the scaling is ours of LoRA's lora_alpha = 2 r there, matched."""
+    (folder,) = (ROOT / "configs" / "method_comparison" / "MetaMathQA" / "experiments" / "gralora").iterdir()
+    config = PeftConfig.from_pretrained(str(folder))
+    assert isinstance(config, GraloraConfig) and not [w for w in recwarn if "nexpected" in str(w.message)]
+    written = json.loads((folder / "adapter_config.json").read_text())
+    assert {name: getattr(config, name) for name in ("alpha", "r", "gralora_k", "hybrid_r", "target_modules")} == {
+        name: written[name] for name in ("alpha", "r", "gralora_k", "hybrid_r", "target_modules")
+    }
+    theirs = get_peft_model(tiny_llama(), config)
+    ours = gralora.LoraConfig(
+        use_gralora=True,
+        r=64,
+        lora_alpha=128,
+        gralora_k="auto",
+        gralora_scaling="matched",
+        target_modules="all-linear",
+    )
+    (scaling,) = {m.scaling["default"] for m in theirs.modules() if isinstance(m, GraloraLinear)}
+    scalings = {m.scaling["default"] for m in get_peft_model(tiny_llama(), ours).modules() if isinstance(m, LoraLayer)}
+    assert scalings == {scaling} == {4.0}
 
 
 @pytest.fixture(scope="module")
