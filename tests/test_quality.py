@@ -30,9 +30,9 @@ from benchmarks.quality.train import Cell, Job, Trainer, schedule
 from helpers import adapter_parameters, tiny_llama
 from peft import GraloraConfig, PeftConfig, get_peft_model
 from peft.tuners.gralora.layer import Linear as GraloraLinear
-from peft.tuners.lora import LoraLayer
 
 import gralora
+from gralora.optimizers import lora_pairs
 
 ROOT = Path(__file__).parents[1]
 RUN = {"steps": 4, "tokens_per_step": 32}
@@ -82,6 +82,14 @@ def test_plan_goes_on_from_results_and_repeats_nothing() -> None:
     assert finish(stages, lambda job: abs(job.lr - 1e-3), half) == made[len(made) // 2 :]
 
 
+def test_one_rate_is_not_enclosed() -> None:
+    """Before a later stage encloses it."""
+    stages = [Stage("one", (LORA,), 0, exponents=(2,), enclose=False), Stage("s", (GRID, LORA), 0)]
+    made = finish(stages, lambda job: abs(math.log2(job.lr / 1e-3)), Results())
+    assert [job.cell for job in made[:2]] == [LORA, GRID] and made[0].lr == 4e-3
+    assert {round(math.log2(job.lr / 1e-3)) for job in made if job.cell == LORA} == {-1, 0, 1, 2}
+
+
 def test_real_plan_ends_and_has_equal_parameters() -> None:
     """Every stage of the real plan is reached; adapters of one rank have equal trainable parameters."""
     stages = quality_plan.stages(quality_report.TASKS)
@@ -113,6 +121,8 @@ def test_worker_keeps_its_model() -> None:
     assert runs.choose(todo, None, {LORA}) == jobs[GRID, 0]
     assert runs.choose(todo, None, set()) == jobs[LORA, 0]
     assert runs.choose(todo[:1], None, {LORA}) == jobs[LORA, 0]  # rather than nothing
+    later = [("s", jobs[LORA, 0]), ("t", jobs[GRID, 0]), ("u", quality_plan.job(Cell("python", "full"), 0, 0, RUN))]
+    assert runs.choose(later, Cell("python", "full"), {LORA}) == jobs[GRID, 0]  # what matters more goes first
     assert runs.choose([], LORA, set()) is None
 
 
@@ -669,7 +679,7 @@ def test_configuration_for_pefts_comparison(recwarn: pytest.WarningsRecorder) ->
         target_modules="all-linear",
     )
     (scaling,) = {m.scaling["default"] for m in theirs.modules() if isinstance(m, GraloraLinear)}
-    scalings = {m.scaling["default"] for m in get_peft_model(tiny_llama(), ours).modules() if isinstance(m, LoraLayer)}
+    scalings = {pair.scaling for pair in lora_pairs(get_peft_model(tiny_llama(), ours))}
     assert scalings == {scaling} == {4.0}
 
 

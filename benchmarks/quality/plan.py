@@ -25,6 +25,7 @@ class Stage:
     Attributes:
         seeds: how many seeds a cell is run with at its best learning rate; 0: tuned only.
         seeds_at_loras: with how many of them a grid is also run at the best learning rate of LoRA of its rank.
+        enclose: whether learning rates are added until the best lies between two worse.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Stage:
     seeds: int
     seeds_at_loras: int = 0
     exponents: tuple[int, ...] = (0, 1)
+    enclose: bool = True
 
 
 def first_exponents(cell: Cell, stage: Stage) -> list[int]:
@@ -96,11 +98,13 @@ def tuned(cell: Cell, run: dict[str, int], results: Results) -> dict[int, float]
     return {exponent: loss for exponent, loss in losses.items() if loss is not None}
 
 
-def tuning(cell: Cell, first: list[int], run: dict[str, int], results: Results) -> tuple[list[Job], int | None]:
+def tuning(
+    cell: Cell, first: list[int], run: dict[str, int], results: Results, enclose: bool = True
+) -> tuple[list[Job], int | None]:
     """Runs still to be made to enclose the best learning rate, and its exponent once nothing is left to make."""
     losses = tuned(cell, run, results)
     missing = [e for e in first if e not in losses]
-    if not missing:
+    if not missing and enclose:
         best = min(losses, key=losses.__getitem__)
         missing = [e for e in (best + 1, best - 1) if e not in losses and FLATTEST <= e <= STEEPEST]
         if not missing:
@@ -113,7 +117,7 @@ def pending(stages: Iterable[Stage], run: dict[str, int], results: Results) -> I
     for stage in stages:
         chosen = {}
         for cell in stage.cells:
-            jobs, best = tuning(cell, first_exponents(cell, stage), run, results)
+            jobs, best = tuning(cell, first_exponents(cell, stage), run, results, stage.enclose)
             yield from ((f"{stage.name}, learning rates", j) for j in jobs)
             if best is not None:
                 chosen[cell] = best
@@ -157,7 +161,7 @@ def much_data(task: str) -> list[Stage]:
     wide = (-3, -2, -1, 0, 1, 2, 3, 4)  # to see how far from the best rate a method still works
     first, plain = (lora(task, 128), matched(128, 4)), grid(task, 128, 4)
     full, rslora = Cell(task, "full"), Cell(task, "rslora", 128)
-    ranks = (lora(task, 256), matched(256, 4), lora(task, 16), matched(16, 2))
+    high, low = (lora(task, 256), matched(256, 4)), (lora(task, 16), matched(16, 2))
     loraplus, lora_ga = (tuple(replace(c, **other) for c in first) for other in ({"ratio": 4.0}, {"init": "lora_ga"}))
     muon = tuple(replace(c, optimizer="muon") for c in (lora(task, 16), matched(16, 2)))
     others = ("pissa", "olora", "orthogonal", "eva", "corda")
@@ -165,13 +169,16 @@ def much_data(task: str) -> list[Stage]:
         Stage(f"{task}, r=128", first, seeds=0),
         Stage(f"{task}, lora_alpha / r", (plain,), seeds=0, exponents=(1, 2)),
         Stage(f"{task}, r=128, again", first, seeds=3),
+        Stage(f"{task}, lora_alpha / r, again", (plain,), seeds=2),
+        Stage(f"{task}, r=256, one rate", high, seeds=0, exponents=(0,), enclose=False),
+        Stage(f"{task}, r=16, one rate", low, seeds=0, exponents=(2,), enclose=False),
         Stage(f"{task}, full fine-tuning", (full,), seeds=0),
-        Stage(f"{task}, r=256 and 16", ranks, seeds=0),
+        Stage(f"{task}, r=256 and 16", (*high, *low), seeds=0),
         Stage(f"{task}, rsLoRA", (rslora,), seeds=0),
-        Stage(f"{task}, lora_alpha / r, again", (plain, full), seeds=3),
+        Stage(f"{task}, third seed and full fine-tuning", (plain, full), seeds=3),
         Stage(f"{task}, LoRA-GA", lora_ga, seeds=0, exponents=(-1, 0)),
         Stage(f"{task}, LoRA+", loraplus, seeds=0, exponents=(-1, 0)),
-        Stage(f"{task}, more seeds", (*ranks, rslora, *lora_ga, *loraplus), seeds=3),
+        Stage(f"{task}, more seeds", (*high, *low, rslora, *lora_ga, *loraplus), seeds=3),
         Stage(f"{task}, other k", (matched(128, 2), matched(128, 8), matched(256, 8)), seeds=3),
         Stage(f"{task}, r=64", (lora(task, 64), matched(64, 4)), seeds=3),
         Stage(f"{task}, LoRA-Muon", muon, seeds=3, exponents=(1, 2)),

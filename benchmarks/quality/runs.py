@@ -81,16 +81,16 @@ def _worker(pipe: Connection, args: argparse.Namespace, threads: int) -> None:
 def choose(todo: list[tuple[str, Job]], held: Cell | None, others: set[Cell]) -> Job | None:
     """The next job of a worker that has the model of the cell `held`, while `others` are trained by other workers.
 
-    Of the most important stage that has jobs: its own cell's first, then a cell that nobody has.
+    Of the most important stage that has one: a job of its own cell, else of a cell that nobody has. What others have
+    is left to them while there is such a job in a later stage.
     """
-    if not todo:
-        return None
-    jobs = [job for stage, job in todo if stage == todo[0][0]]
-    own = [job for job in jobs if job.cell == held]
-    free = [job for job in jobs if job.cell not in others]
-    # a job of a cell that another worker has is left to it while there is a free one in a later stage
-    later = [job for _, job in todo if job.cell == held] + [job for _, job in todo if job.cell not in others]
-    return [*own, *free, *later, *jobs][0]
+    for stage in dict.fromkeys(stage for stage, _ in todo):
+        jobs = [job for name, job in todo if name == stage]
+        own = [job for job in jobs if job.cell == held]
+        free = [job for job in jobs if job.cell not in others]
+        if own or free:
+            return [*own, *free][0]
+    return todo[0][1] if todo else None
 
 
 def run(args: argparse.Namespace, stages: list[Stage] | None = None) -> Results:
