@@ -110,7 +110,8 @@ def run(args: argparse.Namespace) -> None:
         while waiting and len(running) < args.workers:
             name, job = waiting.pop(0)
             log = (args.out / f"{name}.log").open("wb")
-            words = command(args, *job, args.out / name, "--full_sweep", "--rungs", RUNGS)
+            how = ["--full_sweep", "--rungs", RUNGS, "--together", args.together]
+            words = command(args, *job, args.out / name, *how)
             running[name] = subprocess.Popen(words, stdout=log, stderr=log), time.monotonic()
         for name, (process, began) in list(running.items()):
             if process.poll() is not None:
@@ -210,6 +211,7 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("--seeds", type=int, nargs="+", default=[42, 43])
     r.add_argument("--tasks", nargs="+", default=list(ROWS), choices=list(ROWS))
     r.add_argument("--workers", type=int, default=4, help="sweeps at once [4]")
+    r.add_argument("--together", default="auto", help="candidates of a sweep in one pass, as of `gralora tune` [auto]")
     r.add_argument("--budget_s", type=float, default=float("inf"))
     r.set_defaults(call=run)
     t = commands.add_parser("report", help="what each rule would have found")
