@@ -57,9 +57,8 @@ def cases(T: int, n_in: int, n_out: int, k: int, r: int, backward: bool) -> tupl
     columns = torch.ones(1, n_out, device="cuda") if backward else weight.scales.t().contiguous()
     pointers = rows, rows if backward else weight.scales
 
-    def chosen(choice: str, function: Callable[..., None], *args: Any) -> Callable[[], Tensor]:
+    def product(function: Callable[..., None], *args: Any) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            fp8.choice = choice
             function(y, x, *args)
             return y
 
@@ -85,9 +84,9 @@ def cases(T: int, n_in: int, n_out: int, k: int, r: int, backward: bool) -> tupl
     exact = (values.double() * rows.double()) @ (stored.double().t() * columns.double())
     found = {
         "bf16": lambda: x @ w.t(),
-        "gralora bf16": chosen("dequantised", hopper.linear, w, None, g, B),
-        "torch": chosen("products", fp8.linear, weight, None, g, B),
-        "fused": chosen("fused", fp8_hopper.linear, weight, None, g, B),
+        "gralora bf16": product(hopper.linear, w, None, g, B),
+        "torch": product(fp8.linear, weight, None, g, B),
+        "fused": product(fp8_hopper.linear, weight, None, g, B),
         "scaled_mm": alone(False),
         "scaled_mm, fast": alone(True),
         "fused product": fused_product,
@@ -96,10 +95,10 @@ def cases(T: int, n_in: int, n_out: int, k: int, r: int, backward: bool) -> tupl
     if backward:
         z, h = draw(T, n_out), draw(k, T, r)
         grads = FactorGradients(z, h, w.new_empty(k, n_out // k, r), w.new_empty(k, r, n_in // k).mT)
-        found["gralora bf16, grads in it"] = chosen("dequantised", hopper.linear, w, None, g, B, grads)
+        found["gralora bf16, grads in it"] = product(hopper.linear, w, None, g, B, grads)
         found["torch, grads after"] = then(found["torch"], grads)
         found["fused, grads after"] = then(found["fused"], grads)
-        found["fused, grads in it"] = chosen("fused", fp8_hopper.linear, weight, None, g, B, grads)
+        found["fused, grads in it"] = product(fp8_hopper.linear, weight, None, g, B, grads)
     return found, exact, exact + reference.up(g.double().transpose(0, 1).flatten(1), B.double())
 
 

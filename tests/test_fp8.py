@@ -29,6 +29,7 @@ from helpers import (
 from operators import gralora_linear
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import gralora
@@ -89,9 +90,9 @@ def products(monkeypatch):
     """Let all FP8 weights be multiplied as they are stored, on the CPU, too."""
     monkeypatch.setattr(fp8, "choice", "products")
     monkeypatch.setattr(plans, "CPU", replace(plans.CPU, fp8_product="fp8"))
-    plans._fp8_module.cache_clear()
+    plans.fp8_module.cache_clear()
     yield
-    plans._fp8_module.cache_clear()
+    plans.fp8_module.cache_clear()
 
 
 def relative(error: Tensor, exact: Tensor) -> float:
@@ -247,6 +248,35 @@ def test_models_with_products(products, way):
         assert 0 < relative(ours - exact, exact) < 0.2
 
 
+@pytest.mark.parametrize(
+    "name, choice",
+    [(name, "dequantised") for name in ("PerRow", "blocks of (32, 16)", "quantises its input")]
+    + [(name, "products") for name in ("PerRow", "blocks of (96, 64)", "quantises its input")],
+)
+def test_compiled(products, name, choice):
+    """As in eager mode; an operator where 8-bit floats are multiplied or the layer's own product has no gradient."""
+    fp8.choice, graphs = choice, []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return aot_eager(graph, inputs)
+
+    base, _ = layers()[name]
+    is_operator = choice == "products" or name != "PerRow"
+    model = adapted(OneLayer(base), case_config(CASE))
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for tokens in (9, 17):
+        dy, outcomes = random_input(tokens, CASE.out_features, seed=5, dtype=torch.float32), []
+        for function in (model, compiled):
+            x = random_input(tokens, CASE.in_features, dtype=torch.float32).requires_grad_()
+            y = function(x)
+            parts = [p for p in model.parameters() if p.requires_grad]
+            outcomes.append([y.detach(), *torch.autograd.grad(y, [x, *parts], dy)])
+        for eager, ours in zip(*outcomes, strict=True):
+            assert relative(ours - eager, eager) < 1e-5
+    assert graphs and all(("gralora.fp8_linear" in code) == is_operator for code in graphs)
+
+
 def test_products_only_where_asked_for(products):
     """By default for layers that quantise their inputs themselves; scales per block are dequantised."""
     x = random_input(5, CASE.in_features, dtype=torch.float32)
@@ -304,23 +334,21 @@ def test_which_gpus(monkeypatch, capability, product):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
     monkeypatch.setattr(plans, "_failed", set())
     plans.choose("auto")
-    module, card = plans._fp8_module(0)
+    module, card = plans.fp8_module(0)
     assert module == product and card == f"NVIDIA X, of compute capability {capability[0]}.{capability[1]},"
     with pytest.warns(RuntimeWarning, match="no room. From now on torch computes instead"):
         plans.give_up(KernelUnavailable("no room", "fp8_hopper"))
-    assert plans._fp8_module(0)[0] == ("fp8" if product else "")
+    assert plans.fp8_module(0)[0] == ("fp8" if product else "")
     plans._failed.clear()
     for chosen in ("torch", "auto"):
         plans.choose(chosen)
-        assert plans._fp8_module(0)[0] == (product if chosen == "auto" or not product else "fp8")
+        assert plans.fp8_module(0)[0] == (product if chosen == "auto" or not product else "fp8")
     plans.choose("auto")
 
 
 def test_choice(monkeypatch):
     monkeypatch.setenv("GRALORA_FP8", "always")
-    with pytest.raises(
-        ValueError, match="GRALORA_FP8='always' is not known; use one of auto, products, fused, dequantised"
-    ):
+    with pytest.raises(ValueError, match="GRALORA_FP8='always' is not known; use one of auto, products, dequantised"):
         fp8.read_choice()
 
 

@@ -10,7 +10,7 @@ import torch
 from operators import gralora_linear
 from test_kernels import make, needs_gpu, relative
 
-from gralora.ops import Float8Weight, fp8, reference
+from gralora.ops import Float8Weight, fp8, plans, reference
 from gralora.ops.interface import FactorGradients
 
 pytest.importorskip("triton.experimental.gluon")
@@ -114,7 +114,7 @@ needs_hopper = pytest.mark.skipif(
 @pytest.fixture
 def fused(monkeypatch):
     """Let all FP8 weights be multiplied by the fused product, and nothing else."""
-    monkeypatch.setattr(fp8, "choice", "fused")
+    monkeypatch.setattr(fp8, "choice", "products")
     monkeypatch.setattr(fp8, "linear", lambda *args: pytest.fail("not fused"))
 
 
@@ -145,8 +145,32 @@ def test_fused_product_on_gpu(shape, dtype, fused):
             assert error < 0.01, (name, adds)
 
 
-def test_product_where_it_is_not_fused():
+def test_one_x_is_quantised_once(monkeypatch):
+    """For layers that have it one after the other, while it is what it was; and what comes of it is freed with it."""
+    quantised = []
+    monkeypatch.setattr(fp8_hopper, "quantize_rows", lambda x: quantised.append(1) or fp8.quantize_rows(x))
+    monkeypatch.setattr(fp8_hopper, "is_capturing", lambda: False)
+    monkeypatch.setattr(fp8_hopper, "current_raw_stream", lambda device: streams[-1])
+    monkeypatch.setattr(fp8_hopper, "_last", {})
+    x, streams = torch.randn(3, 16), [0]
+    first = fp8_hopper._quantized(x)
+    assert fp8_hopper._quantized(x) is first and len(quantised) == 1
+    x[0] = 2
+    assert torch.equal(fp8_hopper._quantized(x)[1], fp8.quantize_rows(x)[1]) and len(quantised) == 2
+    streams.append(1)
+    fp8_hopper._quantized(x)
+    fp8_hopper._quantized(x.clone())
+    assert len(quantised) == 4 and not fp8_hopper._last, "the copy is dead"
+    with torch.inference_mode():
+        fp8_hopper._quantized(torch.zeros(2, 16))
+    monkeypatch.setattr(fp8_hopper, "is_capturing", lambda: True)
+    fp8_hopper._quantized(x)
+    assert not fp8_hopper._last
+
+
+def test_product_where_it_is_not_fused(monkeypatch):
     """Is torch's, and writes the factors' gradients, too, for which a plan relies on it."""
+    monkeypatch.setattr(hopper, "_processors", lambda device: 132)
     T, n_in, n_out, k, r = 24, 64, 32, 2, 4
     x, z, w = torch.randn(T, n_in), torch.randn(T, n_out), torch.randn(n_out, n_in)
     g, h, B = torch.randn(k, T, r), torch.randn(k, T, r), torch.randn(k, r, n_out // k)
@@ -181,19 +205,20 @@ def test_gradients_of_factors_in_the_launch_on_gpu(shape, fused):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("choice", ["products", "fused"])
+@pytest.mark.parametrize("product", ["fp8", "fp8_hopper"])
 @pytest.mark.parametrize(
     "n_in, n_out, bias, factors",
     [(4096, 4096, False, torch.bfloat16), (2048, 8192, True, torch.float32), (576, 1536, False, torch.bfloat16)],
 )
-def test_layers_on_gpu(monkeypatch, choice, n_in, n_out, bias, factors):
+def test_layers_on_gpu(monkeypatch, product, n_in, n_out, bias, factors):
     """Errors of y and dx are those of rounding x and dy, and the factors' gradients as exact as without FP8."""
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs compute capability 8.9")
+    monkeypatch.setattr(plans, "fp8_module", lambda device: (product, "the card"))
     x, w, b, A, B, *_ = make((4096, n_in, n_out, 4, 64, 0), torch.bfloat16, "cuda", bias)
     dy, weight, outcomes = torch.randn(4096, n_out, device="cuda", dtype=torch.bfloat16), float8(w), []
     trained = [x, A.to(factors), B.to(factors)]
-    for used in ("dequantised", choice):
+    for used in ("dequantised", "products"):
         monkeypatch.setattr(fp8, "choice", used)
         leaves = [t.clone().requires_grad_() for t in trained]
         y = gralora_linear(leaves[0], weight, b, *leaves[1:], None, None, 1.0)
@@ -242,10 +267,8 @@ def test_fused_product_in_a_graph_on_gpu(fused):
 @pytest.mark.gpu
 @needs_hopper
 def test_which_product_on_gpu(monkeypatch):
-    """The fused one by GRALORA_FP8=fused; few tokens are left to torch's."""
-    from gralora.ops import plans
-
-    monkeypatch.setattr(fp8, "choice", "fused")
+    """The fused one; few tokens are left to torch's."""
+    monkeypatch.setattr(fp8, "choice", "products")
     x, w, _, A, B, *_ = make((4096, 4096, 4096, 4, 64, 0), torch.bfloat16, "cuda")
     plan = plans.plan(x, float8(w), A, B)
     assert plan.forward is plan.backward is fp8_hopper and plan.takes_packed

@@ -26,8 +26,8 @@ from .ops import (
     PackedWeight,
     Rows,
     add_update,
-    compiled,
     gralora_linear,
+    is_operator,
     joined,
     mixed_update,
     plans,
@@ -42,7 +42,7 @@ from .ops.torch_seam import (
     unhooked_parameters,
 )
 from .promote import Transparent
-from .quantized import packed_weight
+from .quantized import holds_float8, packed_weight
 from .seam import Conv1D
 
 if TYPE_CHECKING:
@@ -182,11 +182,11 @@ def fused_call(layer: Any, x: Tensor) -> FusedCall | None:
         weight = bias = None
     if magnitude is not None and (weight is None or p):
         return None
-    if is_compiling() and (more or weight is None or compiled.form_of(x.to(dtype), weight, p) == "operations"):
-        return None
-    if weight is None and not has_hooks(base):
+    if weight is None and not has_hooks(base) and (not is_compiling() or holds_float8(base)):
         weight = packed_weight(base, x, dtype)
         bias = None if weight is None else parameters_of(base).get("bias", getattr(base, "bias", None))
+    if is_compiling() and (more or weight is None or not is_operator(x.to(dtype), weight, p)):
+        return None
     return FusedCall(base, weight, bias, factors, p, dtype, tuple(more), magnitude)
 
 

@@ -139,6 +139,11 @@ READERS: Mapping[str, Read] = {
 }
 
 
+def holds_float8(base: nn.Module) -> bool:
+    """Whether a layer's weight is one of those in FP8 that have a reader."""
+    return type(parameters_of(base).get("weight")).__name__ == "Float8Tensor" or type(base).__name__ == "FP8Linear"
+
+
 def packed_weight(base: nn.Module, x: Tensor, dtype: torch.dtype) -> PackedWeight | None:
     """The weight of a quantised layer that our product is to compute with, or None if the layer is to be called.
 

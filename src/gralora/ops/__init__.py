@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import autograd, compiled, fused, plans
+from . import autograd, compiled, fp8_compiled, fused, plans
 from . import reference as _reference
 from .dropout import draw_seed, dropout
 from .gated import GatedMlp, gated_mlp
@@ -26,6 +26,7 @@ __all__ = [
     "dropout",
     "gated_mlp",
     "gralora_linear",
+    "is_operator",
     "joined",
     "mixed_update",
     "shared_linear",
@@ -39,7 +40,8 @@ def gralora_linear(
 
     Args:
         x: `[..., I]`.
-        weight: frozen base weight, `[O, I]`, dtype of x; or, except while torch.compile traces, a quantised one.
+        weight: frozen base weight, `[O, I]`, dtype of x, or a quantised one; while torch.compile traces, what
+            `is_operator` tells.
         bias: frozen base bias, `[O]`, dtype of x, or None.
         factors: of the adapter, any float dtype; computed with in the dtype of x.
         p: probability of dropout on what the adapter sees of x.
@@ -50,6 +52,8 @@ def gralora_linear(
     """
     if p and seed is None:
         seed = draw_seed(x)
+    if torch.compiler.is_compiling() and isinstance(weight, Float8Weight):
+        return fp8_compiled.linear(x, weight.values, weight.scales, list(weight.block), bias, *factors, p, seed)[0]
     if torch.compiler.is_compiling() and isinstance(weight, Tensor):
         if compiled.form_of(x, weight, p) != "kernels":
             return compiled.linear(x, weight, bias, *factors, p, seed)[0]
@@ -59,6 +63,13 @@ def gralora_linear(
     if not torch.is_grad_enabled():
         return fused.linear(x, weight, bias, factors, p, seed)[0]
     return autograd.linear(x, weight, bias, factors, p, seed)
+
+
+def is_operator(x: Tensor, weight: Weight, p: float) -> bool:
+    """Whether `gralora_linear` is to be one operator in the graph of torch.compile, which traces now."""
+    if isinstance(weight, Tensor):
+        return compiled.form_of(x, weight, p) != "operations"
+    return isinstance(weight, Float8Weight) and fp8_compiled.is_operator(x, weight)
 
 
 def add_update(y: Tensor, x: Tensor, factors: Factors, p: float = 0.0) -> Tensor:

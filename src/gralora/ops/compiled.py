@@ -126,15 +126,15 @@ def operators(name: str, define: Any, body: Callable[..., Any], backward_body: C
     """
     forward = define(f"gralora::{name}", mutates_args=())(body)
     backward = define(f"gralora::{name}_backward", mutates_args=())(backward_body)
-    forward.register_fake(_linear_fake)
-    backward.register_fake(_linear_backward_fake)
+    forward.register_fake(linear_fake)
+    backward.register_fake(linear_backward_fake)
 
     def differentiated(ctx: Any, dy: Tensor, _: Any) -> Any:
         x, weight, A, B, hybrid_A, hybrid_B, g, seed = ctx.saved_tensors
         needs_x, _, _, *needs_factors = ctx.needs_input_grad[:7]
         needs = list(Needs.of(needs_x, *needs_factors))
         grads = iter(backward(dy, x, weight, A, B, hybrid_A, hybrid_B, ctx.scaling, g, ctx.p, seed, needs))
-        wanted = _wanted(x, A, B, hybrid_A, hybrid_B, needs)
+        wanted = needing(x, A, B, hybrid_A, hybrid_B, needs)
         dx, *d_factors = [None if t is None else next(grads) for t in wanted]
         return dx, None, None, *d_factors, None, None, None
 
@@ -142,7 +142,7 @@ def operators(name: str, define: Any, body: Callable[..., Any], backward_body: C
     return forward, backward
 
 
-def _wanted(x: Tensor, A: Tensor, B: Tensor, hybrid_A: Any, hybrid_B: Any, needs: Any) -> list[Tensor | None]:
+def needing(x: Tensor, A: Tensor, B: Tensor, hybrid_A: Any, hybrid_B: Any, needs: Any) -> list[Tensor | None]:
     """What the entries of `fused.gradients`' result are gradients of; None where there is none."""
     needs_x, needs_A, needs_B = needs
     inputs = x, A, B, hybrid_A, hybrid_B
@@ -150,7 +150,7 @@ def _wanted(x: Tensor, A: Tensor, B: Tensor, hybrid_A: Any, hybrid_B: Any, needs
     return [t if need else None for t, need in zip(inputs, needed, strict=True)]
 
 
-def _linear_fake(
+def linear_fake(
     x: Tensor,
     weight: Tensor,
     bias: Any,
@@ -168,7 +168,7 @@ def _linear_fake(
     return fused.output(x, weight), x.new_empty(k, T, R)
 
 
-def _linear_backward_fake(
+def linear_backward_fake(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -182,7 +182,7 @@ def _linear_backward_fake(
     seed: Any,
     needs: list[bool],
 ) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in _wanted(x, A, B, hybrid_A, hybrid_B, needs) if t is not None]
+    return [t.new_empty(t.shape) for t in needing(x, A, B, hybrid_A, hybrid_B, needs) if t is not None]
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -1,11 +1,11 @@
 """Products with 8-bit floats: the input quantised row by row, the weight as it is stored, sums in float32.
 
-Implements `interface.Product` for a `Float8Weight` in torch: `scaled_mm`, and the adapter added to its result.
+Implements `interface.Product` for a `Float8Weight` in torch: `scaled_mm`, and the adapter added to its result. Hopper
+GPUs have a product of their own, `fp8_hopper`, for all but few tokens.
 The environment variable GRALORA_FP8 says where they are used:
 
     auto         (default) for layers that quantise their inputs themselves, on hardware that multiplies 8-bit floats
     products     for all layers with FP8 weights; an error where that cannot be
-    fused        as products, on Hopper GPUs by kernels of ours that take the adapter in (`fp8_hopper`)
     dequantised  nowhere: weights are dequantised whenever a product needs them, as all other quantised weights are
 
 One copy of the weight is kept. The gradient of x is dy W, a sum over rows of W: their scales go into dy before that is
@@ -23,7 +23,7 @@ from .interface import FactorGradients
 from .layout import Layout, rows
 from .weights import Float8Weight
 
-CHOICES = ("auto", "products", "fused", "dequantised")
+CHOICES = ("auto", "products", "dequantised")
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 SMALLEST = torch.finfo(torch.float32).tiny
@@ -76,14 +76,14 @@ def multiplies(weight: Float8Weight, has_product: bool, card: str) -> bool:
         card: the hardware, for the message.
 
     Raises:
-        RuntimeError: with GRALORA_FP8=products or fused, if it cannot be.
+        RuntimeError: with GRALORA_FP8=products, if it cannot be.
     """
     if choice == "dequantised" or choice == "auto" and not weight.quantises_input:
         return False
     problem = obstacle(weight) if has_product else f"{card} multiplies no 8-bit floats"
-    if problem and choice in ("products", "fused"):
+    if problem and choice == "products":
         raise RuntimeError(
-            f"GRALORA_FP8={choice}: {problem}. With GRALORA_FP8=dequantised any device computes; products are for "
+            f"GRALORA_FP8=products: {problem}. With GRALORA_FP8=dequantised any device computes; products are for "
             "GPUs of compute capability 8.9 and later (Ada, Hopper, Blackwell), and weights in E4M3 as "
             "gralora.quantize_fp8 makes them."
         )

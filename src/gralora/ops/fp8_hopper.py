@@ -11,6 +11,7 @@ The copy is of the very values: the scales of W's rows are columns' there, and g
 
 import functools
 import weakref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from .fp8_kernels import quantize_rows
 from .interface import FactorGradients
 from .launch import Launcher
 from .layout import Layout, layout
-from .torch_seam import is_capturing, version_of
+from .torch_seam import current_raw_stream, is_capturing, version_of
 from .weights import Float8Weight
 
 MAKES_GRADIENTS = True
@@ -42,7 +43,7 @@ def linear(
     adds: bool = False,
 ) -> None:
     """See `interface.Product.linear`; weight is `[O, I]` with scales per row, or the transpose of such a one."""
-    is_fused = fp8.choice == "fused" and _fits(g.shape[1], weight.shape, x.dtype, layout(B), x.get_device())
+    is_fused = _fits(g.shape[1], weight.shape, x.dtype, layout(B), x.get_device())
     if gradients is not None and not (is_fused and hopper.reads(x) and hopper.reads(gradients.z)):
         batched.product_gradients(x, g, gradients)
         gradients = None
@@ -50,7 +51,7 @@ def linear(
         return fp8.linear(y, x, weight, bias, g, B, adds=adds)
     scales = weight.scales  # [O, 1], [1, I] or [1, 1]
     scales_columns = scales.shape[0] > 1
-    factor, of_rows = quantize_rows(x, None if scales_columns else scales)
+    factor, of_rows = _quantized(x) if scales_columns else quantize_rows(x, scales)
     values = weight.values if weight.transpose_of is None else _transposed(weight.transpose_of)
     pointers = of_rows, scales if scales_columns else of_rows
     hopper.launch(_scaled_linear, y, x, factor, values, bias, g, B, gradients, adds, pointers, (scales_columns,))
@@ -69,6 +70,37 @@ def _fits(T: int, shape: tuple[int, int], dtype: torch.dtype, B: Layout, device:
     )
 
 
+class _Last(NamedTuple):
+    """What was quantised last: x, its version, the stream that it was done on, and the result."""
+
+    x: weakref.ref[Tensor]
+    version: int
+    stream: int
+    result: tuple[Tensor, Tensor]
+
+
+_last: dict[int, _Last] = {}  # by device
+
+
+def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `quantize_rows` of x, once for layers of one x, as q, k and v of an attention are."""
+    if x.is_inference() or is_capturing():
+        return quantize_rows(x)
+    device, version = x.get_device(), version_of(x)
+    stream, last = current_raw_stream(device), _last.get(device)
+    if last is not None and last.x() is x and last.version == version and last.stream == stream:
+        return last.result
+    result = quantize_rows(x)
+    _last[device] = _Last(weakref.ref(x, lambda ref: _forget(device, ref)), version, stream, result)
+    return result
+
+
+def _forget(device: int, ref: weakref.ref[Tensor]) -> None:
+    """Free what was quantised last, once nobody has its x any more."""
+    if device in _last and _last[device].x is ref:
+        del _last[device]
+
+
 # id of values [O, I] -> they, their version, and their transpose [I, O], contiguous
 _copies: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
@@ -83,3 +115,8 @@ def _transposed(values: Tensor) -> Tensor:
     if not is_capturing():  # else it would be in the graph's memory
         _copies[key] = weakref.ref(values, lambda _: _copies.pop(key, None)), version, copy
     return copy
+
+
+def copied() -> int:
+    """Return how many bytes the transposed copies take."""
+    return sum(copy.nbytes for _, _, copy in _copies.values())

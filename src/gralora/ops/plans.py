@@ -65,7 +65,7 @@ def choose(value: str) -> None:
 def _forget() -> None:
     """Forget what was chosen."""
     architecture.cache_clear()
-    _fp8_module.cache_clear()
+    fp8_module.cache_clear()
     _plan.cache_clear()
 
 
@@ -110,7 +110,7 @@ def _with_kernels(device: int | None) -> Architecture:
 
 
 @functools.cache
-def _fp8_module(device: int | None) -> tuple[str, str]:
+def fp8_module(device: int | None) -> tuple[str, str]:
     """The module of a device's product of FP8 weights, and what the device is called; torch's where ours cannot be."""
     if device is None:
         return CPU.fp8_product, "the CPU"
@@ -212,7 +212,7 @@ def plan(x: Tensor, weight: Weight | None, A: Tensor | None, B: Tensor, h: int =
     """
     row = _row_of(x)
     if isinstance(weight, Float8Weight) and not is_traced(x):
-        product, card = _fp8_module(x.get_device() if x.is_cuda else None)
+        product, card = fp8_module(x.get_device() if x.is_cuda else None)
         if fp8.multiplies(weight, bool(product), card):
             has_few_tokens = x.numel() // x.shape[-1] <= row.few_tokens
             return _packed_plan(row, x.dtype, has_few_tokens, product, None if A is None else A.dtype, B.dtype)
