@@ -43,8 +43,8 @@ COMMANDS = {
 }
 
 # commands whose help needs no torch -> module, which imports only Python's own, and function that makes the parser
-OF_FILES = ("data", "chat", "inspect", "convert", "export", "merge", "verify")
-LIGHT = {name: ("gralora.tool.parsers", name) for name in OF_FILES}
+PARSERS = ("data", "chat", "inspect", "convert", "export", "merge", "verify", "run")
+LIGHT = {name: ("gralora.tool.parsers", name) for name in PARSERS}
 LIGHT |= {name: (f"gralora.tool.{name}", "make_parser") for name in ("evaluate", "tune")}
 
 USER_ERROR = 2  # as argparse
@@ -230,7 +230,8 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in argv
     call = make_parser().parse_args([argument for argument in argv if argument != "--debug"])
     module, function, _ = COMMANDS[call.command]
-    if call.command in LIGHT and {"-h", "--help"} & set(call.arguments):
+    own = call.arguments[:1] if call.command == "run" else call.arguments  # the others may be another program's
+    if call.command in LIGHT and {"-h", "--help"} & set(own):
         light, make = LIGHT[call.command]
         getattr(load_light(light), make)().print_help()
         return 0

@@ -16,6 +16,8 @@ import gralora_command
 from gralora.checkpoints.export import DIFFUSERS
 from gralora.checkpoints.formats import FORMATS
 from gralora.checkpoints.targets import GGUF_TARGETS, TARGETS
+from gralora.config import SETTINGS
+from gralora.settings import HELP
 from gralora.tool import cli, parsers
 from gralora.tool.arguments import LENGTH
 from gralora.tool.data.tokens import TRUNCATION_MODES
@@ -68,11 +70,11 @@ def test_every_command_has_help(name, capsys, monkeypatch, tmp_path):
 def test_help_is_written_anew_for_another_width_and_where_nothing_can_be_kept(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("GRALORA_CACHE", str(tmp_path / "file" / "no folder"))
     (tmp_path / "file").write_text("")
-    assert cli.main(["run", "--help"]) == 0 and "usage: gralora run" in capsys.readouterr().out
+    assert cli.main(["finetune", "--help"]) == 0 and "usage: gralora finetune" in capsys.readouterr().out
     monkeypatch.setenv("GRALORA_CACHE", str(tmp_path))
     for width in ("80", "120"):
         monkeypatch.setenv("COLUMNS", width)
-        assert cli.main(["run", "--help"]) == 0
+        assert cli.main(["finetune", "--help"]) == 0
     assert len(list((tmp_path / "help").iterdir())) == 2
 
 
@@ -114,7 +116,8 @@ def test_words_of_light_parsers_are_those_of_the_tables():
     assert (*TARGETS, DIFFUSERS) == parsers.TARGETS and tuple(GGUF_TARGETS) == parsers.GGUF_TARGETS
     assert tuple(TRUNCATION_MODES) == parsers.TRUNCATION_MODES
     assert (parsers.LENGTH, parsers.EMBEDDED) == (LENGTH, EMBEDDED)
-    assert set(LIGHT) == set(cli.COMMANDS) - {"finetune", "run"}, "whose flags are fields of configs"
+    assert list(HELP) == list(SETTINGS)
+    assert set(LIGHT) == set(cli.COMMANDS) - {"finetune"}, "whose flags are fields of TRL's config, too"
 
 
 @pytest.mark.parametrize("argv", [["nonsense"], ["finetune", "--no_such_flag", "1"], ["finetune", "--seed", "x"]])

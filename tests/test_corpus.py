@@ -250,9 +250,3 @@ def test_broken_row_of_a_stream_is_named(load, tmp_path):
     with pytest.raises(ValueError, match="a.jsonl, line 2: not JSON"):
         load(data_path=path, streaming=True, val_set_size=0)
     assert sorted(load(data_path=path, streaming=True, val_set_size=0, skip_bad_rows=True)[0]) == ["a", "b"]
-
-
-def test_the_hub_needs_datasets(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="needs the package datasets: pip install datasets"):
-        Source("someone/words")

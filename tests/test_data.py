@@ -2,7 +2,6 @@
 
 import ast
 import csv
-import importlib.util
 import json
 from pathlib import Path
 
@@ -173,12 +172,6 @@ def test_csv_and_parquet_records(tmp_path):
         assert file_examples(tmp_path / "a.parquet").examples == [example]
     long = "x" * 200_000
     assert file_examples(write(tmp_path / "a.csv", f'text\n"{long}\n"\n')).examples == [Example("", long + "\n")]
-
-
-def test_parquet_without_pyarrow(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="a.parquet needs the package pyarrow: pip install pyarrow"):
-        file_examples(write(tmp_path / "a.parquet", ""))
 
 
 def test_folder(tmp_path):

@@ -9,7 +9,7 @@ import gralora
 
 ROOT = Path(gralora.__file__).parent
 FLOORS = (  # lowest first, as in docs/design.md; a file that is named nowhere is one of PEFT's layers
-    {"versions", "strings", "warned", "seam"},
+    {"versions", "strings", "settings", "warned", "seam"},
     {"ops"},
     {"blocks", "factors"},
     {"config", "decompositions", "fields", "inits"},

@@ -18,6 +18,7 @@ from . import fields
 from .fields import Facts
 from .inits import INITS, changes_base, find
 from .seam import CordaConfig, get_pattern_key, is_from_file
+from .settings import HELP
 
 FORMAT = 1  # of the saved tensors; rises when an older gralora could misread them
 FORMAT_MATCHED = 2  # the same tensors with gralora_scaling="matched", which an older gralora would not know
@@ -80,18 +81,14 @@ class LoraConfig(peft.LoraConfig):
     use_gralora: bool = field(
         default=False,
         metadata={
-            "help": "Train GraLoRA instead of plain LoRA.",
+            "help": HELP["use_gralora"],
             "facts": dataclasses.replace(OWN, flag="use_gralora"),
         },
     )
     gralora_k: int | Literal["auto"] = field(
         default="auto",
         metadata={
-            "help": (
-                "Blocks per side of the grid; must divide r - hybrid_r and the input and output features of every "
-                "targeted layer. 'auto': for each layer 2 below rank 64, 4 from there on, or the nearest smaller "
-                "number that divides; the numbers chosen are in the model's own peft_config, and get saved."
-            ),
+            "help": HELP["gralora_k"],
             "facts": dataclasses.replace(
                 OWN, in_peft_tuner=True, flag="gralora_k", pattern="gralora_k_pattern", saved_as="rank"
             ),
@@ -110,18 +107,14 @@ class LoraConfig(peft.LoraConfig):
     hybrid_r: int = field(
         default=0,
         metadata={
-            "help": "Part of the rank r that is plain LoRA, 0 <= hybrid_r < r (Hybrid GraLoRA).",
+            "help": HELP["hybrid_r"],
             "facts": dataclasses.replace(OWN, in_peft_tuner=True, flag="hybrid_r", saved_as="rank"),
         },
     )
     gralora_scaling: Literal["lora", "matched"] = field(
         default="lora",
         metadata={
-            "help": (
-                "Factor on the update. 'lora': lora_alpha / r, as in LoRA (lora_alpha / sqrt(r) with use_rslora). "
-                "'matched': that times sqrt(r / (hybrid_r + (r - hybrid_r) / gralora_k)), since fewer ranks meet in "
-                "one entry of the update than in LoRA's; docs/gralora.md derives it."
-            ),
+            "help": HELP["gralora_scaling"],
             "facts": dataclasses.replace(OWN, flag="gralora_scaling"),
         },
     )

@@ -4,6 +4,7 @@ A target's `write` puts its files into a folder, and returns a function that rea
 parity report. docs/serving.md describes the targets.
 """
 
+import json
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -235,7 +236,7 @@ def write_modelfile(folder: Path, base: str) -> None:
 def peft_command(base: str, out: Path, plain: PlainLora) -> str:
     task = plain.adapter.config.task_type
     name = f"AutoPeftModelFor{AUTO_CLASSES.get(str(getattr(task, 'value', task)), 'CausalLM')}"
-    program = f"from peft import {name} as M; M.from_pretrained({str(out)!r})"
+    program = f"from peft import {name} as M; M.from_pretrained({json.dumps(str(out))})"  # within single quotes
     return shlex.join(["python", "-c", program])
 
 

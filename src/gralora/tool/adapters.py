@@ -83,7 +83,9 @@ def merge_command(argv: list[str]) -> None:
         if result["rounding"]:
             worst, error = max(result["rounding"].items(), key=lambda item: item[1]["of_update"])
             lost = f"{error['of_update']:.2g} of its update, {error['of_weight']:.2g} of the weight"
-            print(f"lost by rounding, at most: {lost}, in {printable(worst)}")
+            print(
+                f"lost by rounding, at most: {lost}, in {printable(worst)}" if error["of_update"] else "lost: nothing"
+            )
         print(f"merged {result['layers']} layers{replaced}, checked {result['verified']}; written to {args.out}")
         return result
 

@@ -7,7 +7,7 @@ and modes are therefore written down here once more; tests/test_cli.py compares 
 import argparse
 from pathlib import Path
 
-from gralora_command import Parser, add_output_flags
+from gralora_command import Parser, add_output_flags, load_light
 
 DTYPES = ("float32", "bfloat16", "float16")
 READABLE = ("gralora", "peft", "squeezebits", "fork")  # formats of adapters
@@ -182,4 +182,20 @@ def verify() -> Parser:
     add_output_flags(parser)
     parser.add_argument("--served", metavar="URL", help="of a server with OpenAI's API, such as vLLM's or llama.cpp's")
     parser.add_argument("--model", metavar="NAME", help="with --served: the name under which it serves the adapter")
+    return parser
+
+
+def run() -> Parser:
+    parser = _parser(
+        "run",
+        "Start a program that trains LoRA with PEFT, and make its LoRA GraLoRA. The flags may also stand among the "
+        "program's own.",
+        "examples:\n  gralora run --gralora_k 4 -- trl sft --use_peft --lora_r 64 \\\n"
+        "      --model_name_or_path MODEL --dataset_name DATA\n"
+        "  gralora run -- llamafactory-cli train sft.yaml --gralora_k 4 --hybrid_r 8\n"
+        "  gralora run --hybrid_r 8 -- torchrun --nproc_per_node 4 train.py",
+    )
+    parser.usage = "gralora run [flags] -- PROGRAM [ARGUMENTS]"
+    for name, text in load_light("gralora.settings").HELP.items():
+        parser.add_argument(f"--{name}", help=text)
     return parser

@@ -5,7 +5,6 @@ handed down in the environment, and in every Python that it starts, torchrun's w
 LoraConfig that is made (not those that are read from a file) these fields. docs/trainers.md has tested commands.
 """
 
-import argparse
 import os
 import shutil
 import signal
@@ -15,20 +14,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gralora_command import Parser, likely
+from gralora_command import likely
 
 from ..config import SETTINGS, LoraConfig, parse
+from . import parsers
 
 HOOK = Path(__file__).parent / "hook"
 # the same variables that ms-swift makes of --model_kwargs '{"gralora_k": 4}'
 VARIABLES = {name: f"GRALORA_{name.removeprefix('gralora_').upper()}" for name in SETTINGS}
 USED = "GRALORA_RUN_USED"  # names a file that is written when a config has got the fields
 SEEN_IN = ("peft", "peft.tuners", "peft.tuners.lora")  # where programs import LoraConfig from
-
-EXAMPLES = """examples:
-  gralora run --gralora_k 4 -- trl sft --model_name_or_path MODEL --use_peft --lora_r 64 --dataset_name DATA
-  gralora run -- llamafactory-cli train sft.yaml --gralora_k 4 --hybrid_r 8
-  gralora run --hybrid_r 8 -- torchrun --nproc_per_node 4 train.py"""
 
 
 def main(argv: list[str]) -> None:
@@ -56,16 +51,7 @@ def main(argv: list[str]) -> None:
 
 def read_command(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     """The settings of GraLoRA, wherever they stand, and the program's command without them."""
-    parser = Parser(
-        prog="gralora run",
-        usage="gralora run [flags] -- PROGRAM [ARGUMENTS]",
-        description="Start a program that trains LoRA with PEFT, and make its LoRA GraLoRA. The flags may also stand "
-        "among the program's own.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for name, field in SETTINGS.items():
-        parser.add_argument(f"--{name}", help=str(field.metadata["help"]).replace("%", "%%"))
+    parser = parsers.run()
     given: dict[str, str] = {}
     command: list[str] = []
     words = iter(argv)

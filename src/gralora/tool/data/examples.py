@@ -102,7 +102,6 @@ def file_examples(
         ValueError: for a file of another kind, a file with nothing to train on, or a broken row. The message names the
             file and the line, or, in csv and parquet, the row, counted from 1 without the header.
         OSError: if a file cannot be read.
-        ImportError: for parquet without pyarrow, for the hub without datasets.
     """
     found = Found(Source(str(path), **options))
     found.examples = list(found.read(tokenizer, skip_bad_rows))

@@ -4,7 +4,6 @@ Rows are read one by one, so a file may be larger than memory, except a .json fi
 """
 
 import csv
-import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -181,8 +180,6 @@ def csv_rows(path: Path) -> Rows:
 
 
 def parquet_rows(path: Path) -> Rows:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ImportError(f"{path} needs the package pyarrow: pip install pyarrow")
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 

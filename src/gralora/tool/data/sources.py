@@ -1,6 +1,5 @@
 """Where rows come from: a local file, a folder of files, or a data set of the Hugging Face hub."""
 
-import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,7 +70,8 @@ class Source:
         return kept
 
     def load_saved(self) -> Any:
-        datasets = import_datasets(self.path)
+        import datasets  # a second, which local files do not need
+
         found = datasets.load_from_disk(self.path)
         if not isinstance(found, datasets.DatasetDict):
             if self.split is not None:
@@ -82,7 +82,8 @@ class Source:
         return found[self.split or self.preferred]
 
     def load_from_hub(self) -> Any:
-        datasets = import_datasets(self.path)
+        import datasets  # a second, which local files do not need
+
         try:
             return datasets.load_dataset(
                 self.path, self.config, split=self.split or self.preferred, streaming=self.streaming
@@ -116,11 +117,3 @@ def arguments(value: Any) -> Iterator[Any]:
     elif isinstance(value, list):
         for inner in value:
             yield from arguments(inner)
-
-
-def import_datasets(path: str) -> Any:
-    if importlib.util.find_spec("datasets") is None:
-        raise ImportError(f"data_path={path!r} needs the package datasets: pip install datasets")
-    import datasets
-
-    return datasets
