@@ -31,12 +31,13 @@ def forest(named: list[tuple[str, Difference]], path: Path) -> None:
 def ranks(task: str, runs: dict[Cell, Runs], path: Path) -> bool:
     """Held-out loss of the tuning seed against rank, a line for each method at its own best learning rates.
 
-    A grid is drawn with k = 2 below r = 64 and k = 4 from there on, full fine-tuning as a level.
+    A grid is drawn with k = 2 below r = 64 and k = 4 from there on, full fine-tuning as a level. A point is hollow
+    where the best learning rate does not lie between two worse ones yet.
 
     Returns:
         Whether there are two ranks of a method, so something to draw.
     """
-    lines: dict[str, dict[int, float]] = {}
+    lines: dict[str, dict[int, Runs]] = {}
     for cell, own in runs.items():
         usual = not (cell.init or cell.hybrid_r or cell.optimizer) and cell.ratio == 1 and cell.method != "full"
         if cell.task != task or not usual or (cell.method == "gralora" and cell.k != (2 if cell.r < 64 else 4)):
@@ -46,14 +47,18 @@ def ranks(task: str, runs: dict[Cell, Runs], path: Path) -> bool:
         else:
             name = {"lora": "LoRA", "rslora": "rsLoRA"}[cell.method]
         if name:
-            lines.setdefault(name, {})[cell.r] = own.tuning[own.lr]
+            lines.setdefault(name, {})[cell.r] = own
     if not any(len(line) > 1 for line in lines.values()):
         return False
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for name, line in sorted(lines.items(), key=lambda item: item[0] != "LoRA"):
         style: dict[str, Any] = {"lw": 3, "color": INK, "zorder": 1} if name == "LoRA" else {"lw": 1.8}
-        axis.plot(*zip(*sorted(line.items()), strict=True), "o-", label=name, **style)
+        points = [(r, own.tuning[own.lr]) for r, own in sorted(line.items())]
+        (drawn,) = axis.plot(*zip(*points, strict=True), "o-", label=name, **style)
+        for point, (_, own) in zip(points, sorted(line.items()), strict=True):
+            if not own.enclosed:
+                axis.plot(*point, "o", markerfacecolor="white", markeredgecolor=drawn.get_color(), zorder=5)
     for own in runs.values():
         if own.cell.task == task and own.cell.method == "full":
             axis.axhline(own.tuning[own.lr], color="#8a9099", linestyle="--", label="full fine-tuning")

@@ -102,7 +102,10 @@ def write(results: Results, out: Path) -> str:
         ]
         by_rank = out.with_name(f"{out.stem}-{task}-rank.svg")
         if ranks(task, runs, by_rank):
-            caption = "*Each at its own best learning rate, with the seed that chooses it.*"
+            caption = (
+                "*Each at its own best learning rate, with the seed that chooses it; hollow where no worse rate was "
+                "tried on one side. GraLoRA has k = 2 at r = 16, else 4.*"
+            )
             lines += ["", f"![Held-out loss by rank]({by_rank.name})", "", caption]
         lines += on_the_way([own for own in runs.values() if own.cell.task == task])
         plot = out.with_name(f"{out.stem}-{task}.svg")
