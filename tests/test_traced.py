@@ -64,13 +64,15 @@ def operands(tokens, k, r, h=0, n_in=64, n_out=32, dtype=BF16):
 
 
 def graphs_of(function, *args):
-    """The names of what forward and backward call, nothing of which is run."""
+    """The names of what forward and backward call, nothing of which is run; CUDA graphs could record all of it."""
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.utils import get_first_incompatible_cudagraph_node
 
     graphs = []
 
     def compile_nothing(graph, inputs):
+        assert get_first_incompatible_cudagraph_node(graph) is None  # such as one that waits for the GPU
         calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
         graphs.append([getattr(target, "__name__", str(target)) for target in calls])
         results = [t.meta["val"] if isinstance(t, torch.fx.Node) else t for t in graph.graph.output_node().args[0]]

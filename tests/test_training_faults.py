@@ -434,6 +434,26 @@ def test_fields_of_the_trainer_are_flags(finetune, tmp_path, flags):
         assert losses == pytest.approx(same, rel=1e-5), "the same losses, computed otherwise"
 
 
+def test_blocks_are_compiled_alone(finetune, tmp_path, monkeypatch):
+    """accelerate has a variable for it: the blocks are compiled, the model is not, and what is learnt is the same."""
+    compiled, compile_it = [], torch.compile
+
+    def count(module, **options):
+        compiled.append(type(module).__name__)
+        return compile_it(module, **options)
+
+    assert finetune(out="usual", lora_target_modules="all-linear")[0] == 0
+    monkeypatch.setattr(torch, "compile", count)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    flags = "--torch_compile", "--torch_compile_backend=eager"
+    status, printed = finetune(*flags, lora_target_modules="all-linear")
+    assert status == 0, printed
+    blocks = AutoModelForCausalLM.from_pretrained(metrics(tmp_path / "out")["arguments"]["base_model"]).model.layers
+    assert compiled.count("LlamaDecoderLayer") == len(blocks) and "LlamaForCausalLM" not in compiled
+    usual, other = (load_file(tmp_path / out / WEIGHTS) for out in ("usual", "out"))
+    assert usual.keys() == other.keys() and all(torch.allclose(usual[name], other[name], atol=1e-5) for name in usual)
+
+
 def test_fields_of_the_trainer_in_a_file(finetune, tmp_path):
     """An object where the field takes one; an unknown name is refused with near ones."""
     path = tmp_path / "c.yaml"
