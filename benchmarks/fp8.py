@@ -4,8 +4,9 @@
     python -m benchmarks.fp8 speed --out fp8-speed.json
 
 `quality` trains SmolLM2-135M on Python source (the standard library's) with the same adapter, rows and order over
-each base. `speed` times a step of the 1.24B Llama over each in one run with the frozen bf16 base, and says how far
-loss and gradients of the factors are from those over the dequantised weight in float64. Products of 8-bit floats run
+each base. `speed` times a step of the 1.24B Llama, or of a quarter of the 8B one (layers and vocabulary), over each in
+one run with the frozen bf16 base, and says how far loss and gradients of the factors are from those over the
+dequantised weight in float64. Products of 8-bit floats run
 on GPUs that have them, and in `quality` on CPUs, too.
 """
 
@@ -35,6 +36,12 @@ from .speed.steps import LLAMA_1B, TINY, Setting, TrainingStep, llama
 from .speed.timing import measure
 
 QUANTIZATION = {"bf16": "none", "fp8": "fp8", "fp8 products": "fp8", "nf4": "4bit"}
+
+
+# a quarter of Llama 3 8B: of its layers, and of its vocabulary, so that parts have the whole model's shares
+QUARTER_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=8, num_attention_heads=32)
+QUARTER_8B |= dict(num_key_value_heads=8, head_dim=128, vocab_size=32064, tie_word_embeddings=False)
+SHAPES = {"1b": LLAMA_1B, "8b/4": QUARTER_8B}
 
 
 def choose(base: str) -> None:
@@ -111,7 +118,7 @@ def as_fp8(model: nn.Module) -> nn.Module:
 
 
 def speed(args: argparse.Namespace) -> list[dict[str, Any]]:
-    shape, batch, r = (TINY, (2, 16), 8) if args.tiny else (LLAMA_1B, (4, 2048), 64)
+    shape, batch, r = (TINY, (2, 16), 8) if args.tiny else (SHAPES[args.shape], (4, 2048), 64)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     plain = llama(shape, args.device, dtype)
     quantized = as_fp8(plain)
@@ -188,6 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument(
         "--bases", nargs="+", choices=QUANTIZATION, default=list(QUANTIZATION), help="the first is compared"
     )
+    p.add_argument("--shape", choices=SHAPES, default="1b", help="of the model that is timed")
     p.add_argument("--seeds", type=int, default=4)
     p.add_argument("--steps", type=int, default=400)
     p.add_argument("--batch", type=int, default=8, help="rows a step")

@@ -76,13 +76,15 @@ def test_quantize_rows_on_gpu(T, n):
 
 def test_transposed_copy():
     """It is kept while the values live and are what they were."""
-    values = fp8.quantize_rows(torch.randn(32, 64))[0]
+    both = fp8.quantize_rows(torch.randn(64, 64))[0]
+    values = both[32:]
     before, is_capturing = len(fp8_hopper._copies), fp8_hopper.is_capturing
     fp8_hopper.is_capturing = lambda: False
     try:
         copy = fp8_hopper._transposed(values)
         assert copy.is_contiguous() and torch.equal(copy.float(), values.float().T)
-        assert fp8_hopper._transposed(values) is copy
+        assert fp8_hopper._transposed(values) is fp8_hopper._transposed(values.detach()) is copy
+        assert torch.equal(fp8_hopper._transposed(both[:32]).float(), both[:32].float().T)
         values.zero_()
         changed = fp8_hopper._transposed(values)
         assert not changed.float().any() and fp8_hopper._transposed(values) is changed
@@ -91,6 +93,9 @@ def test_transposed_copy():
     finally:
         fp8_hopper.is_capturing = is_capturing
     assert len(fp8_hopper._copies) == before + 1
+    del both
+    gc.collect()
+    assert len(fp8_hopper._copies) == before + 1, "a part of it is in use"
     del values
     gc.collect()
     assert len(fp8_hopper._copies) == before
@@ -256,7 +261,7 @@ def test_fused_product_in_a_graph_on_gpu(fused):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    assert id(weight.values) not in fp8_hopper._copies
+    assert id(weight.values.untyped_storage()) not in fp8_hopper._copies
     expected = step()
     for t in captured:
         t.zero_()

@@ -101,22 +101,27 @@ def _forget(device: int, ref: weakref.ref[Tensor]) -> None:
         del _last[device]
 
 
-# id of values [O, I] -> they, their version, and their transpose [I, O], contiguous
-_copies: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+# id of the storage that values [O, I] lie in -> it, and by where they lie in it: their version, and their transpose
+# [I, O], contiguous. By the storage, since a compiled graph may keep values as another tensor at each call.
+_copies: dict[int, tuple[weakref.ref[torch.UntypedStorage], dict[tuple[int, ...], tuple[int, Tensor]]]] = {}
 
 
 def _transposed(values: Tensor) -> Tensor:
     """Return the transpose `[I, O]` of values `[O, I]`, contiguous, which is kept as long as they are, unchanged."""
-    key, version = id(values), version_of(values)
+    storage, version = values.untyped_storage(), version_of(values)
+    place, key = (values.storage_offset(), *values.shape, *values.stride()), id(storage)
     kept = _copies.get(key)
-    if kept is not None and kept[0]() is values and kept[1] == version:
-        return kept[2]
+    if kept is not None and kept[0]() is storage and place in kept[1] and kept[1][place][0] == version:
+        return kept[1][place][1]
     copy = values.t().contiguous()
-    if not is_capturing():  # else it would be in the graph's memory
-        _copies[key] = weakref.ref(values, lambda _: _copies.pop(key, None)), version, copy
+    if is_capturing():  # it is in the graph's memory
+        return copy
+    if kept is None or kept[0]() is not storage:
+        kept = _copies[key] = weakref.ref(storage, lambda _: _copies.pop(key, None)), {}
+    kept[1][place] = version, copy
     return copy
 
 
 def copied() -> int:
     """Return how many bytes the transposed copies take."""
-    return sum(copy.nbytes for _, _, copy in _copies.values())
+    return sum(copy.nbytes for _, places in _copies.values() for _, copy in places.values())
