@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 import peft
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.integrations import peft as peft_integration
 from transformers.pytorch_utils import Conv1D
 
 from gralora import LoraConfig
@@ -23,6 +26,16 @@ TOLERANCE_FLOAT64 = 1e-10
 VOCAB = 32
 
 dora = pytest.mark.skipif(not MERGES_DORA, reason="PEFT before 0.21 merges DoRA wrongly")
+
+
+def add_by_transformers(model: nn.Module, config: peft.PeftConfig) -> nn.Module:
+    """Call a model's own `add_adapter`; the test is skipped where transformers asks for a PEFT that is not there."""
+    wanted = peft_integration.MIN_PEFT_VERSION
+    if Version(peft.__version__) < Version(wanted):
+        pytest.skip(f"add_adapter of transformers {transformers.__version__} asks for PEFT {wanted}")
+    model.add_adapter(config)
+    return model
+
 
 # `make probe` draws from another seed, and less often than a night's run
 SEED = int(os.environ.get("GRALORA_PROBE_SEED", "0"))

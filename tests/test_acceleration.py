@@ -21,6 +21,7 @@ from helpers import (
     MODELS,
     OneLayer,
     adapter_layers,
+    add_by_transformers,
     assert_accurate,
     assert_close64,
     gralora_config,
@@ -252,7 +253,7 @@ PUT: dict[str, Callable[[nn.Module, peft.LoraConfig], nn.Module]] = {
     "PEFT": lambda base, config: peft.get_peft_model(base, config),
     "PEFT, mixed": lambda base, config: peft.get_peft_model(base, config, mixed=True),
     "injected": lambda base, config: inject_adapter_in_model(config, base),
-    "transformers": lambda base, config: (base.add_adapter(config), base)[1],
+    "transformers": add_by_transformers,
 }
 
 

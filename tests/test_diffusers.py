@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import peft
 import pytest
 import torch
-from helpers import gralora_config, randomize
+from helpers import add_by_transformers, gralora_config, randomize
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -88,7 +88,7 @@ def save_pipeline(folder: Path, name: str, model: nn.Module, encoder: nn.Module 
 
 def trained_encoder(hybrid_r: int) -> nn.Module:
     encoder = text_encoder()
-    encoder.add_adapter(gralora_config(2, 8, hybrid_r, target_modules=["q_proj", "v_proj", "fc1"]))
+    add_by_transformers(encoder, gralora_config(2, 8, hybrid_r, target_modules=["q_proj", "v_proj", "fc1"]))
     return randomize(encoder, seed=3).eval()
 
 
@@ -335,7 +335,7 @@ def test_memory_to_the_other_targets(tiny_model, tmp_path):
     from transformers import AutoModelForCausalLM
 
     ids, found = torch.arange(1, 9)[None], []
-    for inject in (peft.get_peft_model, lambda model, config: (model.add_adapter(config), model)[1]):
+    for inject in (peft.get_peft_model, add_by_transformers):
         model = AutoModelForCausalLM.from_pretrained(tiny_model)
         model = randomize(inject(model, gralora_config(2, 8, 4, target_modules=["q_proj", "down_proj"]))).eval()
         out = tmp_path / f"out{len(found)}"
