@@ -42,6 +42,7 @@ from torch import Tensor, nn
 import gralora
 from gralora import LoraConfig, fast_path
 from gralora.fast_path import FusedLayer
+from gralora.ops import compiled
 
 SIZES = Sizes(1, 8, 0, 48, 80)
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
@@ -171,8 +172,8 @@ def test_compiles_without_graph_breaks() -> None:
 def test_compiled_as_an_operator(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """As large layers are: the operator knows the shapes of a plain LoRA's gradients."""
     torch._dynamo.reset()
-    monkeypatch.setattr(fast_path.compiled, "form_of", lambda x, weight, p: "operator")
-    monkeypatch.setattr(fast_path.compiled, "is_called", lambda x, weight, p: True)
+    monkeypatch.setattr(compiled, "form_of", lambda x, weight, p: "operator")
+    monkeypatch.setattr(compiled, "is_called", lambda x, weight, p: True)
     model = gralora.accelerate(plain(lora_dropout=dropout)).eval()
     x = random_input(5, SIZES.in_features)
     wanted = results(model, x)
