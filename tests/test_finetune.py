@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
 from gralora import LoraConfig, quantize_fp8
-from gralora.ops import plans
+from gralora.ops import fp8, plans
 from gralora.tool import arguments as arguments_module
 from gralora.tool import cli, output
 from gralora.tool import finetune as module
@@ -249,6 +249,14 @@ def test_base_of_fp8_files(arguments, tiny_model, tmp_path, monkeypatch):
     assert equal(weights(out), whole)
     differences = verify(out)
     assert differences["reloaded"] == 0 and differences["base"] > 10 * differences["merged"] > 0
+    # with products, which the merged model has not, but which are the same in training and reloaded
+    monkeypatch.setattr(plans, "fp8_module", lambda device: ("fp8", "the CPU"))
+    monkeypatch.setattr(fp8, "choice", "products")
+    with pytest.raises(ValueError, match="the reloaded adapter"):
+        verify(out)
+    finetune(arguments(**changes, overwrite=True))
+    differences = verify(out)
+    assert differences["reloaded"] == 0 and differences["base"] > 100 * differences["merged"] > 0
 
 
 def test_early_stopping_keeps_the_best_adapter(arguments, tmp_path):

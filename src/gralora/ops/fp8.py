@@ -13,6 +13,8 @@ quantised, and the values are transposed anew, since tensor cores read 8-bit flo
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -40,6 +42,17 @@ def read_choice() -> str:
 
 
 choice = read_choice()
+
+
+@contextmanager
+def dequantised() -> Iterator[None]:
+    """Dequantise all weights inside, whatever GRALORA_FP8 says."""
+    global choice
+    before, choice = choice, "dequantised"
+    try:
+        yield
+    finally:
+        choice = before
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
