@@ -32,7 +32,7 @@ from gralora.tool.models import EMBEDDED, load_model, load_tokenizer
 from .speed import exact
 from .speed.methods import LINEARS, Method, methods_of
 from .speed.report import environment
-from .speed.steps import LLAMA_1B, TINY, Setting, TrainingStep, llama
+from .speed.steps import COMPILED, LLAMA_1B, TINY, Setting, TrainingStep, llama
 from .speed.timing import measure
 
 QUANTIZATION = {"bf16": "none", "fp8": "fp8", "fp8 products": "fp8", "nf4": "4bit"}
@@ -72,7 +72,7 @@ def held_out_loss(model: nn.Module, rows: Tensor) -> float:
 
 def train(args: argparse.Namespace, base: str, seed: int, rows: Tensor, held_out: Tensor) -> dict[str, Any]:
     choose(base)
-    model = load_model(EMBEDDED, torch.bfloat16, QUANTIZATION[base]).to(args.device).requires_grad_(False)
+    model = load_model(args.model, torch.bfloat16, QUANTIZATION[base]).to(args.device).requires_grad_(False)
     torch.manual_seed(seed)
     config = gralora.LoraConfig(use_gralora=True, r=args.r, lora_alpha=2 * args.r, target_modules="all-linear")
     model = get_peft_model(model, config)
@@ -95,7 +95,7 @@ def train(args: argparse.Namespace, base: str, seed: int, rows: Tensor, held_out
 
 def quality(args: argparse.Namespace) -> list[dict[str, Any]]:
     plans.CPU = replace(plans.CPU, fp8_product="fp8")
-    tokenizer = load_tokenizer(EMBEDDED)
+    tokenizer = load_tokenizer(args.model)
     count = args.steps * args.batch
     rows = rows_of_source(tokenizer, args.held_out + min(count, args.rows), args.length, random.Random(0))
     held_out, rows = rows[: args.held_out].to(args.device), rows[args.held_out :].to(args.device)
@@ -133,11 +133,10 @@ def speed(args: argparse.Namespace) -> list[dict[str, Any]]:
     product, _ = plans.fp8_module(0 if args.device == "cuda" else None)
     if product:
         cases["gralora, fp8 products"] = (adapted, quantized)
-        if (
-            args.compile
-        ):  # else both might get the graph of the first, since what is chosen is constant to the compiler
+        # both might get the graph of the first: what is chosen is constant to the compiler
+        if args.compile:
             del cases["gralora, fp8"]
-    setting = Setting("fp8", False, False, "default" if args.compile else None, args.device)
+    setting = Setting("fp8", False, False, args.compile, args.device)
     steps: dict[str, Callable[[], None]] = {}
     errors: dict[str, Any] = {}
     for name, (method, base) in cases.items():
@@ -205,7 +204,10 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--r", type=int, default=32)
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--rounds", type=int, default=7)
-    p.add_argument("--compile", action="store_true")
+    p.add_argument(
+        "--compile", nargs="?", const="default", choices=COMPILED, help="a mode of torch.compile, or blocks"
+    )
+    p.add_argument("--model", default=EMBEDDED, help="that learns: folder, hub id, or embedded")
     p.add_argument("--tiny", action="store_true", help="tiny sizes, to test the benchmark itself")
     p.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", type=Path)

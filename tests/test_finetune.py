@@ -7,7 +7,7 @@ import re
 import shutil
 import signal
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -233,7 +233,7 @@ def test_quantised_base(arguments, tmp_path, monkeypatch, quantization, precisio
         verify(tmp_path / "out")
 
 
-def test_base_of_fp8_files(arguments, tiny_model, tmp_path, monkeypatch):
+def test_base_of_fp8_files(arguments, tiny_model, tmp_path, monkeypatch, request):
     """In float32, which torchao's layers refuse as they are read: resumed bit for bit, and merged when dequantised."""
     pytest.importorskip("torchao")
     monkeypatch.setattr(module, "verify_in_new_process", lambda folder: None)
@@ -250,8 +250,10 @@ def test_base_of_fp8_files(arguments, tiny_model, tmp_path, monkeypatch):
     differences = verify(out)
     assert differences["reloaded"] == 0 and differences["base"] > 10 * differences["merged"] > 0
     # with products, which the merged model has not, but which are the same in training and reloaded
-    monkeypatch.setattr(plans, "fp8_module", lambda device: ("fp8", "the CPU"))
+    monkeypatch.setattr(plans, "CPU", replace(plans.CPU, fp8_product="fp8"))
     monkeypatch.setattr(fp8, "choice", "products")
+    plans.fp8_module.cache_clear()
+    request.addfinalizer(plans.fp8_module.cache_clear)
     with pytest.raises(ValueError, match="the reloaded adapter"):
         verify(out)
     finetune(arguments(**changes, overwrite=True))
