@@ -1,5 +1,7 @@
 """Optimizers for LoRA on GraLoRA adapters: LoRA+ is PEFT's; LoRA-FA and the Riemannian one are gralora's."""
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -23,7 +25,7 @@ from helpers import (
     token_ids,
 )
 from peft import optimizers as stock
-from torch import Tensor
+from torch import Tensor, nn
 
 import gralora
 from gralora.blocks import split_blocks
@@ -178,6 +180,31 @@ def test_muon_steps_are_those_of_every_block(case: Case) -> None:
         optimizer.step()
         for t, old, step in zip(factors_of(layer).tensors(), before, expected, strict=True):
             torch.testing.assert_close(t.detach(), old - 1e-2 * step, rtol=1e-6, atol=1e-8)
+
+
+def test_muon_steps_of_layers_of_one_shape_are_their_own() -> None:
+    """Two layers decomposed at once change as each does alone; one without gradients does not change."""
+    names = ("first", "second", "unused")
+    base = nn.ModuleDict({name: nn.Linear(20, 12, bias=False) for name in names}).double()
+    model = adapted(base, gralora_config(k=2, r=4, target_modules=list(names))).double().train()
+    x = torch.randn(5, 20, dtype=torch.float64)
+
+    def stepped(trained: tuple[str, ...]) -> dict[str, Tensor]:
+        own = copy.deepcopy(model)
+        layers = own.base_model.model
+        for name, p in own.named_parameters():
+            p.requires_grad_("lora_" in name and any(f".{one}." in name for one in trained))
+        optimizer = gralora.create_muon_optimizer(own, lr=1e-2)
+        sum(layers[name](x).square().sum() * scale for name, scale in (("first", 1), ("second", 3))).backward()
+        optimizer.step()
+        return {name: layers[name].get_delta_weight("default").detach() for name in names}
+
+    together, alone = stepped(names), [stepped((name,)) for name in ("first", "second")]
+    before = model.base_model.model["unused"].get_delta_weight("default")
+    assert torch.equal(together["unused"], before)
+    for name, one in zip(names, alone, strict=False):
+        torch.testing.assert_close(together[name], one[name])
+        assert not torch.equal(together[name], model.base_model.model[name].get_delta_weight("default"))
 
 
 def test_muon_steps_do_not_depend_on_how_a_block_is_shared() -> None:

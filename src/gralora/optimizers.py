@@ -125,7 +125,8 @@ def create_muon_optimizer(model: nn.Module, *, lr: float, momentum: float = 0.95
 
     and `c = lr / (2 * scaling) * sqrt(out / in)`. So what a learning rate does depends neither on rank and scaling nor
     on how the size of dW is shared between A and B. The gradients are averaged over steps as in torch's Muon. The
-    inverse roots and polar factors come from eigenvalue decompositions of q x q matrices.
+    inverse roots and polar factors come from eigenvalue decompositions of q x q matrices, at once for all layers of
+    one shape.
 
     Args:
         model: the PEFT model; nothing but adapters of linear layers may be trainable.
@@ -151,23 +152,38 @@ def create_muon_optimizer(model: nn.Module, *, lr: float, momentum: float = 0.95
     parameters = [p for pair in pairs for p in (pair.A, pair.B)]
     optimizer = torch.optim.SGD(parameters, lr=lr)
 
-    def average(p: nn.Parameter) -> Tensor | None:
+    def average(p: nn.Parameter) -> Tensor:
         if p.grad is None:
-            return None
+            return torch.zeros_like(_value(p))
         buffer = optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
         buffer.lerp_(p.grad, 1 - momentum)
         return p.grad.lerp(buffer, momentum).to(torch.promote_types(p.dtype, torch.float32))
 
-    def steepest(pair: Pair) -> None:
-        (A, B), (mean_A, mean_B), (grad_A, grad_B) = pair.of(_value), pair.of(average), pair.of(_gradient)
-        size = (B.shape[-2] / A.shape[-1]) ** 0.5 / (2 * pair.scaling)
+    def steepest(pairs: list[Pair]) -> None:
+        pairs = [pair for pair in pairs if pair.A.grad is not None or pair.B.grad is not None]
+        if not pairs:
+            return
+        A, B = (torch.stack(parts) for parts in zip(*(pair.of(_value) for pair in pairs), strict=True))
+        mean_A, mean_B = (torch.stack(parts) for parts in zip(*(pair.of(average) for pair in pairs), strict=True))
+        size = (B.shape[-2] / A.shape[-1]) ** 0.5 / (2 * pairs[0].scaling)
         root_A, root_B = _inverse_root(A @ A.mT), _inverse_root(B.mT @ B)
-        if grad_A is not None and mean_A is not None:
-            grad_A.copy_(size * root_B @ _polar((root_B @ mean_A).mT).mT)
-        if grad_B is not None and mean_B is not None:
-            grad_B.copy_(size * _polar(mean_B @ root_A) @ root_A)
+        step_A = size * root_B @ _polar((root_B @ mean_A).mT).mT
+        step_B = size * _polar(mean_B @ root_A) @ root_A
+        for pair, *steps in zip(pairs, step_A, step_B, strict=True):
+            for gradient, step in zip(pair.of(_gradient), steps, strict=True):
+                if gradient is not None:
+                    gradient.copy_(step)
 
-    return _before_each_step(optimizer, steepest, pairs)
+    return _before_each_step(optimizer, steepest, list(_alike(pairs).values()))
+
+
+def _alike(pairs: list[Pair]) -> dict[tuple[Any, ...], list[Pair]]:
+    """Pairs by what must be equal to be decomposed at once: a GPU takes hardly longer for many small matrices."""
+    groups: dict[tuple[Any, ...], list[Pair]] = {}
+    for pair in pairs:
+        key = pair.A.shape, pair.B.shape, pair.scaling, pair.A.dtype, pair.B.dtype, pair.A.device
+        groups.setdefault(key, []).append(pair)
+    return groups
 
 
 def _polar(matrix: Tensor) -> Tensor:
@@ -196,7 +212,7 @@ def _inverse(matrix: Tensor, reg: float) -> Tensor:
     return torch.linalg.pinv(matrix + reg * torch.eye(matrix.shape[-1]).to(matrix), hermitian=True)
 
 
-def _before_each_step(optimizer: Optimizer, change: Callable[[Pair], None], pairs: list[Pair]) -> Optimizer:
+def _before_each_step(optimizer: Optimizer, change: Callable[[Any], None], pairs: list[Any]) -> Optimizer:
     @torch.no_grad()
     def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(arg is not None for arg in [*args[1:], *kwargs.values()]):
