@@ -93,7 +93,7 @@ def test_autocast(used, monkeypatch):
 
 def test_inference_mode(used):
     """Its tensors have no version, by which a change in place would show, so each layer computes on its own."""
-    model = model_of("Llama").eval()
+    model = model_of("Llama")
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
     before = len(used)
@@ -102,12 +102,15 @@ def test_inference_mode(used):
     assert before and len(used) == before
 
 
-def test_generation(used, monkeypatch):
+def test_generation(used):
+    """Without gradients each layer on its own costs the host less."""
     model = model_of("Llama").eval()
+    expected = model(input_ids=IDS).logits
+    before = len(used)
     with torch.no_grad():
-        own = model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False)
-        assert used
-        assert torch.equal(own, without(monkeypatch, model, lambda m: m.generate(input_ids=IDS, max_new_tokens=4)))
+        torch.testing.assert_close(model(input_ids=IDS).logits, expected)
+        model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False)
+    assert before and len(used) == before
 
 
 def test_second_derivatives(used, monkeypatch):

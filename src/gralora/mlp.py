@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .fast_path import FusedLayer, fused_calls
 from .ops import GatedMlp, activations, gated_mlp
@@ -36,6 +37,8 @@ SHAPES = (
     Shape(("w1", "w3"), "w2"),  # Llama as Meta names it, InternLM2
 )
 
+LARGE = 2**20  # elements of x
+
 
 class AdaptedMlp(Transparent):
     """Mixin over a model's MLP, whose call is one operation where it can be.
@@ -44,11 +47,16 @@ class AdaptedMlp(Transparent):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+        if len(args) == 1 and not kwargs and not is_compiling() and _is_worth_it(self, *args):
             mlp = fused_mlp(self, args[0])
             if mlp is not None:
                 return mlp()
         return nn.Module.__call__(self, *args, **kwargs)  # type: ignore[arg-type]
+
+
+def _is_worth_it(module: Any, x: Any) -> bool:
+    """Whether one operation spares more than it costs the host: memory while training, else passes over large x."""
+    return module.training or torch.is_grad_enabled() or isinstance(x, Tensor) and x.numel() >= LARGE
 
 
 class FusedMlp(NamedTuple):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .fast_path import FusedLayer, fused_calls, sharing
 from .ops import shared_linear
@@ -27,8 +28,11 @@ Groups = tuple[tuple[str, ...], ...]
 class SharingInput(Transparent):
     """Mixin over a model's module that calls several adapted layers with the same input."""
 
+    training: bool
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():  # there they are not computed together
+        # a block that is checkpointed in the reentrant way is computed without gradients first, and is training, too
+        if is_compiling() or not (self.training or torch.is_grad_enabled()):  # alone, layers cost the host less there
             return nn.Module.__call__(self, *args, **kwargs)  # type: ignore[arg-type]
         children = children_of(self)  # type: ignore[arg-type]
         groups = groups_of(self)  # type: ignore[arg-type]
