@@ -44,7 +44,7 @@ def check_unpacking(device, sizes, blocksizes, dtypes):
             packed = packed.to(device)
             if packed.quant_state is None:
                 packed = packed._quantize(device)
-            ours = quantized.FourBitWeight(packed).dense(dtype)
+            ours = quantized.FourBitWeight(packed, packed.quant_state).dense(dtype)
             case = device, n_out, n_in, quant_type, blocksize, nested
             assert ours.dtype == dtype and torch.equal(ours, definition(packed, dtype)), case
             if device == "cuda":  # on a CPU bitsandbytes rounds otherwise where a block has not 64 values
@@ -166,7 +166,7 @@ def test_kernel_that_cannot_run_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(plans, "kernels_for", lambda x: batched if "kernels" in plans._failed else Broken())
     packed = bitsandbytes.nn.Params4bit(torch.randn(8, 64), False, None, 64, False, "nf4")._quantize("cpu")
     with pytest.warns(RuntimeWarning, match="the kernel cannot run") as warned:
-        w = quantized.FourBitWeight(packed).dense(torch.float32)
+        w = quantized.FourBitWeight(packed, packed.quant_state).dense(torch.float32)
     assert len(warned) == 1
     assert torch.equal(w, bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state))
 

@@ -37,7 +37,8 @@ def quantize_nf4(model: nn.Module, storage: torch.dtype = torch.uint8) -> nn.Mod
             )
             packed.weight = bnb.nn.Params4bit(
                 layer.weight.data.cpu(),
-                **{"requires_grad": False, "quant_type": "nf4", "compress_statistics": True, "quant_storage": storage},
+                **{"requires_grad": False, "quant_type": "nf4", "compress_statistics": True},
+                **{"quant_storage": storage, "module": packed},  # which keeps the state that FSDP takes off the weight
             )
             quantized.set_submodule(name, packed.to(layer.weight.device))
     quantized.is_loaded_in_4bit = True  # as transformers says, and PEFT asks

@@ -21,11 +21,12 @@ class FourBitWeight:
     """A weight that bitsandbytes has quantised to nf4 or fp4, its scales quantised in turn or not.
 
     Args:
-        packed: `Params4bit`, with its quantisation state.
+        packed: its numbers, of any dtype.
+        state: bitsandbytes' quantisation state of them.
     """
 
-    def __init__(self, packed: Any) -> None:
-        self.packed, self.state = packed, packed.quant_state
+    def __init__(self, packed: Tensor, state: Any) -> None:
+        self.packed, self.state = packed, state
         self.shape = tuple(self.state.shape)
 
     @plans.falls_back
@@ -76,14 +77,16 @@ class DequantizedWeight:
 
 def _four_bits(base: Any, weight: Any, x: Tensor, dtype: torch.dtype) -> FourBitWeight | None:
     """bitsandbytes multiplies with the packed weight for few tokens, and so is called for these."""
-    state = weight.quant_state
+    state = getattr(weight, "quant_state", None) or getattr(
+        base, "quant_state", None
+    )  # FSDP leaves a plain tensor as the weight
     if not plans.has_kernels(x, dtype) or state is None or base.compute_dtype != dtype:
         return None
     if x.numel() < MANY_TOKENS * x.shape[-1]:
         return None
     if state.shape[1] != base.in_features or weight.numel() % 4 or state.nested and state.state2.blocksize != 256:
         return None
-    return FourBitWeight(weight)
+    return FourBitWeight(weight, state)
 
 
 def torchao_float8(weight: Any) -> Float8Weight:
@@ -131,6 +134,7 @@ def _hqq(base: Any, weight: Any, x: Tensor, dtype: torch.dtype) -> DequantizedWe
 Read = Callable[[Any, Any, Tensor, torch.dtype], PackedWeight | None]
 READERS: Mapping[str, Read] = {
     "Params4bit": _four_bits,
+    "Linear4bit": _four_bits,
     "Int8Params": _eight_bits,
     "Int8Tensor": _torchao_int8,
     "HQQLinear": _hqq,
