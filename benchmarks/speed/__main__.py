@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--tiny", action="store_true", help="tiny sizes, to test the benchmark itself")
     p.add_argument("--commit", help="recorded in each row; asked of git unless given")
-    p.add_argument("--out", type=Path, help="write all rows as JSON, after each section")
+    p.add_argument("--out", type=Path, help="write all rows as JSON, after each table")
     return p
 
 
@@ -84,11 +84,12 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for section in args.sections:
         try:
-            rows += [row | facts for row in SECTIONS[section](args)]
+            for row in SECTIONS[section](args):
+                rows.append(row | facts)
+                if args.out:  # at once: what follows may be stopped
+                    args.out.write_text(json.dumps(rows, indent=1) + "\n")
         except exact.NotTheReference as error:
             sys.exit(f"{section}: {error}")
-        if args.out:
-            args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

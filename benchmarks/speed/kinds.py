@@ -2,7 +2,7 @@
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import peft
@@ -187,9 +187,8 @@ KINDS = [
 ]
 
 
-def kinds(args: argparse.Namespace) -> list[Row]:
+def kinds(args: argparse.Namespace) -> Iterator[Row]:
     """One layer of each kind, as a multiple of PEFT LoRA's time for it; sizes are those named, on a CPU smaller."""
-    rows = []
     for case in KINDS:
         if args.only not in case.name:
             continue
@@ -208,5 +207,4 @@ def kinds(args: argparse.Namespace) -> list[Row]:
         times = {row["method"]: row["time_ms"] for row in found}
         for name in (ACCELERATED, "gralora"):
             print(f"  {name}: {times[name] / times['PEFT LoRA']:.3f}x of PEFT LoRA's time", flush=True)
-        rows += found
-    return rows
+        yield from found

@@ -3,7 +3,7 @@
 import argparse
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import torch
@@ -81,9 +81,9 @@ def compare(
     return report(section, setting, timed, "frozen", **facts)
 
 
-def linear(args: argparse.Namespace) -> list[Row]:
+def linear(args: argparse.Namespace) -> Iterator[Row]:
     """One adapted linear of an 8B Llama, 8192 tokens, beside the frozen linear alone."""
-    rows = []
+    rows: list[Row] = []
     dtype = dtype_of(args)
     for in_features, out_features in [(size(n, args), size(m, args)) for n, m in LLAMA_8B_LINEARS]:
         base = nn.Sequential(nn.Linear(in_features, out_features, bias=False)).to(args.device, dtype)
@@ -95,13 +95,14 @@ def linear(args: argparse.Namespace) -> list[Row]:
                 steps = {m.name: LayerStep(m.adapt(base, fp32), x, fp32) for m in methods}
                 words = words if dtype is BF16 else "fp32"
                 setting = f"{in_features}->{out_features}, r={r}, k=4, {words}"
-                rows += compare("linear", setting, steps, exact_outcome, args, r=r, fp32=fp32)
+                found = compare("linear", setting, steps, exact_outcome, args, r=r, fp32=fp32)
+                yield from found
+                rows += found
     for fp32, method in itertools.product((False, True), ("gralora", ACCELERATED)):
         ours = [row for row in rows if row["method"] == method and row["fp32"] == fp32]
         if ours:
             mean = statistics.mean(row["ratio_to_frozen"] for row in ours)
             print(f"\nlinear: {method}, {'fp32 adapters + autocast' if fp32 else 'one dtype'}: {mean:.3f}x on average")
-    return rows
 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype:

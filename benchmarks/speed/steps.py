@@ -3,7 +3,7 @@
 import argparse
 import functools
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -157,8 +157,8 @@ def _sections(
     names: list[str] | None = None,
     prepare: Callable[[nn.Module], nn.Module] | None = None,
     checkpointing: tuple[bool, ...] = (False,),
-) -> list[Row]:
-    """`train` in each of the settings that the arguments ask for."""
+) -> Iterator[Row]:
+    """The rows of `train` in each of the settings that the arguments ask for, table by table."""
     batch = args.batch or batch
     if args.tiny:
         section, shape, batch, r = f"{section}, tiny", TINY, (2, 16), 8
@@ -170,28 +170,26 @@ def _sections(
     patches = {UNSLOTH: programs.unsloth(args.unsloth)} if UNSLOTH in names else {}
     methods = methods_of(names, r, 4 if r >= 64 else 2, LINEARS, patches)
     settings = [("bf16 adapters", False), ("fp32 adapters + autocast", True)] if dtype is BF16 else [("fp32", False)]
-    rows = []
     for words, fp32 in settings[:1] if args.compile else settings:
         for checkpoints in sorted({*checkpointing, *([True] if args.checkpointing else [])}):
             text = f"{batch[0]} x {batch[1]} tokens, r={r}, {words}, {_words(args.compile)}"
             text += ", gradient checkpointing" if checkpoints else ""
             setting = Setting(text, fp32, checkpoints, args.compile, args.device)
             chosen = [m for m in methods if not (m.name == UNSLOTH and args.compile)]
-            rows += train(section, plain, base, tokens, chosen, setting, args)
-    return rows
+            yield from train(section, plain, base, tokens, chosen, setting, args)
 
 
-def model(args: argparse.Namespace) -> list[Row]:
+def model(args: argparse.Namespace) -> Iterator[Row]:
     """A step of a 1.24B Llama in bf16, all seven linears adapted, 4 x 2048 tokens."""
     return _sections("model 1.24B", LLAMA_1B, (4, 2048), 64, args)
 
 
-def short(args: argparse.Namespace) -> list[Row]:
+def short(args: argparse.Namespace) -> Iterator[Row]:
     """The same of 1 x 512 tokens, which waits for the host."""
     return _sections("model 1.24B", LLAMA_1B, (1, 512), 64, args)
 
 
-def nf4(args: argparse.Namespace) -> list[Row]:
+def nf4(args: argparse.Namespace) -> Iterator[Row]:
     """The same over weights of 4 bits (bitsandbytes nf4, nested statistics), with and without checkpointing."""
     names = [name for name in args.methods if name != "PEFT GRALORA"]  # which takes no quantised layers
     return _sections(
@@ -199,15 +197,15 @@ def nf4(args: argparse.Namespace) -> list[Row]:
     )
 
 
-def liger(args: argparse.Namespace) -> list[Row]:
+def liger(args: argparse.Namespace) -> Iterator[Row]:
     """The same with Liger's kernels for the rest of the model, from a wheel given by --liger."""
     with programs.liger(args.liger) as prepare:
-        return _sections(
+        yield from _sections(
             "model 1.24B, Liger", LLAMA_1B, (4, 2048), 64, args, None, prepare, checkpointing=(False, True)
         )
 
 
-def small(args: argparse.Namespace) -> list[Row]:
+def small(args: argparse.Namespace) -> Iterator[Row]:
     """A step of SmolLM2-135M's shape, where launches cost more than arithmetic."""
     return _sections("SmolLM2-135M", SMOLLM2_135M, (4, 512) if args.device == "cuda" else (2, 128), 32, args)
 

@@ -77,9 +77,8 @@ class DequantizedWeight:
 
 def _four_bits(base: Any, weight: Any, x: Tensor, dtype: torch.dtype) -> FourBitWeight | None:
     """bitsandbytes multiplies with the packed weight for few tokens, and so is called for these."""
-    state = getattr(weight, "quant_state", None) or getattr(
-        base, "quant_state", None
-    )  # FSDP leaves a plain tensor as the weight
+    # FSDP leaves a plain tensor as the weight, and the layer keeps the state
+    state = getattr(weight, "quant_state", getattr(base, "quant_state", None))
     if not plans.has_kernels(x, dtype) or state is None or base.compute_dtype != dtype:
         return None
     if x.numel() < MANY_TOKENS * x.shape[-1]:
