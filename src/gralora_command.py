@@ -186,6 +186,8 @@ def print_help(command: str) -> None:
     try:
         text = kept.read_text(encoding="utf-8")
     except OSError:
+        if sys.stderr.isatty():
+            print("reading the flags of the installed TRL and transformers, once ...", file=sys.stderr)
         module, function, _ = COMMANDS[command]
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
