@@ -310,11 +310,12 @@ def show(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, args: FinetuneArgum
     cut = corpus.cut(args.length)
     if cut["examples"] and not args.splits_long_texts:
         lost = "beginning" if args.truncation_mode == "keep_end" else "end"
-        print(
-            f"cut: {cut['examples']} of {corpus.lengths.total()} texts are longer than max_seq_length={args.length} "
-            f"and lose their {lost}, in all {cut['tokens'] / cut['of_tokens']:.1%} of the tokens; "
-            f"--max_seq_length {corpus.length_of(0.99)} keeps 99% of the texts whole"
+        texts = (
+            f"cut: {cut['examples']} of {corpus.lengths.total()} texts are longer than max_seq_length={args.length}"
         )
+        tokens = f"in all {cut['tokens'] / cut['of_tokens']:.1%} of the tokens"
+        whole = f"--max_seq_length {corpus.length_of(0.99)} keeps 99% of the texts whole"
+        print(output.fitted([f"{texts} and lose their {lost}", f"{tokens}; {whole}"], (", ",), output.columns()))
 
 
 def save(run: Run, loss: dict[str, float] | None, output_dir: Path) -> None:
