@@ -12,6 +12,7 @@ from test_kernels import make, needs_gpu, relative
 
 from gralora.ops import Float8Weight, fp8, plans, reference
 from gralora.ops.interface import FactorGradients
+from gralora.ops.layout import layout
 
 pytest.importorskip("triton.experimental.gluon")
 
@@ -171,6 +172,20 @@ def test_one_x_is_quantised_once(monkeypatch):
     monkeypatch.setattr(fp8_hopper, "is_capturing", lambda: True)
     fp8_hopper._quantized(x)
     assert not fp8_hopper._last
+
+
+def test_operands_that_tma_cannot_read(monkeypatch):
+    """A weight of rows with gaps or at an odd address, and factors as those of the half-precision product."""
+    monkeypatch.setattr(hopper, "_processors", lambda device: 1)
+    values, B = torch.zeros(256, 64, dtype=fp8.E4M3), torch.zeros(4, 16, 64, dtype=torch.bfloat16)
+
+    def fits(values=values, B=B, dtype=torch.bfloat16):
+        return fp8_hopper._fits(256, (256, 64), layout(values), dtype, layout(B), 0)
+
+    assert fits() and fits(B=B.mT.contiguous().mT)
+    assert not fits(torch.zeros(256, 80, dtype=fp8.E4M3)[:, :64]) and not fits(dtype=torch.float32)
+    assert not fits(torch.zeros(256 * 64 + 1, dtype=fp8.E4M3)[1:].view(256, 64))
+    assert not fits(B=torch.zeros(4, 12, 64, dtype=torch.bfloat16)) and not fits(B=torch.zeros(4, 16, 128)[..., ::2])
 
 
 def test_product_where_it_is_not_fused(monkeypatch):

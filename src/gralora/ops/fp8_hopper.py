@@ -43,23 +43,24 @@ def linear(
     adds: bool = False,
 ) -> None:
     """See `interface.Product.linear`; weight is `[O, I]` with scales per row, or the transpose of such a one."""
-    is_fused = _fits(g.shape[1], weight.shape, x.dtype, layout(B), x.get_device())
+    stored = weight.values if weight.transpose_of is None else weight.transpose_of
+    is_fused = _fits(g.shape[1], weight.shape, layout(stored), x.dtype, layout(B), x.get_device())
     if gradients is not None and not (is_fused and hopper.reads(x) and hopper.reads(gradients.z)):
         batched.product_gradients(x, g, gradients)
         gradients = None
     if not is_fused:
         return fp8.linear(y, x, weight, bias, g, B, adds=adds)
-    scales = weight.scales  # [O, 1], [1, I] or [1, 1]
+    scales = weight.scales.float().contiguous()  # [O, 1], [1, I] or [1, 1]
     scales_columns = scales.shape[0] > 1
     factor, of_rows = _quantized(x) if scales_columns else quantize_rows(x, scales)
-    values = weight.values if weight.transpose_of is None else _transposed(weight.transpose_of)
+    values = stored if weight.transpose_of is None else _transposed(stored)
     pointers = of_rows, scales if scales_columns else of_rows
     hopper.launch(_scaled_linear, y, x, factor, values, bias, g, B, gradients, adds, pointers, (scales_columns,))
 
 
 @functools.lru_cache(1024)
-def _fits(T: int, shape: tuple[int, int], dtype: torch.dtype, B: Layout, device: int) -> bool:
-    """Tell whether TMA can read the adapter's operands, and the tiles of y fill the GPU's processors."""
+def _fits(T: int, shape: tuple[int, int], stored: Layout, dtype: torch.dtype, B: Layout, device: int) -> bool:
+    """Tell whether TMA can read the operands, and the tiles of y fill the GPU's processors."""
     (_, r, chunk), (stride_k, stride_r, stride_c) = B.shape, B.strides
     return (
         dtype in hopper.GLUON_DTYPES
@@ -67,6 +68,8 @@ def _fits(T: int, shape: tuple[int, int], dtype: torch.dtype, B: Layout, device:
         and 1 in (stride_r, stride_c)
         and not (r | chunk | stride_k | stride_r * stride_c) % 8
         and B.aligned
+        and stored.strides == (stored.shape[1], 1)
+        and stored.aligned
     )
 
 

@@ -1,9 +1,9 @@
 """What an implementation of the adapter's operations provides: the contract of a kernel module.
 
-`batched` (torch) and `kernels` (Triton) are `Kernels`; `batched` and `hopper` are a `Product` of tensors, `fp8` is one
-of a `Float8Weight`. To add one for another GPU, write a module with these functions and name it in a row of
-`architectures.ARCHITECTURES`, and in a line for type checkers at the top of `plans`, with which `make typecheck`
-compares the functions with those here.
+`batched` (torch) and `kernels` (Triton) are `Kernels`; `batched` and `hopper` are a `Product` of tensors, `fp8` and
+`fp8_hopper` one of a `Float8Weight`. To add one for another GPU, write a module with these functions and name it in a
+row of `architectures.ARCHITECTURES`, and in a line for type checkers at the top of `plans`, with which
+`make typecheck` compares the functions with those here.
 
 All tensors of a call are on one device. `x` and `dy` have unit stride along their last dimension, and are `[T, n]` or
 contiguous `[..., n]` (`layout.contiguous_or_rows`). Factors may have any strides and any float dtype; the dtype of x
