@@ -71,7 +71,9 @@ class Siblings:
             return None
         dtype = calls[0].dtype
         ys = shared_linear(x if x.dtype == dtype else x.to(dtype), [call.operands() for call in calls])
-        self.ready = {id(other): (x, version_of(x), y) for other, y in zip(group, ys, strict=True)} | self.ready
+        version = version_of(x)
+        for other, y in zip(group, ys, strict=True):
+            self.ready[id(other)] = x, version, y
         return self.ready.pop(id(layer))[2]
 
 
