@@ -23,7 +23,7 @@ from gralora.tool import cli
 from gralora.tool.finetune import finetune, read_arguments
 from gralora.tool.tune import main, shares
 from gralora.tool.tuning import run
-from gralora.tool.tuning.lockstep import LockstepTrainer
+from gralora.tool.tuning.lockstep import LockstepTrainer, Rungs, fastest_together
 from gralora.tool.tuning.report import certainty, is_worse
 from gralora.tool.tuning.search import JOURNAL, Search, values, wait_for_study
 
@@ -70,11 +70,24 @@ def test_a_candidate_is_trained_as_alone(flags, tmp_path, together):
     assert len({round(row["held_out_loss"], 4) for row in rows}) == 8
 
 
-def test_search(flags, tmp_path, tiny_model, capsys):
-    """The worse candidates are stopped, and what is left behind says and loads what was best."""
+def test_search(flags, tmp_path, tiny_model, capsys, monkeypatch):
+    """The worse candidates are stopped, and what is left behind says and loads what was best.
+
+    The full sweep measures steps first, as on a GPU, one by one and together; that changes none of its losses.
+    """
     folder = tmp_path / "study"
     found = tune(flags, folder, "--learning_rate", RATES, "--rungs", "0.2,0.5", "--reduction", 2)
+    measured = []
+
+    def measure(trainer: LockstepTrainer, *more: object) -> Rungs:
+        measured.append(fastest_together(read_arguments(flags)[0], trainer))
+        trainer.together = 1
+        trainer.activate()
+        return Rungs(trainer, *more)
+
+    monkeypatch.setattr(run, "Rungs", measure)
     full = tune(flags, tmp_path / "full", "--learning_rate", RATES, "--rungs", "0.2,0.5", "--full_sweep")
+    assert [sorted(seconds) for seconds in measured] == [[1, 4]] and all(measured[0].values())
     assert found["rungs"] == [2, 5, 10] and sorted(row["steps"] for row in found["candidates"]) == [2, 2, 5, 10]
     assert found["steps_trained"] == 19 and found["share_of_full_sweep"] == 19 / 40
     for row, whole in zip(found["candidates"], full["candidates"], strict=True):
