@@ -122,6 +122,14 @@ def test_search(flags, tmp_path, tiny_model, capsys, monkeypatch):
     assert "took 48% of the steps of training every candidate to the end" in printed
 
 
+def test_candidates_in_one_pass_are_stopped(flags, tmp_path):
+    """The last one measured, which PEFT's model then calls active, is among those that are deleted."""
+    found = tune(flags, tmp_path / "study", "--learning_rate", RATES, "--rungs", "0.2", "--together", 4)
+    assert (
+        sorted(row["steps"] for row in found["candidates"]) == [2, 2, 2, 10] and found["candidates"][-1]["steps"] == 2
+    )
+
+
 class Interrupt(TrainerCallback):
     """Ctrl-C in the middle of a step."""
 

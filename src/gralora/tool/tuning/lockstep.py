@@ -116,7 +116,9 @@ class LockstepTrainer(AdapterTrainer):
     def activate(self) -> None:
         """Let all live candidates take gradients, as a batch of several needs it."""
         if self.live:
-            self.model.base_model.set_adapter(self.live if self.together > 1 else self.live[0])
+            self.model.set_adapter(self.live[0])  # what the PeftModel calls active must be there, too
+        if self.together > 1 and self.live:
+            self.model.base_model.set_adapter(self.live)
 
     @torch.no_grad()
     def held_out(self, name: str | None, rows: list[Row], batch_size: int) -> list[float]:
