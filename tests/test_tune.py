@@ -124,9 +124,11 @@ def test_search(flags, tmp_path, tiny_model, capsys, monkeypatch):
 
 def test_candidates_in_one_pass_are_stopped(flags, tmp_path):
     """The last one measured, which PEFT's model then calls active, is among those that are deleted."""
-    found = tune(flags, tmp_path / "study", "--learning_rate", RATES, "--rungs", "0.2", "--together", 4)
+    found = tune(
+        flags, tmp_path / "study", "--learning_rate", RATES, "--rungs", "0.2", "--reduction", 2, "--together", 4
+    )
     assert (
-        sorted(row["steps"] for row in found["candidates"]) == [2, 2, 2, 10] and found["candidates"][-1]["steps"] == 2
+        sorted(row["steps"] for row in found["candidates"]) == [2, 2, 10, 10] and found["candidates"][-1]["steps"] == 2
     )
 
 
