@@ -230,12 +230,10 @@ def wrappers(model):
 
 
 def naive_dW(layer, adapter):
-    """By the loop over blocks, or of a plain LoRA expert by expert; in the parameter's layout, without scaling."""
+    """By the loop over blocks, or PEFT's of a plain LoRA; in the parameter's layout, without scaling."""
     if layer.is_gralora(adapter):
         return naive_experts(layer, adapter)
-    A, B = layer.lora_A[adapter].weight.chunk(E), layer.lora_B[adapter].weight
-    dW = torch.stack([B[:, e::E] @ A[e] for e in range(E)])
-    return dW.mT if layer.get_base_layer().is_transposed else dW
+    return lora.ParamWrapper.get_delta_weight(layer, adapter) / layer.scaling[adapter]
 
 
 def merged_weights(model, adapters=("default",)):
