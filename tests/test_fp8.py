@@ -53,7 +53,7 @@ def scaled(layer: Any) -> Tensor:
 
 def layers(dtype: torch.dtype = torch.float32) -> dict[str, tuple[nn.Module, Tensor]]:
     """Each kind of FP8 layer of CASE's sizes, and its weight in float64."""
-    from torchao.quantization import Float8WeightOnlyConfig, PerRow, PerTensor, quantize_
+    from torchao.quantization import Float8Tensor, PerRow, PerTensor
     from torchao.quantization.granularity import PerGroup
 
     torch.manual_seed(2)
@@ -61,7 +61,8 @@ def layers(dtype: torch.dtype = torch.float32) -> dict[str, tuple[nn.Module, Ten
     found: dict[str, tuple[nn.Module, Tensor]] = {}
     for granularity in (PerRow(), PerTensor(), PerGroup(16)):
         layer = copy.deepcopy(linear)
-        quantize_(layer, Float8WeightOnlyConfig(granularity=granularity, set_inductor_config=False))
+        weight = Float8Tensor.from_hp(linear.weight.detach(), granularity=granularity)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
         found[type(granularity).__name__] = layer, scaled(layer)
     layer = copy.deepcopy(linear)
     layer.weight = nn.Parameter(quantises_its_input(linear.weight.detach()), requires_grad=False)
