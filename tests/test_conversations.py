@@ -293,6 +293,15 @@ def test_options_of_the_template(tokenizer, read):
     assert tokenizer.decode(row_of(tokenizer, read(tokenizer, record))["input_ids"]).startswith("quick<|user|>")
 
 
+def test_a_speakers_name_that_the_template_does_not_write_is_named(tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [MESSAGES[0] | {"name": "Bob"}, MESSAGES[1]]}))
+    named = CHATML.replace("{{ m.content", "{{ m.name }}{{ m.content")
+    for template, unused in ((CHATML, {"messages[].name": 1}), (named, {})):
+        tokenizer.chat_template = template
+        assert file_examples(path, tokenizer).unused == unused
+
+
 def test_fields_without_a_meaning_are_named_once(tokenizer, tmp_path):
     tokenizer.chat_template = CHATML
     path = tmp_path / "a.jsonl"

@@ -231,6 +231,13 @@ GOOD = json.dumps({"text": "x"})
         ("a.csv", "text,b\nx,y\nx\n", 2, "more or fewer fields"),
         ("a.csv", 'text\nx\n\n"y\nz', 2, "not CSV"),
         ("a.csv", "txt\nx\n", 1, "the fields ['txt'] do not make a record"),
+        ("a.csv", "Question,Answer\nx,y\n", 1, "Rename 'Question' to 'question' and 'Answer' to 'answer'."),
+        ("a.jsonl", '{"instruction": "x", "response": "y"}', 1, "'instruction' needs 'output' beside it and 'response'"),
+        ("a.jsonl", '{"prompt": "x", "chosen": "y", "rejected": "z"}', 1, "save the better ones as completion"),
+        ("a.jsonl", '{"input": {}, "preferred_output": [], "non_preferred_output": []}', 1, "DPOTrainer"),
+        ("a.jsonl", '{"prompt": "x", "completion": "y", "label": false}', 1, "'label' is false, which marks an answer"),
+        ("a.jsonl", '{"instruction": "x", "output": "y", "kto_tag": false}', 1, "'kto_tag' is false"),
+        ("a.jsonl", '{"messages": [], "images": ["a.png"]}', 1, "'images' is not empty, and only text"),
     ],
 )
 def test_broken_rows_name_file_and_line(tmp_path, name, text, line, reason):
@@ -239,6 +246,12 @@ def test_broken_rows_name_file_and_line(tmp_path, name, text, line, reason):
         file_examples(path)
     place = "row" if name.endswith("csv") else "line"
     assert f"{path}, {place} {line}:" in str(error.value) and reason in str(error.value)
+
+
+def test_labels_that_say_nothing_of_an_answer_are_listed_only(tmp_path):
+    rows = [{"text": "x", "label": False}, {"prompt": "x", "completion": "y", "label": True, "images": []}]
+    found = file_examples(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
+    assert len(found.examples) == 2 and found.unused == {"label": 2}
 
 
 @pytest.mark.parametrize(

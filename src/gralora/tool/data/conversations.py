@@ -84,9 +84,14 @@ def chat_example(
 
 
 def is_read(tokenizer: PreTrainedTokenizerBase | None, field: str) -> bool:
-    """Tell whether the chat template reads a field of messages beside the usual ones: it has the name as a word."""
+    """Tell whether the chat template reads a field of messages beside the usual ones."""
+    return field not in MESSAGE_FIELDS and is_in_template(tokenizer, field)
+
+
+def is_in_template(tokenizer: PreTrainedTokenizerBase | None, field: str) -> bool:
+    """Tell whether the chat template has a field's name as a word."""
     template = str(getattr(tokenizer, "chat_template", None) or "")
-    return field not in MESSAGE_FIELDS and re.search(rf"\b{re.escape(field)}\b", template) is not None
+    return re.search(rf"\b{re.escape(field)}\b", template) is not None
 
 
 def is_message(message: Any, tokenizer: PreTrainedTokenizerBase | None) -> bool:

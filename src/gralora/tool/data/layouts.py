@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from .conversations import MESSAGE_FIELDS, RECORD_FIELDS, Chat, chat_example, is_read, parsed
+from .conversations import MESSAGE_FIELDS, RECORD_FIELDS, Chat, chat_example, is_in_template, is_read, parsed
 
 INSTRUCTION = "### Instruction:"  # begins every prompt; a model without an end token goes on to write the next one
 
@@ -127,6 +127,9 @@ LAYOUTS: dict[tuple[str, ...], Layout] = {
     ("text",): Layout(lambda record, _: Example("", text(record, "text"))),
 }
 RECORD_NAMES = [*map("+".join, LAYOUTS)]
+PREFERENCES = {"chosen", "rejected", "preferred_output", "non_preferred_output"}  # TRL's and OpenAI's
+DESIRABLE = ("label", "kto_tag")  # TRL's and LLaMA-Factory's fields of KTO, which also learns from bad answers
+PICTURES = ("images", "videos", "audios")  # TRL's, LLaMA-Factory's and ms-swift's fields
 
 
 def record_example(
@@ -140,8 +143,34 @@ def record_example(
         raise ValueError(f"a record must be an object with the fields {kinds}, got {record!r:.80}.")
     kind = next((kind for kind in LAYOUTS if all(name in record for name in kind)), None)
     if kind is None:
-        raise ValueError(f"the fields {sorted(record)} do not make a record; it needs {kinds}.")
+        raise ValueError(f"the fields {sorted(record)} do not make a record; it needs {kinds}.{near_miss(record)}")
+    for name in DESIRABLE:
+        if record.get(name) is False and kind != ("text",):
+            raise ValueError(
+                f"field {name!r} is false, which marks an answer as a bad one, and fine-tuning learns every answer; "
+                "leave such rows out, or take a trainer that learns from them, such as TRL's KTOTrainer."
+            )
+    for name in PICTURES:
+        if record.get(name):
+            raise ValueError(f"field {name!r} is not empty, and only text can be trained on.")
     return kind, LAYOUTS[kind].example(record, tokenizer)
+
+
+def near_miss(record: dict[str, Any]) -> str:
+    """Return a sentence about what a record of no layout may be, and how to make it one; "" where nothing is like it."""
+    if PREFERENCES & record.keys():
+        return (
+            " It has answers that are preferred to others: save the better ones as completion beside prompt, or train "
+            "with TRL's DPOTrainer, which takes gralora.LoraConfig."
+        )
+    lower = {name.lower().strip(): name for name in record}
+    for kind in LAYOUTS:
+        if all(name in lower for name in kind):
+            renamed = [f"{lower[name]!r} to {name!r}" for name in kind if lower[name] != name]
+            return f" Rename {' and '.join(renamed)}."
+    missing = {name: other for kind in LAYOUTS for name in kind for other in kind if name in record and other != name}
+    needs = " and ".join(f"{name!r} needs {other!r} beside it" for name, other in missing.items())
+    return f" {needs}; add or rename a field." if needs else ""
 
 
 def unused_fields(
@@ -153,7 +182,8 @@ def unused_fields(
     for name in kind:
         if isinstance(record[name], list):
             keys = {key for turn in record[name] if isinstance(turn, dict) for key in turn if turn[key] is not None}
-            unknown = sorted(keys - MESSAGE_FIELDS - {"from", "value"})
+            known = MESSAGE_FIELDS if is_in_template(tokenizer, "name") else MESSAGE_FIELDS - {"name"}
+            unknown = sorted(keys - known - {"from", "value"})
             yield from (f"{name}[].{key}" for key in unknown if not is_read(tokenizer, key))
 
 
