@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -16,7 +17,7 @@ import torch
 import yaml
 from benchmarks.tuning import judged, picked
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from gralora.checkpoints.files import locked
 from gralora.tool import cli
@@ -309,6 +310,24 @@ def test_shares():
     for text in ("", "0,0.5", "0.5,1", "0.3,0.1", "x", "0.1,0.1"):
         with pytest.raises(ValueError, match="rungs="):
             shares(text)
+
+
+@pytest.mark.parametrize(
+    "steps, warmup, rungs",
+    [
+        (200, 0.05, [20, 60, 200]),
+        (14, 0.05, [2, 4, 14]),
+        (100, 10, [11, 30, 100]),
+        (20, 8, [9, 20]),
+        (3, 8, [3]),
+        (10, 0, [1, 3, 10]),
+    ],
+)
+def test_no_rung_is_in_the_warmup(steps, warmup, rungs, tmp_path):
+    """Of a warmup's first step, whose rate is 0, all candidates are as they began, and would tie."""
+    training = TrainingArguments(str(tmp_path), warmup_steps=warmup, use_cpu=True)
+    rows = Rungs(SimpleNamespace(args=training), None, [], [0.1, 0.3], 1)
+    assert rows.steps(SimpleNamespace(max_steps=steps)) == rungs
 
 
 @pytest.mark.parametrize(

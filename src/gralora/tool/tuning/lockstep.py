@@ -163,7 +163,10 @@ class Rungs(TrainerCallback):
         self.seconds = 0.0  # of measuring
 
     def steps(self, state: TrainerState) -> list[int]:
-        return sorted({max(1, round(share * state.max_steps)) for share in self.shares} | {state.max_steps})
+        """Return the rungs; the first is not before a step at the full rate, since a warmup's first step has rate 0."""
+        last = state.max_steps
+        first = min(self.trainer.args.get_warmup_steps(last) + 1, last)
+        return sorted({max(first, round(share * last)) for share in self.shares} | {last})
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         rungs = self.steps(state)
