@@ -47,6 +47,7 @@ PARSERS = ("data", "chat", "inspect", "convert", "export", "merge", "verify", "r
 LIGHT = {name: ("gralora.tool.parsers", name) for name in PARSERS}
 LIGHT |= {name: (f"gralora.tool.{name}", "make_parser") for name in ("evaluate", "tune")}
 
+HELP_COLUMNS = 80  # of help that is kept, or those of a narrower terminal: wider ones share one text
 USER_ERROR = 2  # as argparse
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 # what a wrong argument, file or missing package raises; anything else is a fault of the program and shows its trace
@@ -201,9 +202,13 @@ def print_help(command: str) -> None:
     print(text, end="")
 
 
+def help_width() -> int:
+    return min(HELP_COLUMNS, shutil.get_terminal_size().columns)
+
+
 def help_key() -> str:
     """Name all that a help text depends on: gralora's files, versions of what has flags of its own, and the width."""
-    facts = [sys.version, str(shutil.get_terminal_size().columns)]
+    facts = [sys.version, str(help_width())]
     for package in ("trl", "transformers", "peft", "lm_eval"):
         try:
             facts.append(importlib.metadata.version(package))

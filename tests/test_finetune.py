@@ -332,10 +332,17 @@ def test_json_is_all_of_stdout(flags, tmp_path, capsys):
     captured = capsys.readouterr()
     (line,) = captured.out.splitlines()
     assert json.loads(line) == json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert "examples to train on" in captured.err
+    assert "examples to train on" in captured.err and "%|" not in captured.err, "bars are for terminals"
     assert cli.main([*flags, "--output_dir", str(tmp_path / "out"), "--json"]) == cli.USER_ERROR
     captured = capsys.readouterr()
     assert captured.out == "" and "holds an adapter of an earlier run" in captured.err
+
+
+def test_bars_on_a_terminal_say_of_what(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert cli.main([*flags, "--output_dir", str(tmp_path / "out")]) == 0
+    bars = capsys.readouterr().err
+    assert "training: 100%|" in bars and "held out: 100%|" in bars
 
 
 def test_quiet_prints_nothing_but_errors(flags, tmp_path, capsys):

@@ -27,7 +27,7 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from gralora_command import Parser, add_output_flags
+from gralora_command import Parser, add_output_flags, help_width
 
 from ..acceleration import accelerate, is_default
 from ..checkpoints.files import check_space, finish_replacing, locked, read_json, replace_files, write_json
@@ -66,15 +66,17 @@ NEW = ".new"  # where the adapter is written, before it replaces an older one
 SAMPLE_TOKENS = 48
 TEXT_PROMPT_TOKENS = 16
 EXAMPLES = """examples:
-  gralora finetune --use_gralora --gralora_scaling matched --max_steps 40 --output_dir out
-  gralora finetune --base_model MODEL --data_path data.jsonl --use_gralora --gralora_scaling matched --output_dir out
-  gralora finetune --base_model MODEL --data_path data.jsonl --use_gralora --quantization 4bit --bf16 --packing
+  gralora finetune --use_gralora --gralora_scaling matched --max_steps 40
+  gralora finetune --base_model MODEL --data_path data.jsonl --output_dir out \\
+      --use_gralora --gralora_scaling matched
+  gralora finetune --base_model MODEL --data_path data.jsonl --output_dir out \\
+      --use_gralora --gralora_scaling matched --quantization 4bit --bf16 --packing
   gralora finetune --print_config > config.yaml
   gralora finetune config.yaml --learning_rate 1e-4
   gralora finetune config.yaml --dry_run
   gralora finetune config.yaml --resume_from_checkpoint latest
-exit status: 0 done, 2 wrong arguments or data, or training that diverged, 130 stopped by Ctrl-C with a checkpoint
-saved, 1 a fault"""
+exit status: 0 done, 2 wrong arguments or data, or training that diverged,
+130 stopped by Ctrl-C with a checkpoint saved, 1 a fault"""
 
 
 class FlagParser(Parser, HfArgumentParser):
@@ -118,7 +120,10 @@ def bits_or_none(bits: str, text: str) -> str:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the examples as they are written."""
+    """Shows defaults, and the examples as they are written; as wide as the help that is kept."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=help_width() - 2)  # argparse leaves two columns, too
 
 
 def read_arguments(argv: list[str]) -> tuple[FinetuneArguments, dict[str, bool]]:

@@ -14,12 +14,16 @@ from typing import Any
 def run(command: Callable[[], dict[str, Any]], quiet: bool, as_json: bool) -> None:
     """Call `command` and print its output, nothing, or its results as JSON.
 
+    Progress bars are drawn on a terminal only: in a file, each of their steps would be a line.
+
     Args:
         command: prints its output and returns its results, as JSON can hold them.
         quiet: drop what the command prints, and the progress bars and warnings of libraries.
         as_json: send what the command prints to stderr, and print the results as JSON on stdout.
     """
     with contextlib.ExitStack() as stack:
+        if quiet or not sys.stderr.isatty():
+            stack.enter_context(without_bars())
         if quiet:
             stack.enter_context(silent_libraries())
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -55,14 +59,26 @@ def columns() -> int:
 
 
 @contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers.logging.enable_progress_bar()
+        if "datasets" in sys.modules:
+            sys.modules["datasets"].enable_progress_bars()
+
+
+@contextlib.contextmanager
 def silent_libraries() -> Iterator[None]:
     import transformers
 
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # otherwise the Trainer draws its progress bar
-    transformers.logging.disable_progress_bar()
-    if "datasets" in sys.modules:
-        sys.modules["datasets"].disable_progress_bars()
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -71,4 +87,3 @@ def silent_libraries() -> Iterator[None]:
     finally:
         logging.disable(logging.NOTSET)
         transformers.logging.set_verbosity(level)
-        transformers.logging.enable_progress_bar()

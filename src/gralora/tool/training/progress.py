@@ -50,10 +50,10 @@ class Bar(ProgressCallback):
 
 
 def label_bars(trainer: Trainer) -> None:
-    """Give a trainer our bars in the place of what it shows; none with `disable_tqdm`."""
+    """Give a trainer our bars in the place of what it shows; none with `disable_tqdm`, and none in a file."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    if not trainer.args.disable_tqdm:
+    if not trainer.args.disable_tqdm and sys.stderr.isatty():
         trainer.add_callback(Bar)
 
 
@@ -76,7 +76,7 @@ class Progress(TrainerCallback):
 
     @classmethod
     def replace(cls, trainer: Trainer) -> "Progress":
-        """Put it in the place of what the Trainer prints; its bar stays, unless `disable_tqdm`."""
+        """Put it in the place of what the Trainer prints; see `label_bars` for the bar."""
         label_bars(trainer)
         progress = cls()
         trainer.add_callback(progress)
