@@ -157,7 +157,7 @@ def record_example(
 
 
 def near_miss(record: dict[str, Any]) -> str:
-    """Return a sentence about what a record of no layout may be, and how to make it one; "" where nothing is like it."""
+    """Return a sentence about what a record of no layout may be instead; "" where nothing is like it."""
     if PREFERENCES & record.keys():
         return (
             " It has answers that are preferred to others: save the better ones as completion beside prompt, or train "

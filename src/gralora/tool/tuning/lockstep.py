@@ -163,7 +163,7 @@ class Rungs(TrainerCallback):
         self.seconds = 0.0  # of measuring
 
     def steps(self, state: TrainerState) -> list[int]:
-        """Return the rungs; the first is not before a step at the full rate, since a warmup's first step has rate 0."""
+        """Return the rungs, none before a step at the full rate: the first step of a warmup has rate 0."""
         last = state.max_steps
         first = min(self.trainer.args.get_warmup_steps(last) + 1, last)
         return sorted({max(first, round(share * last)) for share in self.shares} | {last})
