@@ -1,8 +1,10 @@
 """What `gralora tune` costs, and how often it finds what a full sweep finds.
 
-    python -m benchmarks.tuning data --model MODEL --gsm8k gsm8k_train.jsonl --out DATA
+    python -m benchmarks.tuning data --model MODEL --gsm8k gsm8k_train.jsonl --choice openbookqa.train.json --out DATA
     python -m benchmarks.tuning run --model MODEL --data DATA --out build/tuning --budget_s 280
     python -m benchmarks.tuning report build/tuning --out build/tuning.json
+
+Without a GPU, `base` makes a small MODEL first, for `run --no-bf16 --length 256 --rows 8 --r 16 --workers 1`.
 
 `run` first makes one search alone, as users do, then full sweeps, several at once, until the time is up. Candidates do
 not know of each other, so what a rule would have stopped can be read from the losses of a full sweep.
@@ -17,24 +19,27 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .quality.data import default_folders, text_task
+from .quality.data import default_folders, files_by_package, text_task
 
-RUNGS = "0.05,0.1,0.2,0.3,0.5"  # of full sweeps: more than a search has, to compare rules
+# of full sweeps: more than a search has, to compare rules. Each twice the one before, since a measurement averages
+# over the later half of the steps so far, but not over those before an earlier rung
+RUNGS = "0.05,0.1,0.2,0.4"
 # shares of the steps, and what part goes on; the first is the default of `gralora tune`
 RULES = [
-    ((0.1, 0.3), 4),
+    ((0.1, 0.2), 4),
     ((0.05, 0.2), 4),
     ((0.1,), 4),
     ((0.2,), 4),
-    ((0.1, 0.3), 2),
-    ((0.2, 0.5), 4),
-    ((0.1, 0.3), 3),
+    ((0.2, 0.4), 4),
+    ((0.1, 0.2), 3),
+    ((0.1, 0.2), 2),
+    ((0.05, 0.1, 0.2), 2),
 ]
 METHODS = {
     "gralora": ["--use_gralora", "--gralora_k", "4", "--gralora_scaling", "matched"],
     "lora": [],
 }
-ROWS = {"python": 8, "python-few": 8, "gsm8k": 16}  # of a batch: about 4096 tokens
+ROWS = {"python": 8, "python-few": 8, "gsm8k": 16, "choice": 32}  # of a batch: about 4096 tokens
 FEW = 300  # rows of python-few: each is read four times in 150 steps
 
 
@@ -49,7 +54,7 @@ def data(args: argparse.Namespace) -> None:
         folders,
         lambda text: tokenizer.encode(text, add_special_tokens=False, verbose=False),
         tokenizer.eos_token_id,
-        513,
+        args.length + 1,
         1600,
         128,
         100,
@@ -58,7 +63,42 @@ def data(args: argparse.Namespace) -> None:
     for name, rows in (("python", task.train_tokens), ("python-few", task.train_tokens[::5][:FEW])):
         write_texts(args.out / f"{name}.jsonl", tokenizer.batch_decode(rows))
     write_texts(args.out / "python-test.jsonl", tokenizer.batch_decode(task.test_tokens))
-    (args.out / "gsm8k.jsonl").write_bytes(args.gsm8k.read_bytes())
+    for name, path in (("gsm8k.jsonl", args.gsm8k), ("choice.json", args.choice)):
+        if path:
+            (args.out / name).write_bytes(path.read_bytes())
+
+
+def base(args: argparse.Namespace) -> None:
+    """Train a base model so small that a sweep takes a minute on one CPU core, on Python's standard library."""
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    library = default_folders()[:1]
+    packages = sorted(files_by_package(library).items())
+    bpe = ByteLevelBPETokenizer()
+    bpe.train([str(files[0]) for _, files in packages], vocab_size=2048, special_tokens=["<end>"])
+    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<end>").save_pretrained(args.out)
+    # none of the packages that `data` holds out
+    task = text_task("python", library, lambda text: bpe.encode(text).ids, 0, 129, 6400, 64, 400)
+    rows = torch.from_numpy(task.train_tokens.astype("int64"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=2048, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=0, **sizes)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=args.steps)
+    for step in range(args.steps):
+        batch = rows[torch.randint(len(rows), (16,))]
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1}/{args.steps}: loss {loss.item():.3f}", flush=True)
+    model.save_pretrained(args.out)
 
 
 def write_texts(path: Path, texts: list[str]) -> None:
@@ -66,18 +106,23 @@ def write_texts(path: Path, texts: list[str]) -> None:
 
 
 def command(args: argparse.Namespace, task: str, method: str, seed: int, folder: Path, *more: str) -> list[str]:
-    held_out = ["--eval_data_path", str(args.data / "python-test.jsonl")]
-    if task == "gsm8k":
-        held_out = ["--val_set_size", "128"]
-    flags = ["--base_model", args.model, "--data_path", str(args.data / f"{task}.jsonl"), *held_out]
-    flags += ["--lora_r", "64", "--lora_alpha", "64", "--lora_target_modules", "all-linear", *METHODS[method]]
-    flags += ["--max_steps", str(args.steps), "--batch_size", str(ROWS[task]), "--micro_batch_size", str(ROWS[task])]
-    flags += ["--max_seq_length", "512", "--lr_scheduler_type", "cosine", "--seed", str(seed), "--bf16"]
+    path = next(args.data.glob(f"{task}.json*"), args.data / f"{task}.jsonl")
+    held_out = ["--val_set_size", str(args.held_out)]
+    if task.startswith("python"):
+        held_out += ["--eval_data_path", str(args.data / "python-test.jsonl")]
+    rows = str(args.rows or ROWS[task])
+    flags = ["--base_model", args.model, "--data_path", str(path), *held_out]
+    flags += ["--lora_r", str(args.r), "--lora_alpha", str(args.r), "--lora_target_modules", "all-linear"]
+    flags += METHODS[method]
+    flags += ["--max_steps", str(args.steps), "--batch_size", rows, "--micro_batch_size", rows]
+    flags += ["--max_seq_length", str(args.length), "--lr_scheduler_type", "cosine", "--seed", str(seed)]
+    flags += ["--bf16"] if args.bf16 else []
     flags += ["--disable_tqdm", "true", "--save_steps", "100000"]
     # one rank, given as a config's: a flag would make it part of the search
     config = folder.with_suffix(".yaml")
     config.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in pairs(flags)), encoding="utf-8")
-    return [sys.executable, "-m", "gralora.tool.cli", "tune", str(config), "--study_dir", str(folder), *more]
+    words = [sys.executable, "-m", "gralora.tool.cli", "tune", str(config), "--study_dir", str(folder), *more]
+    return [*words, "--learning_rate", args.learning_rate] if args.learning_rate else words
 
 
 def pairs(flags: list[str]) -> list[tuple[str, Any]]:
@@ -95,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
     """Search once alone, then sweep until the budget is used up; what is not finished then is ended."""
     end = time.monotonic() + args.budget_s
     args.out.mkdir(parents=True, exist_ok=True)
-    jobs = [(task, method, seed) for seed in args.seeds for task in args.tasks for method in METHODS]
+    jobs = [(task, method, seed) for seed in args.seeds for task in args.tasks for method in args.methods]
     task, method, seed = jobs[0]
     started = time.monotonic()
     try:
@@ -198,9 +243,15 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.tuning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = p.add_subparsers(dest="command", required=True)
+    b = commands.add_parser("base", help="make a base model for a CPU, in minutes")
+    b.add_argument("--out", type=Path, required=True)
+    b.add_argument("--steps", type=int, default=600, help="[600]")
+    b.set_defaults(call=base)
     d = commands.add_parser("data", help="make the tasks' files")
     d.add_argument("--model", required=True, help="folder of the tokenizer")
-    d.add_argument("--gsm8k", type=Path, required=True, help="GSM8K's train.jsonl")
+    d.add_argument("--gsm8k", type=Path, help="GSM8K's train.jsonl")
+    d.add_argument("--choice", type=Path, help="multiple choice in LLM-Adapters' layout")
+    d.add_argument("--length", type=int, default=512, help="tokens of a row of text [512]")
     d.add_argument("--out", type=Path, required=True)
     d.set_defaults(call=data)
     r = commands.add_parser("run", help="search and sweep")
@@ -208,6 +259,13 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("--data", type=Path, required=True, help="folder of `data`")
     r.add_argument("--out", type=Path, required=True)
     r.add_argument("--steps", type=int, default=150)
+    r.add_argument("--length", type=int, default=512, help="most tokens of a row [512]")
+    r.add_argument("--rows", type=int, help="rows of a batch [about 4096 tokens]")
+    r.add_argument("--held_out", type=int, default=128, help="held-out rows [128]")
+    r.add_argument("--r", type=int, default=64, help="rank, and lora_alpha [64]")
+    r.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="[yes]")
+    r.add_argument("--learning_rate", help="as of `gralora tune` [its default]")
+    r.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     r.add_argument("--seeds", type=int, nargs="+", default=[42, 43])
     r.add_argument("--tasks", nargs="+", default=list(ROWS), choices=list(ROWS))
     r.add_argument("--workers", type=int, default=4, help="sweeps at once [4]")

@@ -133,6 +133,36 @@ def test_candidates_in_one_pass_are_stopped(flags, tmp_path):
     )
 
 
+def test_a_rung_measures_the_mean_of_the_later_half(flags, tmp_path, monkeypatch):
+    """At step 4 of steps 3 and 4, at step 6 of those since then; at the end what is kept."""
+    at: dict[int, dict[str, torch.Tensor]] = {}
+    measured: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+
+    def factors(trainer: LockstepTrainer, name: str = "") -> dict[str, torch.Tensor]:
+        return {key: p.detach().clone() for key, p in trainer.factors() if name in key}
+
+    class Noted(Rungs):
+        def on_step_end(self, args, state, control, **more):
+            at[state.global_step] = factors(self.trainer)
+            super().on_step_end(args, state, control, **more)
+
+    original = LockstepTrainer.held_out
+
+    def held_out(trainer, name, *more):
+        if name is not None:
+            measured[trainer.state.global_step, name] = factors(trainer, name)
+        return original(trainer, name, *more)
+
+    monkeypatch.setattr(run, "Rungs", Noted)
+    monkeypatch.setattr(LockstepTrainer, "held_out", held_out)
+    tune(flags, tmp_path / "study", "--learning_rate", "0.01,0.03", "--rungs", "0.4,0.6", "--full_sweep")
+    assert measured.keys() == {(step, name) for step in (4, 6, 10) for name in ("candidate_0", "candidate_1")}
+    for (step, _), found in measured.items():
+        steps = {4: (3, 4), 6: (5, 6), 10: (10,)}[step]
+        for key, value in found.items():
+            torch.testing.assert_close(value, sum(at[s][key] for s in steps) / len(steps))
+
+
 class Interrupt(TrainerCallback):
     """Ctrl-C in the middle of a step."""
 
@@ -145,9 +175,9 @@ class Interrupt(TrainerCallback):
 
 
 @pytest.mark.parametrize("step", [1, 4, 8])
-def test_resume(flags, tmp_path, monkeypatch, capsys, step):
+def test_resume(flags, tmp_path, monkeypatch, capsys, caplog, step):
     """A search that goes on finds what one in one piece finds; before the first rung it begins anew."""
-    more = ("--learning_rate", RATES, "--rungs", "0.2,0.5", "--reduction", "2")
+    more = ("--learning_rate", RATES, "--rungs", "0.2,0.5", "--reduction", "2", "--save_steps", "4")
     expected = tune(flags, tmp_path / "whole", *more)
     folder = tmp_path / "study"
     with monkeypatch.context() as patched:
@@ -163,10 +193,13 @@ def test_resume(flags, tmp_path, monkeypatch, capsys, step):
         assert "give --resume, too" in capsys.readouterr().err
     with pytest.raises(ValueError, match="holds a search; go on with --resume"):
         tune(flags, folder, *more)
-    with pytest.raises(ValueError, match="the search to go on with had"):
+    with pytest.raises(ValueError, match="the search to go on with had batch_size=8, not 4; .* another --study_dir"):
         tune(flags, folder, *more, "--resume", "--batch_size", 4)
     found = tune(flags, folder, *more, "--resume")
     assert (step > 2) == ("going on from" in capsys.readouterr().out)
+    assert not [
+        one for one in caplog.records if "missing keys" in one.getMessage()
+    ]  # of the base model, which none has
     for row, whole in zip(found["candidates"], expected["candidates"], strict=True):
         assert row["losses"] == pytest.approx(whole["losses"], rel=1e-5)
     assert found["best"]["name"] == expected["best"]["name"]
@@ -375,7 +408,7 @@ def test_certainty():
     said = "\n".join(certainty(found(2e-4), ["learning_rate"]))
     assert "sure, for this seed" in said and "the same 20 answers" in said
     assert "end of the range" not in said and "took 20%" in said
-    assert "not sure: 1 candidates tie" in "\n".join(certainty(found(2e-4, ["c0"]), ["learning_rate"]))
+    assert "not sure: 1 candidate ties " in "\n".join(certainty(found(2e-4, ["c0"]), ["learning_rate"]))
     one = found(2e-4) | {"held_out_answers": 1}
     assert "not sure: there is one held-out answer" in "\n".join(certainty(one, ["learning_rate"]))
     assert [is_worse({"low": low}) for low in (0.1, -0.1, None)] == [True, False, False]

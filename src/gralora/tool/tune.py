@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("how")
     add = group.add_argument
     add("--study_dir", type=Path, help="folder of the results (default: that of --output_dir, with -tune after it)")
-    add("--rungs", default="0.1,0.3", help="shares of the steps after which worse ones are stopped (default: 0.1,0.3)")
+    add("--rungs", default="0.1,0.2", help="shares of the steps after which worse ones are stopped (default: 0.1,0.2)")
     add("--reduction", type=float, default=4, help="at a rung the best 1/REDUCTION go on (default: 4)")
     add("--full_sweep", action="store_true", help="train every candidate to the end, to see the whole curve")
     add("--together", default="auto", help="candidates in one pass through the base model (default: what is fastest)")
@@ -92,7 +92,7 @@ def shares(text: str) -> list[float]:
     except ValueError:
         found = []
     if not found or sorted(set(found)) != found or not (found[0] > 0 and found[-1] < 1):
-        raise ValueError(f"rungs={text!r} must be rising shares between 0 and 1, such as 0.1,0.3.")
+        raise ValueError(f"rungs={text!r} must be rising shares between 0 and 1, such as 0.1,0.2.")
     return found
 
 

@@ -4,11 +4,13 @@ import contextlib
 import gc
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -22,6 +24,8 @@ from ..training.dry_run import longest_batch
 from ..training.trainer import AdapterTrainer
 from .search import Search
 
+MEANS = "means.safetensors"
+
 
 class LockstepTrainer(AdapterTrainer):
     """A Trainer whose model has one adapter for each candidate; a step trains each of them on the same batch.
@@ -33,6 +37,8 @@ class LockstepTrainer(AdapterTrainer):
         live: names of the candidates that are not stopped.
         together: candidates in one pass through the base model, each with rows of its own (PEFT's mixed batches).
         step_seconds: what `fastest_together` measured.
+        means: parameter -> its mean over the steps since `forget`, float32.
+        counted: how many steps these are.
     """
 
     def __init__(self, rates: dict[str, float], together: int, clip: float, **options: Any) -> None:
@@ -46,6 +52,8 @@ class LockstepTrainer(AdapterTrainer):
         """
         self.rates, self.live, self.together, self.clip = rates, list(rates), together, clip
         self.step_seconds: dict[int, float] = {}
+        self.means: dict[str, Tensor] = {}
+        self.counted = 0
         super().__init__(**options)
         self.add_callback(Clip(self))
 
@@ -132,11 +140,48 @@ class LockstepTrainer(AdapterTrainer):
         return [total / count for total, count in losses]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the live candidates' parameters, which the Trainer loads when it goes on from there."""
-        parameters = self.model.named_parameters()
-        tensors = {name: p.detach().contiguous() for name, p in parameters if owner(name, self.rates)}
+        """Save the live candidates' parameters, which the Trainer loads when it goes on from there, and `means`."""
         Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_file(self.means, Path(output_dir, MEANS), {"counted": str(self.counted)})
+        tensors = {name: p.detach().contiguous() for name, p in self.factors()}
         save_file(tensors, Path(output_dir, SAFE_WEIGHTS_NAME))
+
+    def load_means(self, checkpoint: Path) -> None:
+        with safe_open(checkpoint / MEANS, "pt", device=str(self.args.device)) as file:
+            self.counted = int(file.metadata()["counted"])
+            self.means = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+
+    def factors(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of all live candidates."""
+        return ((name, p) for name, p in self.model.named_parameters() if owner(name, self.rates))
+
+    @torch.no_grad()
+    def count_in(self) -> None:
+        """Take the parameters as they are now into `means`."""
+        self.counted += 1
+        for name, p in self.factors():
+            if self.counted == 1:
+                self.means[name] = p.detach().clone(memory_format=torch.contiguous_format).float()
+            else:
+                self.means[name].lerp_(p.float(), 1 / self.counted)
+
+    def forget(self) -> None:
+        self.means, self.counted = {}, 0
+
+    @contextlib.contextmanager
+    def averaged(self, name: str) -> Iterator[None]:
+        """Give a candidate the means of its parameters; as they were afterwards. Without means, leave it."""
+        with torch.no_grad():
+            own = [(p, self.means[key]) for key, p in self.factors() if owner(key, [name]) and key in self.means]
+            before = [p.clone() for p, _ in own]
+            for p, mean in own:
+                p.copy_(mean)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (p, _), value in zip(own, before, strict=True):
+                    p.copy_(value)
 
 
 class Clip(TrainerCallback):
@@ -153,7 +198,13 @@ class Clip(TrainerCallback):
 
 
 class Rungs(TrainerCallback):
-    """Measures the candidates at certain steps, and stops the worse ones; the last of the steps is the end."""
+    """Measures the candidates at certain steps, and stops the worse ones; the last of the steps is the end.
+
+    Before the end, what is measured of a candidate is the mean of its parameters over the later half of the steps so
+    far, or since the last rung. At a high learning rate they swing about what they settle at once the schedule has
+    lowered it. The mean lies near that (arXiv 2301.02312), and a search that judges early without it takes too low a
+    rate (arXiv 1803.02021).
+    """
 
     def __init__(
         self, trainer: LockstepTrainer, search: Search, rows: list[Row], shares: list[float], batch_size: int
@@ -171,13 +222,18 @@ class Rungs(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         rungs = self.steps(state)
         step = state.global_step
-        if step not in rungs:
+        coming = next(rung for rung in rungs if rung >= step)
+        if coming / 2 < step and coming < rungs[-1]:
+            self.trainer.count_in()
+        if step != coming:
             return
         started = time.monotonic()
         for name in self.trainer.live:
-            losses = self.trainer.held_out(name, self.rows, self.batch_size)
+            with self.trainer.averaged(name):
+                losses = self.trainer.held_out(name, self.rows, self.batch_size)
             self.search.report(name, step, losses)
             tqdm.write(f"step {step}/{state.max_steps}  {name}  held-out loss {math.fsum(losses) / len(losses):.4f}")
+        self.trainer.forget()
         before = self.search.stopped([rung for rung in rungs if rung < step])
         self.search.wait([name for name in self.search.trials() if name not in before], step)
         if step < state.max_steps:

@@ -13,6 +13,7 @@ from ..evaluation.paired import Estimate, difference
 from .search import Candidate, Search, rank
 
 BEST, TABLE, PLOT = "best.yaml", "candidates.csv", "learning_rate.png"
+MOST_TICKS = 10
 
 
 def summary(search: Search, made: list[Candidate], rungs: list[int], before: list[float]) -> dict[str, Any]:
@@ -106,9 +107,11 @@ def certainty(found: dict[str, Any], fields: list[str]) -> list[str]:
     if answers == 1:
         said.append("not sure: there is one held-out answer, which compares nothing; give more (--val_set_size)")
     elif found["tied"]:
+        count = len(found["tied"])
+        tie = "1 candidate ties" if count == 1 else f"{count} candidates tie"
         said.append(
-            f"not sure: {len(found['tied'])} candidates tie with it, where they were measured last (marked tie); more "
-            "held-out examples (--val_set_size) or another --seed would tell"
+            f"not sure: {tie} with it, by what was measured last (marked tie); more held-out examples "
+            "(--val_set_size) or another --seed would tell"
         )
     else:
         said.append(
@@ -165,6 +168,10 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axes.plot([best["learning_rate"]], [best["held_out_loss"]], "*", color="black", markersize=14, label="best")
     axes.axhline(found["base_model_loss"], color="gray", linestyle=":", label="base model")
     axes.set(xscale="log", xlabel="learning rate", ylabel="held-out loss (nats per token)")
+    rates = sorted({row["learning_rate"] for row in found["candidates"]})
+    shown = rates[:: math.ceil(len(rates) / MOST_TICKS)]
+    axes.set_xticks(shown, [f"{rate:.3g}" for rate in shown])  # matplotlib's own overlap in less than a decade
+    axes.minorticks_off()
     # a diverged candidate would leave nothing of the rest to see
     low = min(best["held_out_loss"], found["base_model_loss"])
     high = max(best["held_out_loss"], found["base_model_loss"])

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -74,9 +75,9 @@ def search_in(
     if share:
         wait_for_study(folder)
     search = Search(folder, options.reduction, options.full_sweep)
-    about = {"arguments": dataclasses.asdict(args) | args.trainer, "data": loaded.corpus.digest()}
+    about = dataclasses.asdict(args) | args.trainer | {"data": loaded.corpus.digest()}
     about |= {"rungs": options.rungs, "reduction": options.reduction, "full_sweep": options.full_sweep}
-    del about["arguments"]["learning_rate"]
+    del about["learning_rate"]
     search.begin(made, about, wait=share > 0)
     trainer, rungs = prepare(args, loaded, search, made[share::count], options)
     before = trainer.held_out(None, loaded.corpus.held_out, args.micro_batch_size)
@@ -201,15 +202,28 @@ def train(trainer: LockstepTrainer, search: Search, rungs: Rungs, folder: Path) 
         steps = rungs.steps(trainer.state)
         stopped = search.stopped([step for step in steps if step <= state["global_step"]])
         trainer.leave_out([name for name in trainer.live if name in stopped])
+        trainer.load_means(checkpoint)
         print(f"going on from {checkpoint}")
         if state["global_step"] >= state["max_steps"] or not trainer.live:
             return time.monotonic() - started
+    log, no_base = logging.getLogger("transformers.trainer"), NoBase()
+    log.addFilter(no_base)
     try:
         trainer.activate()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt("stopped; to go on from the last checkpoint, give --resume, too") from stop
+    finally:
+        log.removeFilter(no_base)
     return time.monotonic() - started
+
+
+class NoBase(logging.Filter):
+    """Drops the Trainer's warning that lists the base model's weights as missing in a checkpoint: none has them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "missing keys in the checkpoint" not in text or "lora_" in text
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -172,7 +172,7 @@ class Search:
             if about.get(name) != earlier.get(name):
                 raise ValueError(
                     f"the search to go on with had {name}={earlier.get(name)!r}, not {about.get(name)!r}; repeat the "
-                    "command that began it, with --resume, or give another output_dir."
+                    "command that began it, with --resume, or give another --study_dir."
                 )
 
     def trials(self) -> dict[str, FrozenTrial]:
