@@ -13,6 +13,7 @@ not know of each other, so what a rule would have stopped can be read from the l
 import argparse
 import json
 import math
+import platform
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .quality.data import default_folders, files_by_package, text_task
+from .quality.plan import TUNING_SEED
 
 # of full sweeps: more than a search has, to compare rules. Each twice the one before, since a measurement averages
 # over the later half of the steps so far, but not over those before an earlier rung
@@ -169,15 +171,48 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name}: not finished", flush=True)
 
 
+def recorded(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the tuning runs of `benchmarks.quality run --evals`, which have losses on the way, as full sweeps.
+
+    Their losses are of the parameters as they were, not of means, and no answer has a loss of its own: no ties.
+    """
+    sweeps: dict[str, dict[str, Any]] = {}
+    for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        if record.get("test_curve") and record["seed"] == TUNING_SEED:
+            name = f"{record['task']}-{record['method']}-r{record['r']}-x{record['scale']:.3g}"
+            sweep = sweeps.setdefault(name, {"candidates": [], "tied": []})
+            losses = record["test_curve"] | {str(record["steps"]): record["test_loss"]}
+            row = {"name": f"{record['lr']:g}", "learning_rate": record["lr"], "held_out_loss": record["test_loss"]}
+            sweep["candidates"].append(row | {"losses": losses})
+            sweep["rungs"] = [int(step) for step in losses]
+    for sweep in sweeps.values():
+        sweep["candidates"].sort(key=lambda row: row["learning_rate"])
+        sweep["best"] = min(sweep["candidates"], key=lambda row: loss_at(row, sweep["rungs"][-1]))
+    return sweeps
+
+
 def report(args: argparse.Namespace) -> dict[str, Any]:
     """Say what each rule would have found in each sweep, and write it as JSON."""
+    import peft
+    import torch
+    import transformers
+
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    found: dict[str, Any] = {"card": card, "date": time.strftime("%Y-%m-%d")}
+    found |= {package.__name__: package.__version__ for package in (torch, transformers, peft)}
     alone = args.results / "alone" / "tune.json"
-    found: dict[str, Any] = {"alone": json.loads(alone.read_text()) if alone.is_file() else None, "sweeps": {}}
+    found |= {"alone": json.loads(alone.read_text()) if alone.is_file() else None, "sweeps": {}}
+    if args.results.suffix == ".jsonl":
+        found["sweeps"] = recorded(args.results)
     for path in sorted(args.results.glob("*/tune.json")):
         sweep = json.loads(path.read_text())
         if sweep["share_of_full_sweep"] == 1:
             found["sweeps"][path.parent.name] = sweep
-    found["rules"] = [judged(list(found["sweeps"].values()), *rule) for rule in RULES]
+    sweeps = list(found["sweeps"].values())
+    rules = [
+        rule for rule in RULES if all(is_measured(share, sweep["rungs"]) for share in rule[0] for sweep in sweeps)
+    ]
+    found["rules"] = [judged(sweeps, *rule) for rule in rules]
     for name, sweep in found["sweeps"].items():
         losses = "  ".join(
             f"{row['learning_rate']:.2g}: {row['held_out_loss'] or math.nan:.4f}" for row in sweep["candidates"]
@@ -233,6 +268,11 @@ def picked(sweep: dict[str, Any], shares: tuple[float, ...], reduction: float) -
     return min(live, key=lambda row: loss_at(row, total)), trained / (len(sweep["candidates"]) * total)
 
 
+def is_measured(share: float, rungs: list[int]) -> bool:
+    """Whether losses are known near this share of the steps, to a fiftieth of them all."""
+    return min(abs(rung / rungs[-1] - share) for rung in rungs) <= 0.02
+
+
 def loss_at(row: dict[str, Any], step: int) -> float:
     loss = row["losses"][str(step)]
     return math.inf if loss is None else loss
@@ -273,7 +313,7 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("--budget_s", type=float, default=float("inf"))
     r.set_defaults(call=run)
     t = commands.add_parser("report", help="what each rule would have found")
-    t.add_argument("results", type=Path)
+    t.add_argument("results", type=Path, help="folder of `run`; or a .jsonl of `benchmarks.quality run --evals 5`")
     t.add_argument("--out", type=Path)
     t.set_defaults(call=report)
     return p

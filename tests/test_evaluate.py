@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from helpers import adapted, gralora_config
+from lm_eval import evaluator
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -287,6 +288,17 @@ def test_gsm8k_of_a_local_file(tiny_model, tmp_path, run, monkeypatch):
     assert results["exact_match,flexible-extract"] == pytest.approx(2 / 3)
     assert prompts[0] == "### Instruction:\nTom has 3 apples and buys 4.\n\n### Response:\n"
     assert json.loads(out.read_text()) == found
+
+
+def test_git_says_nothing_outside_of_a_repository(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    with harness.git_only_in_a_repository():
+        assert evaluator.get_git_commit_hash() is None
+    assert capfd.readouterr().err == ""
+    (tmp_path / ".git").mkdir()
+    asked = evaluator.get_git_commit_hash
+    with harness.git_only_in_a_repository():
+        assert evaluator.get_git_commit_hash is asked
 
 
 def test_generated_choice(tiny_model, tmp_path, run, monkeypatch):

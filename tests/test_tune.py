@@ -15,7 +15,7 @@ import optuna
 import pytest
 import torch
 import yaml
-from benchmarks.tuning import judged, picked
+from benchmarks.tuning import is_measured, judged, picked, recorded
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
@@ -339,7 +339,7 @@ def test_values_that_cannot_be(field, text):
 
 
 def test_shares():
-    assert shares("0.1,0.3") == [0.1, 0.3]
+    assert shares("0.1,0.2") == [0.1, 0.2]
     for text in ("", "0,0.5", "0.5,1", "0.3,0.1", "x", "0.1,0.1"):
         with pytest.raises(ValueError, match="rungs="):
             shares(text)
@@ -441,3 +441,20 @@ def test_what_a_rule_would_have_found():
     found = judged([whole, tie], (0.1, 0.3), 4)
     assert (found["best"], found["best_or_tie"], found["sweeps"]) == (0, 1, 2)
     assert found["most_regret"] == pytest.approx(2.1 - 1.0) and found["mean_regret"] == pytest.approx((1.1 + 0.1) / 2)
+
+
+def test_recorded_runs_are_sweeps(tmp_path):
+    """Of the tuning seed, with losses on the way; one that diverged is the worst."""
+    common = {"task": "python", "method": "lora", "r": 8, "scale": 1.0, "steps": 100}
+    runs = [(2e-3, 0, 2.0, 1.0), (1e-3, 0, 1.5, 1.2), (4e-3, 0, 2.5, None), (1e-3, 1, 0.1, 0.1)]
+    records = [
+        common | {"lr": lr, "seed": seed, "test_curve": {"20": early}, "test_loss": late}
+        for lr, seed, early, late in runs
+    ]
+    path = tmp_path / "runs.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in [*records, common | {"seed": 0, "test_curve": {}}]))
+    ((name, whole),) = recorded(path).items()
+    assert name == "python-lora-r8-x1" and whole["rungs"] == [20, 100] and whole["best"]["learning_rate"] == 2e-3
+    assert [row["learning_rate"] for row in whole["candidates"]] == [1e-3, 2e-3, 4e-3]
+    assert picked(whole, (0.2,), 4)[0]["learning_rate"] == 1e-3
+    assert is_measured(0.2, whole["rungs"]) and not is_measured(0.1, whole["rungs"])

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lm_eval import simple_evaluate
+from lm_eval import evaluator, simple_evaluate
 from lm_eval.api import metrics
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace, loaded: SideBySide, tasks: TaskSet, results: R
     seeds = {} if args.seed is None else dict.fromkeys(SEEDS, args.seed)
     for label, path in zip(loaded.adapters, args.models, strict=True):
         tracker = EvaluationTracker(output_path=args.output_path) if args.output_path else None
-        with loaded.using(label) as model:
+        with loaded.using(label) as model, git_only_in_a_repository():
             found = simple_evaluate(
                 model=language_model(model, loaded.tokenizer, args.batch_size),
                 model_args={"peft" if is_adapter(path) else "pretrained": path},
@@ -179,6 +179,18 @@ def run(args: argparse.Namespace, loaded: SideBySide, tasks: TaskSet, results: R
         if tracker is not None:
             write(tracker, found, args.log_samples)
         results[label] = found
+
+
+@contextlib.contextmanager
+def git_only_in_a_repository() -> Iterator[None]:
+    """Let the harness ask git for the working directory's commit only where there is one: git prints "fatal" else."""
+    ask, here = evaluator.get_git_commit_hash, Path.cwd()
+    if not any((folder / ".git").exists() for folder in (here, *here.parents)):
+        evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = ask
 
 
 SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
