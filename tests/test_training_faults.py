@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from gralora.checkpoints.files import locked
 from gralora.tool import cli
+from gralora.tool.data.corpus import Corpus
 from gralora.tool.side_by_side import load_side_by_side
 from gralora.tool.training.trainer import AdapterTrainer
 
@@ -132,6 +134,9 @@ def test_what_is_cut_is_counted_before_training(finetune, tmp_path, data):
     assert status == 0
     assert "cut: 2 of 100 texts are longer than max_seq_length=32 and lose their end" in printed
     assert "--max_seq_length 52 keeps 99% of the texts whole" in printed
+    assert Corpus(None, [], {}, lengths=Counter({600: 2})).whole(512) == (
+        "99% of the texts whole would need 600, and the model takes 512"
+    ), "a length that the command refuses is not recommended"
     assert metrics(tmp_path / "out")["cut"] == {"examples": 2, "tokens": 20 + 30, "of_tokens": 98 * 12 + 52 + 62}
     assert "cut: " not in finetune("--overwrite", max_seq_length=64, val_set_size=0, max_steps=1)[1]
     printed = finetune("--overwrite", "--truncation_mode=keep_end", max_seq_length=32, val_set_size=0, max_steps=1)[1]
@@ -301,6 +306,23 @@ def test_an_adapter_that_is_no_better_is_called_so(finetune, tmp_path, knowing, 
     assert status == 0 and (f"\nnotice: the adapter {said}" in printed) == bool(said), printed
     notice = metrics(tmp_path / "out")["notice"]
     assert said in notice if said else notice is None
+
+
+def test_a_run_of_the_warmup_alone_is_not_called_a_low_rate(finetune, tmp_path, knowing):
+    status, printed = finetune(base_model=knowing, max_steps=1)
+    assert status == 0 and "the only step is the first of a warmup, whose rate is 0" in printed
+    assert "higher learning_rate" not in printed
+
+
+def test_a_model_that_peft_does_not_know(finetune, tmp_path, knowing):
+    """PEFT's own message names no flag."""
+    config = tmp_path / "unknown"
+    shutil.copytree(knowing, config)
+    known = json.loads((config / "config.json").read_text())
+    changed = known | {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]}
+    (config / "config.json").write_text(json.dumps(changed))
+    status, printed = finetune(base_model=config, lora_target_modules=None)
+    assert status == 2 and "model_type='olmo2'; give --lora_target_modules all-linear" in printed
 
 
 def test_a_file_in_the_place_of_the_folder(finetune, tmp_path):

@@ -43,7 +43,10 @@ def recognise(config: Mapping[str, Any], source: str | None = None) -> str:
         return source
     peft_type = config.get("peft_type")
     if not possible and peft_type == PeftType.LORA:
-        raise ValueError("this is a plain LoRA adapter (peft_type LORA without use_gralora): nothing to convert.")
+        raise ValueError(
+            "this is a plain LoRA adapter (peft_type LORA without use_gralora): programs that serve LoRA take it as "
+            "it is, and PEFT merges it, by AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()."
+        )
     if not possible and {"alpha", "gralora_alpha"} <= config.keys():
         raise ValueError(
             f"the config has both alpha={config['alpha']!r} (PEFT, on top of which comes hybrid_r) and "

@@ -57,7 +57,7 @@ from .training.resume import (
     measured_now,
     train_or_interrupt,
 )
-from .training.start import continued
+from .training.start import check_targets, continued
 from .training.stopping import StopAtNonFinite, check_loss, learnt_ends, learnt_nothing, stop_at
 from .training.trainer import AdapterTrainer
 from .verify import LOGITS, PROBES, record_logits, verify_in_new_process
@@ -257,13 +257,13 @@ def load(args: FinetuneArguments, training: SFTConfig) -> Loaded:
     check_length(args.length, args.base_model, config)
     check_tokens(tokenizer, args.base_model, config)
     corpus = load_corpus(args, tokenizer, vocabulary_size(config))
-    show(corpus, tokenizer, args)
+    show(corpus, tokenizer, args, positions(config))
     ends = learnt_ends(corpus, tokenizer)
 
     model = load_model(args.base_model, args.dtype, args.quantization, **args.model_options())
     if args.quantization != "none":
-        kwargs = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
-        model = prepare_model_for_kbit_training(model, args.gradient_checkpointing, **kwargs)
+        model = prepare_model_for_kbit_training(model, args.gradient_checkpointing, {"use_reentrant": False})
+    check_targets(args.lora_target_modules, args.base_model, model)
     stop_at(model, ends, tokenizer)
     return Loaded(args, tokenizer, corpus, model, lora_config, trained)
 
@@ -303,8 +303,8 @@ def prepare(args: FinetuneArguments) -> Run:
     return Run(args, training, tokenizer, corpus, model, trainer, progress, checkpoint)
 
 
-def show(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, args: FinetuneArguments) -> None:
-    """Print how many examples there are, what of them is cut, and one as the model gets it."""
+def show(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, args: FinetuneArguments, most: int | None) -> None:
+    """Print how many examples there are, what of them is cut, and one as a model of `most` tokens gets it."""
     counts = corpus.counts()
     train = f"{counts['train']} examples" if counts["train"] is not None else "a stream of examples"
     parts = [f"{train} to train on", f"{counts['held_out']} held out"]
@@ -318,9 +318,8 @@ def show(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, args: FinetuneArgum
         texts = (
             f"cut: {cut['examples']} of {corpus.lengths.total()} texts are longer than max_seq_length={args.length}"
         )
-        tokens = f"in all {cut['tokens'] / cut['of_tokens']:.1%} of the tokens"
-        whole = f"--max_seq_length {corpus.length_of(0.99)} keeps 99% of the texts whole"
-        print(output.fitted([f"{texts} and lose their {lost}", f"{tokens}; {whole}"], (", ",), output.columns()))
+        tokens = f"in all {cut['tokens'] / cut['of_tokens']:.1%} of the tokens; {corpus.whole(most)}"
+        print(output.fitted([f"{texts} and lose their {lost}", tokens], (", ",), output.columns()))
 
 
 def save(run: Run, loss: dict[str, float] | None, output_dir: Path) -> None:
@@ -355,7 +354,7 @@ def measurements(
         "cut": run.corpus.cut(run.args.length),
         "steps": run.trainer.state.global_step,
         "held_out_loss": loss,
-        "notice": learnt_nothing(loss, run.training),
+        "notice": learnt_nothing(loss, run.training, run.trainer.state.max_steps),
         "history": losses,
         "sample": sample,
         "tokens": run.progress.tokens,

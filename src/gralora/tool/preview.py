@@ -74,12 +74,12 @@ def summary(counts: dict[str, Any], corpus: Corpus, most: int | None) -> str:
     if cut["examples"]:
         lines.append(
             f"cut at {counts['max_seq_length']} tokens: {cut['examples']} texts lose {cut['tokens']} tokens; "
-            f"--max_seq_length {corpus.length_of(0.99)} keeps 99% of the texts whole"
+            f"{corpus.whole(most)}"
         )
     else:
         lines.append(f"cut at {counts['max_seq_length']} tokens: none")
     if counts["left_out"]:
         lines.append(f"left out, since the prompt leaves no room for an answer: {counts['left_out']}")
-    if most and counts["lengths"]["100%"] > most:
+    if most and counts["lengths"]["100%"] > most >= counts["lengths"]["99%"]:
         lines.append(f"the model takes {most} tokens at most")
     return "\n".join(lines)

@@ -77,6 +77,13 @@ class Corpus:
                 return tokens
         return 0
 
+    def whole(self, most: int | None) -> str:
+        """Say which `max_seq_length` would keep 99% of the texts, or that a model of `most` tokens cannot."""
+        wanted = self.length_of(0.99)
+        if most and wanted > most:
+            return f"99% of the texts whole would need {wanted}, and the model takes {most}"
+        return f"--max_seq_length {wanted} keeps 99% of the texts whole"
+
 
 def load_corpus(args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None) -> Corpus:
     """Read the data that the arguments name, and print what was found.

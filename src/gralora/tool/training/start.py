@@ -1,8 +1,11 @@
-"""Training that goes on with an adapter, where the base model that is asked for is the folder of one."""
+"""What is trained: layers that are named or that PEFT knows, and an adapter whose folder is given as base model."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
+
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from transformers import PreTrainedModel
 
 from ...checkpoints import formats
 from ...checkpoints.files import CONFIG, read_adapter_folder
@@ -43,3 +46,13 @@ def continued(args: FinetuneArguments) -> tuple[FinetuneArguments, Path | None]:
             )
         changes[ours] = [value] if ours == "lora_target_modules" and isinstance(value, str) else value
     return dataclasses.replace(args, trainer=args.trainer, **changes), folder
+
+
+def check_targets(targets: list[str] | None, base_model: str, model: PreTrainedModel) -> None:
+    """Raise ValueError if no layers to adapt are named, and PEFT has no choice for the model."""
+    kind = model.config.model_type
+    if targets is None and kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        raise ValueError(
+            f"lora_target_modules: PEFT has no choice of layers for base_model={base_model!r}, "
+            f"model_type={kind!r}; give --lora_target_modules all-linear, or names of layers."
+        )

@@ -69,11 +69,13 @@ def check_loss(losses: list[dict[str, float]], vocabulary: int, args: TrainingAr
         )
 
 
-def learnt_nothing(loss: dict[str, float] | None, args: TrainingArguments) -> str | None:
-    """What to say of an adapter whose held-out loss is not below that of before training; None where it is."""
+def learnt_nothing(loss: dict[str, float] | None, args: TrainingArguments, steps: int) -> str | None:
+    """What to say of an adapter whose held-out loss after so many steps is not below the first; None where it is."""
     if loss is None or loss["after"] < loss["before"]:
         return None
     rate = f"learning_rate (now {args.learning_rate:g})"
+    if steps == 1 and args.get_warmup_steps(steps):
+        return "the adapter learnt nothing: the only step is the first of a warmup, whose rate is 0. Take more steps."
     if math.isclose(loss["after"], loss["before"], rel_tol=1e-6):
         return f"the adapter learnt nothing: the held-out loss is what it was before training. Try a higher {rate}."
     return (
