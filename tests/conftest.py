@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from gralora.tool import embedded
 
 torch.set_num_threads(1)  # the models here are so small that more threads only wait for each other
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_compiled_before() -> Iterator[None]:
+    """Forget what other test files compiled: the compiler counts how often one line of ours was, over all models."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")
