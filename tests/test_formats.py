@@ -430,8 +430,16 @@ LEFT_ALONE: dict[str, dict[str, Any]] = {
             "alora_invocation_tokens",
             "megatron_config",
             "loftq_config",
+            "bias",
+            "init_lora_weights",
+            "gralora_scaling",
+            "megatron_core",
+            "qalora_group_size",
+            "runtime_config",
         ]
     ),
+    # fields that say how another is meant, which is not set
+    "without what they belong to": {"ensure_weight_tying": True, "qalora_group_size": 32, "megatron_core": "mine"},
     "empty": {"exclude_modules": [], "modules_to_save": [], "layer_replication": [], "megatron_config": {}},
     "of a newer PEFT": {"a_new_field": None, "another": [], "a_third": False},
 }

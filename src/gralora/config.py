@@ -139,6 +139,9 @@ class LoraConfig(peft.LoraConfig):
 
     def __post_init__(self) -> None:
         from_file = is_from_file(self)  # before it is set for all
+        for own in OWN_FIELDS:
+            if not is_set(own.name, getattr(self, own.name)):  # programs hand None or [] on for what was not given
+                setattr(self, own.name, fields.default(own))
         if self.use_gralora:
             self._set_initialisation_fields()
         super().__post_init__()
@@ -365,7 +368,8 @@ def _is_positive(k: Any) -> bool:
 
 
 _PEFT_FIELDS = {f.name for f in dataclasses.fields(peft.LoraConfig)}
-GRALORA_FIELDS = tuple(f.name for f in dataclasses.fields(LoraConfig) if f.name not in _PEFT_FIELDS)
+OWN_FIELDS = tuple(f for f in dataclasses.fields(LoraConfig) if f.name not in _PEFT_FIELDS)
+GRALORA_FIELDS = tuple(f.name for f in OWN_FIELDS)
 SCALINGS = get_args(get_type_hints(LoraConfig)["gralora_scaling"])
 # field -> the field that gives single layers another value
 PATTERNS = {f.name: found for f in dataclasses.fields(LoraConfig) if (found := fields.facts(f).pattern)}
@@ -374,6 +378,7 @@ PATTERNS = {f.name: found for f in dataclasses.fields(LoraConfig) if (found := f
 names = functools.partial(fields.names, LoraConfig)
 is_set = functools.partial(fields.is_set, LoraConfig)
 same = functools.partial(fields.same, LoraConfig)
+has_effect = functools.partial(fields.has_effect, LoraConfig)
 parse = functools.partial(fields.parse, LoraConfig)
 # field -> the flag of `gralora finetune` that sets it
 FLAGS = {f.name: found for f in dataclasses.fields(LoraConfig) if (found := fields.facts(f).flag)}

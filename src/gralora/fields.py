@@ -7,7 +7,7 @@ Every list of fields elsewhere is derived from them with `names`.
 import dataclasses
 import functools
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import UnionType
@@ -32,6 +32,7 @@ class Facts:
         json_type: The type of its values in adapter_config.json, where PEFT's annotation differs from what its code
             takes or from how JSON holds it.
         pattern: The field that gives single layers another value, or None.
+        needs: The fields of which one must be set for this one to have an effect; empty if it has one by itself.
         saved_as: What a saved GraLoRA adapter must have there: a "rank", which is bounded, or a finite "number". None:
             it may leave the field out.
     """
@@ -45,6 +46,7 @@ class Facts:
     flag: str | None = None
     json_type: Any = None
     pattern: str | None = None
+    needs: tuple[str, ...] = ()
     saved_as: Literal["rank", "number"] | None = None
 
 
@@ -88,7 +90,10 @@ PEFT_FACTS = {
     "bias": _BESIDE,
     "lora_bias": _BESIDE,
     "trainable_token_indices": _BESIDE,
-    "ensure_weight_tying": _BESIDE,
+    # of a tied embedding that is adapted, both have factors in the file
+    "ensure_weight_tying": dataclasses.replace(_BESIDE, needs=("modules_to_save", "trainable_token_indices")),
+    "megatron_core": Facts(needs=("megatron_config",)),
+    "qalora_group_size": Facts(needs=("use_qalora",)),
     "use_dora": _BESIDE,
     "alora_invocation_tokens": Facts(in_lora=True),
     "layer_replication": Facts(in_lora=True, json_type=list[list[int]] | None),
@@ -116,7 +121,8 @@ def is_set(config_class: type[peft.LoraConfig], name: str, value: Any) -> bool:
     """Whether a value of a config's field asks for anything but the field's default.
 
     None, False and what is empty mean the same where the default is one of them: programs write `fan_in_fan_out: null`
-    and `target_parameters: []` for fields that they leave alone. Where the default is a word or a number, they do not.
+    and `target_parameters: []` for fields that they leave alone. Where the default is another word, number or object,
+    None and what is empty still mean the default, unless a saved adapter must have the field; False and 0 do not.
 
     Args:
         config_class: `gralora.LoraConfig`.
@@ -127,7 +133,8 @@ def is_set(config_class: type[peft.LoraConfig], name: str, value: Any) -> bool:
     usual = None if field is None else plain(default(field))
     value = plain(value)
     if usual:
-        return value != usual
+        left_out = value in (None, "", [], {}) and field is not None and facts(field).saved_as is None
+        return value != usual and not left_out
     if value is None or isinstance(value, bool):
         return bool(value)
     if isinstance(value, int | float):  # layers_to_transform=0 is the first layer
@@ -135,6 +142,12 @@ def is_set(config_class: type[peft.LoraConfig], name: str, value: Any) -> bool:
     if isinstance(value, dict) and field is not None and field.metadata.get("is_lora_variant"):
         return True  # {} asks for the variant with its defaults
     return bool(value)
+
+
+def has_effect(config_class: type[peft.LoraConfig], name: str, found: Container[str]) -> bool:
+    """Whether a field that is set has an effect, where `found` has the names of all fields that are set."""
+    needs = next((facts(field).needs for field in dataclasses.fields(config_class) if field.name == name), ())
+    return not needs or any(one in found for one in needs)
 
 
 def same(config_class: type[peft.LoraConfig], name: str, one: Any, other: Any) -> bool:

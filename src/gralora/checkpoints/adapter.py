@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import scaling_gain
-from ..config import LoraConfig, is_set
+from ..config import LoraConfig, has_effect, is_set
 from ..fields import plain
 from ..inits import changes_base
 from ..kinds import not_linear
@@ -178,8 +178,9 @@ def json_config(config: LoraConfig) -> dict[str, Any]:
 
 
 def set_fields(config: LoraConfig) -> dict[str, Any]:
-    """The fields of a config that ask for anything but their defaults, as JSON has them."""
-    return {name: value for name, value in json_config(config).items() if is_set(name, value)}
+    """The fields of a config that ask for anything but their defaults, and have an effect, as JSON has them."""
+    found = {name: value for name, value in json_config(config).items() if is_set(name, value)}
+    return {name: value for name, value in found.items() if has_effect(name, found)}
 
 
 # Whether tensors and config fit together

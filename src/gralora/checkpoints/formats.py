@@ -215,7 +215,7 @@ def _tuner_to_gralora(
         "r": r if includes_hybrid else r + hybrid_r,
         "lora_alpha": config[alpha_name],
         "lora_dropout": config.pop("gralora_dropout", 0.0),
-        "bias": str(config.pop("bias", "none")).replace("gralora_only", "lora_only"),
+        "bias": "lora_only" if (bias := config.pop("bias", "none")) == "gralora_only" else bias,
         "init_lora_weights": config.pop("init_weights", True),
     }
     for name in sorted(config.keys() - {"peft_type", "r", alpha_name}):

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..blocks import scaling_gain
-from ..config import LoraConfig, is_set, names
+from ..config import LoraConfig, names
 from ..factors import hybrid_to_lora
 from ..ops import reference
 from ..seam import LORA_METADATA
-from .adapter import PREFIX, check_base
+from .adapter import PREFIX, check_base, set_fields
 from .files import CONFIG, WEIGHTS, new_folder, write_json
 from .load import expected_tensors
 from .plain import fold
@@ -168,9 +168,8 @@ def check(component: Component) -> None:
     """Raise ValueError, naming field or tensor, for what a plain LoRA in these layouts cannot have."""
     check_base(component.config)
     beside = names(lambda facts: facts.beside_factors)
-    for name in sorted(beside):
-        value = getattr(component.config, name, None)
-        if is_set(name, value):
+    for name, value in sorted(set_fields(component.config).items()):
+        if name in beside:
             raise ValueError(f"{name}={value!r} ({component.place}) cannot be kept: the layouts hold A and B alone.")
     for name, t in component.tensors.items():
         if not name.endswith((".lora_A.weight", ".lora_B.weight", ".hybrid_weight")) or t.ndim < 2:
