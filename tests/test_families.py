@@ -203,22 +203,69 @@ def test_embedding_and_output_layer(name, fields, tied, tmp_path):
     read, info = type(model).from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     torch.testing.assert_close(logits(read), expected, rtol=1e-4, atol=1e-4)
+    loaded = gralora.load_adapter(type(model).from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
 
 
+RESIZED = {  # what is trained, and whether PEFT then saves both the embedding and the output layer
+    "q_proj": ({}, True),
+    "embedding adapted": ({"target_modules": ["embed_tokens"]}, False),
+    "output layer adapted": ({"target_modules": ["lm_head"]}, False),
+    "both adapted, tied": ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, False),
+    "both saved": ({"modules_to_save": ["embed_tokens", "lm_head"]}, True),
+    "tokens": ({"trainable_token_indices": [3, VOCAB]}, True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*ensure_weight_tying")
 @pytest.mark.parametrize("tied", [True, False])
-def test_resized_vocabulary(tied, tmp_path):
-    """Tokens that were added before training are in the adapter's file, as PEFT saves them, and not in the base's."""
+@pytest.mark.parametrize("fields, has_both", RESIZED.values(), ids=RESIZED)
+def test_resized_vocabulary(fields, has_both, tied, tmp_path):
+    """Tokens that were added before training are in the adapter's file, as PEFT saves them, and not in the base's.
+
+    Where the file has one of two weights only, the other's new rows are nowhere: that base is refused.
+    """
     model = make_model("LlamaForCausalLM", tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(VOCAB + 4)
+    model.save_pretrained(tmp_path / "resized")
+    model.name_or_path = str(tmp_path / "base")
+    adapted = randomize(peft.get_peft_model(model, gralora_config(2, 4, **{"target_modules": ["q_proj"]} | fields)))
+    randomize_others(adapted)
+    expected = logits(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    read = type(model).from_pretrained(tmp_path / "base")
+    if not tied and not has_both:
+        for use in (lambda: gralora.load_adapter(read, tmp_path / "adapter"), lambda: merged(tmp_path)):
+            with pytest.raises(ValueError, match="lacks the weights of .* as it was trained on, with 36 tokens"):
+                use()
+        loaded = gralora.load_adapter(type(model).from_pretrained(tmp_path / "resized"), tmp_path / "adapter")
+        found = [loaded, merged(tmp_path, tmp_path / "resized")]
+    else:
+        with pytest.raises(ValueError, match=r"resize_token_embeddings\(36\) before .* or let `gralora merge`"):
+            gralora.load_adapter(read, tmp_path / "adapter")
+        read.resize_token_embeddings(VOCAB + 4)
+        found = [gralora.load_adapter(read, tmp_path / "adapter"), merged(tmp_path)]
+        assert found[1].config.vocab_size == VOCAB + 4
+    for one in found:
+        torch.testing.assert_close(logits(one), expected, rtol=1e-4, atol=1e-4)
+
+
+def merged(folder: Path, base: Path | None = None) -> Any:
+    gralora.merge_adapter(folder / "adapter", folder / "merged", base)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder / "merged")
+
+
+def test_tokens_beyond_the_vocabulary(tmp_path):
+    """The file says which tokens, and not what else the vocabulary had: an error, not one of torch's indices."""
+    model = make_model("LlamaForCausalLM")
     model.save_pretrained(tmp_path / "base")
     model.name_or_path = str(tmp_path / "base")
     model.resize_token_embeddings(VOCAB + 4)
-    adapted = randomize(peft.get_peft_model(model, gralora_config(target_modules=["q_proj"])))
-    expected = logits(adapted)
-    adapted.save_pretrained(tmp_path / "adapter")
-    gralora.merge_adapter(tmp_path / "adapter", tmp_path / "merged")
-    read = type(model).from_pretrained(tmp_path / "merged")
-    assert read.config.vocab_size == VOCAB + 4
-    torch.testing.assert_close(logits(read), expected, rtol=1e-4, atol=1e-4)
+    config = gralora_config(2, 4, target_modules=["q_proj"], trainable_token_indices=[VOCAB])
+    randomize(peft.get_peft_model(model, config)).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(ValueError, match="does not fit the base model: index 32 is out of bounds"):
+        merged(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "SwitchTransformersForConditionalGeneration"])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -360,7 +361,6 @@ TOOLS = {
     "inspect": lambda adapter, out: gralora.inspect_adapter(adapter),
     "export": gralora.to_lora,
     "convert": lambda adapter, out: gralora.convert_adapter(adapter, out, to="peft"),
-    "load": lambda adapter, out: gralora.load_adapter(Others(), adapter),
 }
 
 
@@ -383,7 +383,7 @@ def check_exported(folder: Path, fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.parametrize("kind", NOT_LINEAR)
 def test_adapters_of_other_layers_are_refused(tmp_path: Path, kind: str, tool: str) -> None:
-    """The tools read factors of linear layers; for others the error names field or layer, and what works instead.
+    """They read factors of linear layers; for others the error names field or layer, and what works instead.
 
     Only the export for PEFT has a form for convolutions and parameters, and inspect reads them.
     """
@@ -395,13 +395,36 @@ def test_adapters_of_other_layers_are_refused(tmp_path: Path, kind: str, tool: s
         assert all(d["norm"] > 0 and d["rank"] > 0 for d in described["layers"].values())
         return
     adapted(Others(), gralora_config(2, **fields)).save_pretrained(tmp_path / "adapter")
-    advice = (
-        r"`gralora merge` merges it into a base model that transformers can load; peft\.PeftModel\.from_pretrained"
-    )
+    advice = "`gralora merge` merges it into a base model that transformers can load; gralora.load_adapter loads it"
     with pytest.raises(ValueError, match=f"{problem}.*{advice}"):
         TOOLS[tool](tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    peft.PeftModel.from_pretrained(Others(), tmp_path / "adapter")  # as advised, of a model that is not transformers'
+
+
+@pytest.mark.filterwarnings("ignore:Could not identify embedding layer")
+@pytest.mark.parametrize("hybrid_r", [0, 2])
+@pytest.mark.parametrize("fields", [fields for fields, _ in NOT_LINEAR.values()], ids=NOT_LINEAR)
+def test_adapters_of_other_layers_are_loaded(tmp_path: Path, fields: dict[str, Any], hybrid_r: int) -> None:
+    """Strictly, too: a tensor that is missing, of another size, or of other ranks than the config's is an error."""
+    torch.manual_seed(0)
+    base = Others()
+    trained = adapted(copy.deepcopy(base), gralora_config(2, r=8, hybrid_r=hybrid_r, **fields))
+    trained.save_pretrained(tmp_path)
+    loaded = gralora.load_adapter(copy.deepcopy(base), tmp_path)
+    config, tensors = read(tmp_path)
+    found, expected = loaded.merge_and_unload().state_dict(), trained.merge_and_unload().state_dict()
+    assert all(torch.equal(found[name], t) for name, t in expected.items())
+    assert any(not torch.equal(found[name], t) for name, t in base.state_dict().items())
+    (name, A), *_ = [(name, t) for name, t in tensors.items() if re.search("lora_(embedding_)?A", name)]
+    write(tmp_path, config, {other: t for other, t in tensors.items() if other != name})
+    with pytest.raises(ValueError, match="missing"):
+        gralora.load_adapter(copy.deepcopy(base), tmp_path)
+    write(tmp_path, config, tensors | {name: torch.cat([A, A], -2)})
+    with pytest.raises(ValueError, match="shape|features|must"):
+        gralora.load_adapter(copy.deepcopy(base), tmp_path)
+    write(tmp_path, config | {"r": 1 << 19}, tensors)
+    with pytest.raises(ValueError, match="524288|524286"):
+        gralora.load_adapter(copy.deepcopy(base), tmp_path)
 
 
 # What programs write for fields that they leave alone

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import peft
 import torch
 from torch import Tensor
 
@@ -107,6 +108,11 @@ class Adapter:
         """The layers that are modules of the base model, and no experts."""
         return [layer for layer in self.layers if self.name_in_config(layer) == layer]
 
+    @cached_property
+    def not_linear(self) -> dict[str, str]:
+        """The layers that have factors of other shapes than linear ones, and the name of such a factor of each."""
+        return {_layer_of(name): name for name, t in self.tensors.specs.items() if not_linear(name, t.ndim)}
+
     def factors(self, layer: str) -> Factors:
         return self._factors(self.tensors, layer)
 
@@ -172,12 +178,12 @@ def layer_and_suffix(name: str) -> tuple[str, str]:
     return name, ""
 
 
-def json_config(config: LoraConfig) -> dict[str, Any]:
+def json_config(config: peft.LoraConfig) -> dict[str, Any]:
     """A config as adapter_config.json has it."""
     return {name: plain(value) for name, value in config.to_dict().items()}
 
 
-def set_fields(config: LoraConfig) -> dict[str, Any]:
+def set_fields(config: peft.LoraConfig) -> dict[str, Any]:
     """The fields of a config that ask for anything but their defaults, and have an effect, as JSON has them."""
     found = {name: value for name, value in json_config(config).items() if is_set(name, value)}
     return {name: value for name, value in found.items() if has_effect(name, found)}
@@ -186,27 +192,57 @@ def set_fields(config: LoraConfig) -> dict[str, Any]:
 # Whether tensors and config fit together
 
 
-def check(adapter: Adapter) -> None:
-    """Raise ValueError, naming layer, field and value, if the tensors are not what the config says."""
+def check(adapter: Adapter, any_kind: bool = False) -> None:
+    """Raise ValueError, naming layer, field and value, if the tensors are not what the config says.
+
+    Args:
+        adapter: the adapter.
+        any_kind: whether layers may be others than linear ones.
+    """
     config = adapter.config
     if not isinstance(config.gralora_k, int):
         raise ValueError(f"gralora_k={config.gralora_k!r} must be a number in a saved adapter.")
-    _check_linear(adapter)
-    if not adapter.layers:
+    if not any_kind:
+        _check_linear(adapter)
+    others = adapter.not_linear
+    if not adapter.layers and not others:
         raise ValueError("the file has no GraLoRA tensors; the adapter is empty or of another method.")
     (layer, _), count = Counter(map(layer_and_suffix, adapter.tensors)).most_common(1)[0]
     if count > 1:
         raise ValueError(f"layer {layer!r} has a factor twice, with and without the prefix {PREFIX!r}.")
     for layer in adapter.layers:
-        f = adapter.specs(layer)
-        _check_present(layer, f, config)
-        _check_shapes(layer, f, adapter)
-    if strange := [name for name in adapter.others if FACTOR.search(name)]:
+        if layer not in others:
+            f = adapter.specs(layer)
+            _check_present(layer, f, config)
+            _check_shapes(layer, f, adapter)
+    for layer, name in others.items():
+        _check_ranks(layer, adapter.tensors.specs[name], adapter)
+    strange = [name for name in adapter.others if FACTOR.search(name) and _layer_of(name) not in others]
+    if strange:
         raise ValueError(
             f"{len(strange)} tensors of the file are named like factors, and are none of this adapter: "
             f"{listed(strange)}. PEFT saves such where a model has an adapter whose name is part of layers' names."
         )
     check_selected(adapter)
+
+
+def _layer_of(name: str) -> str:
+    """The layer that a factor of any kind belongs to."""
+    return FACTOR.split(name.removeprefix(PREFIX))[0]
+
+
+def _check_ranks(layer: str, factor: Tensor, adapter: Adapter) -> None:
+    """Raise ValueError if a factor of any kind lacks the k and rank of the config, for which PEFT makes room."""
+    config = adapter.config
+    k, r = config.of_layer("gralora_k", layer), config.of_layer("r", layer)
+    ranks = {r, r - config.hybrid_r}  # an embedding's has the plain part within
+    shape = tuple(factor.shape)
+    if factor.dtype not in FLOATS or factor.numel() == 0 or k not in shape or ranks.isdisjoint(shape):
+        raise ValueError(
+            f"layer {layer!r}: a factor is {shape} {factor.dtype}; with gralora_k={k}, r={r} and hybrid_r="
+            f"{config.hybrid_r} in the config it must be floating point, not empty, and have sizes of k and of the "
+            "rank."
+        )
 
 
 def _check_linear(adapter: Adapter) -> None:
@@ -221,8 +257,8 @@ def _check_linear(adapter: Adapter) -> None:
     if problem:
         raise NotByFiles(
             f"the adapter has {problem}, and gralora's tools for saved adapters read those of linear layers only",
-            "`gralora merge` merges it into a base model that transformers can load; peft.PeftModel.from_pretrained "
-            "loads it into any model.",
+            "`gralora merge` merges it into a base model that transformers can load; gralora.load_adapter loads it "
+            "into any model.",
         )
 
 
@@ -270,7 +306,12 @@ def _check_shapes(layer: str, f: Factors, adapter: Adapter) -> None:
 
 def check_selected(adapter: Adapter) -> None:
     """Raise ValueError, with names, if the file has layers that its config does not select: PEFT would ignore them."""
-    unselected = [layer for layer in adapter.modules if not is_targeted(adapter.config, layer)]
+    if adapter.config.ensure_weight_tying and adapter.not_linear:
+        return  # PEFT adapts what is tied to an embedding as well, without saying so in the config
+    by_name = [layer for layer in adapter.modules if ".base_layer" not in layer]  # inside of a wrapper of PEFT's
+    if adapter.config.target_parameters:  # whose wrappers have names of their own
+        by_name = [layer for layer in by_name if layer not in adapter.not_linear]
+    unselected = [layer for layer in by_name if not is_targeted(adapter.config, layer)]
     if unselected:
         raise ValueError(
             f"the config does not select {len(unselected)} layers of the file: {listed(unselected)}. It has "

@@ -161,12 +161,11 @@ def is_causal(base_config: dict[str, Any] | None) -> bool:
     )
 
 
-def logits_parity(adapter: Path, exported: Path, base: Path, is_linear: bool) -> dict[str, float]:
+def logits_parity(adapter: Path, exported: Path, base: Path) -> dict[str, float]:
     """Logits of the base model with the GraLoRA adapter and with the exported one, both in float32.
 
     Args:
         adapter, exported, base: folders.
-        is_linear: whether all layers are linear, so that `load_adapter` takes them.
 
     Returns:
         The greatest difference, and the greatest logit for scale.
@@ -177,8 +176,7 @@ def logits_parity(adapter: Path, exported: Path, base: Path, is_linear: bool) ->
     # False, since the default asks people whether to run the code of a base that has some
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     tokens = torch.randint(model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
-    load = load_adapter if is_linear else peft.PeftModel.from_pretrained
-    both = load(model, str(adapter), adapter_name="gralora")
+    both = load_adapter(model, adapter, adapter_name="gralora")
     both.add_adapter("exported", peft.PeftConfig.from_pretrained(str(exported)))
     both.load_adapter(str(exported), "exported")
     logits = []
@@ -296,7 +294,7 @@ def to_lora(
             raise ValueError(f"adapter {str(adapter)!r} has NaN or infinite tensors; see `gralora inspect`.")
         if base is not None and is_comparable(source_adapter, to, Path(base)):
             if is_causal(base_config):
-                report["logits"] = logits_parity(Path(adapter), folder, Path(base), not source_adapter.places)
+                report["logits"] = logits_parity(Path(adapter), folder, Path(base))
             else:
                 report["notices"].append("no logits are compared, since the base is no causal language model.")
         to.finish(folder, base_name)

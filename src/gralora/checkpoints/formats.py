@@ -72,6 +72,7 @@ def read(
     source: str | None = None,
     *,
     as_linear: bool = False,
+    any_kind: bool = False,
 ) -> Adapter:
     """Read an adapter of any format in FORMATS. Nothing is computed, and nothing loaded from LazyTensors.
 
@@ -80,6 +81,7 @@ def read(
         tensors: of the adapter, by their names in its file.
         source: the format's name if the user knows it; see `recognise`.
         as_linear: see convolutions and experts as linear layers (views.py), instead of refusing them.
+        any_kind: take layers that are not linear as they are in the file; of these only shapes are checked, roughly.
 
     Raises:
         ValueError: if the format is unclear, or tensors and config do not fit together.
@@ -109,7 +111,7 @@ def read(
     if words == "all-linear" or not (words or adapter.config.target_parameters):
         # PEFT keeps a set; what the words stood for is no longer known
         adapter.config.target_modules = set(adapter.modules)  # type: ignore[assignment]
-    check(adapter)
+    check(adapter, any_kind)
     return adapter
 
 

@@ -27,7 +27,7 @@ from .adapter import PREFIX
 from .base import WEIGHT_ENDINGS
 from .convert import convert_adapter
 from .files import LazyTensors, new_folder
-from .load import expected_tensors
+from .load import added_tokens, base_weights, expected_tensors
 from .prompting import copy_prompting
 from .rounding import loss
 from .untrusted import check_finite, is_finite, listed
@@ -139,10 +139,11 @@ def merge_in_memory(
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         cls = model_class(config, adapted_modules(tensors))
         base = cls.from_pretrained(folder, dtype="auto", trust_remote_code=False).to(device)
-        resize_vocabulary(base, tensors)
+        if size := added_tokens(base, tensors.specs):
+            base.resize_token_embeddings(size, mean_resizing=False)  # which the adapter's own then overwrite
         try:
             loaded = PeftModel.from_pretrained(base, str(adapter))
-        except RuntimeError as error:  # of torch, if shapes differ
+        except (RuntimeError, IndexError) as error:  # of torch, if shapes differ, or tokens are beyond the vocabulary
             raise ValueError(f"the adapter does not fit the base model: {error}") from error
     check_loaded(loaded, tensors)
     untied = untie(loaded)
@@ -215,23 +216,11 @@ def convert_weights(model: nn.Module, dtype: torch.dtype) -> None:
             t.data = t.data.to(dtype)
 
 
-def resize_vocabulary(model: Any, tensors: LazyTensors) -> None:
-    """Give the model as many embeddings as the adapter has saved, which then overwrites them."""
-    embedding = input_embedding(model)
-    name = next((name for name, module in model.named_modules() if module is embedding), None)
-    saved = [
-        spec.shape[0]
-        for key, spec in tensors.specs.items()
-        if key.removeprefix(PREFIX) in (f"{name}.weight", f"{name}.base_layer.weight")
-    ]
-    if saved and saved[0] != embedding.weight.shape[0]:
-        model.resize_token_embeddings(saved[0], mean_resizing=False)
-
-
 def check_loaded(model: PeftModel, tensors: LazyTensors) -> None:
     """Raise ValueError, with names, if PEFT did not load every tensor of the file, or lacks some."""
     found = {f"{PREFIX}{name}": t for name, t in model.get_base_model().state_dict().items()}
     expected = expected_tensors(model, "default")
+    found |= base_weights(model, set(tensors), "default")
     missing = sorted(expected.keys() - set(tensors))
     different = [name for name in tensors if not _equal(tensors[name], expected.get(name, found.get(name)))]
     if missing or different:

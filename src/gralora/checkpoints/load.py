@@ -7,7 +7,7 @@ import copy
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,10 +58,16 @@ def load_adapter(
     """
     config, saved = read_adapter_folder(path)
     is_plain = source is None and formats.is_plain_lora(config)
-    adapter = formats.read_plain(config, saved) if is_plain else formats.read(config, saved, source=source)
+    adapter = formats.read_plain(config, saved) if is_plain else formats.read(config, saved, source, any_kind=True)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if isinstance(model, PeftModel) and adapter_name in model.peft_config:
         raise ValueError(f"adapter_name={adapter_name!r} is taken; the model has {sorted(model.peft_config)}.")
+    if size := added_tokens(base, adapter.tensors.specs):
+        raise ValueError(
+            f"the adapter's file has embeddings of {size} tokens, and the base model has another number: call "
+            f"model.resize_token_embeddings({size}) before the adapter is loaded, or let `gralora merge` write a "
+            "model that has them."
+        )
     check_layers(adapter, base)
     tensors = dict(adapter.tensors)
     check_finite(tensors)
@@ -70,7 +76,7 @@ def load_adapter(
     with unchanged_after_error(model), faults_as_value_errors():
         loaded = _with_adapter(model, adapter, adapter_name)
         expected = expected_tensors(loaded, adapter_name)
-        check_tensors(tensors, expected | base_weights(loaded, tensors.keys() - expected.keys()))
+        check_tensors(tensors, expected | base_weights(loaded, tensors.keys() - expected.keys(), adapter_name))
         set_peft_model_state_dict(loaded, tensors, adapter_name)
         loaded.set_adapter(adapter_name, inference_mode=not is_trainable)
         if not is_trainable:
@@ -94,10 +100,12 @@ def check_layers(adapter: Adapter, base: nn.Module) -> None:
         )
     is_gralora = adapter.config.use_gralora
     for layer, place in places.items():
+        if layer in adapter.not_linear or (is_gralora and layer != place):
+            continue  # `check_tensors` compares shapes
         if is_gralora:
             check_kind(layer, modules[place], base)
         elif adapter.config.target_parameters or not isinstance(base_layer(modules[place]), nn.Linear | Conv1D):
-            continue  # `check_tensors` compares shapes
+            continue
         if inject.features(modules[place]) != adapter.features(layer):
             raise ValueError(
                 f"layer {layer!r} has (in, out) features {inject.features(modules[place])} in the base model and "
@@ -106,7 +114,7 @@ def check_layers(adapter: Adapter, base: nn.Module) -> None:
             )
 
     check_matching_time(adapter.config.to_dict(), modules)
-    if not is_gralora and (adapter.config.target_parameters or places != {n: n for n in places}):
+    if adapter.config.target_parameters or places != {n: n for n in places}:
         return  # the names are not those of modules: `check_tensors` compares them
     # checked before PEFT allocates the adapter, whose size the config sets
     selected = [name for name, _ in inject.targeted_layers(base, adapter.config)]
@@ -165,17 +173,65 @@ def expected_tensors(model: Any, adapter_name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def base_weights(model: PeftModel, names: Set[str]) -> dict[str, Tensor]:
-    """Return the weights of the base's embedding and output layer, if their names are among `names`.
+def base_weights(model: PeftModel, names: Set[str], adapter_name: str) -> dict[str, Tensor]:
+    """Return what the base's embedding and output layer have, wrapped or not, if the names are among `names`.
 
-    PEFT saves both with an adapter that adapts one of them, or if the number of tokens was changed. Loading the
-    adapter then sets them.
+    PEFT saves both with an adapter that adapts one of them, or if the number of tokens was changed, and of modules
+    that it wraps everything that is inside. Loading the adapter then sets them.
     """
-    base = model.get_base_model()
-    modules = [getattr(base, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings")]
-    weights = {id(module.weight) for module in map(base_layer, filter(None, modules))}
-    state = dict(model.named_parameters(remove_duplicate=False))
-    return {name: state[name] for name in names if name in state and id(state[name]) in weights}
+    own = re.compile(rf"\.{re.escape(adapter_name)}(?=\.|$)")  # which saved names lack
+    found = {}
+    for place in embeddings(model.get_base_model()):
+        for name, parameter in model.get_submodule(f"{PREFIX}{place}").named_parameters(remove_duplicate=False):
+            found[f"{PREFIX}{place}.{own.sub('', name)}"] = parameter
+    return {name: found[name] for name in names if name in found}
+
+
+def embeddings(model: nn.Module) -> list[str]:
+    """Names of the model's embedding of tokens and of its output layer, as far as it has them."""
+    found = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, get, lambda: None)()
+        except NotImplementedError:
+            continue
+        found += [name for name, other in model.named_modules() if other is module and module is not None]
+    return found
+
+
+def added_tokens(model: nn.Module, saved: Mapping[str, Tensor]) -> int | None:
+    """How many embeddings an adapter has saved, if the model has another number; else None.
+
+    Args:
+        model: the base model, which may have other adapters.
+        saved: name in the file -> the tensor, or its spec.
+
+    Raises:
+        ValueError: if it has saved the embedding or the output layer alone, and the other is not the same weight.
+    """
+    weights, sizes = {}, {}
+    for place in embeddings(model):
+        inside = model.get_submodule(place).named_parameters(prefix=place)
+        weights[place] = next((p for name, p in inside if is_whole_weight(place, name)), None)
+        rows = {t.shape[0] for name, t in saved.items() if is_whole_weight(place, name.removeprefix(PREFIX))}
+        if rows:
+            sizes[place] = max(rows)
+    size = max(sizes.values(), default=None)
+    if size is None or all((w := weights[place]) is None or len(w) == size for place in sizes):
+        return None
+    for place, weight in weights.items():
+        if weight is not None and all(weight is not weights[other] for other in sizes):
+            raise ValueError(
+                f"the adapter was trained with {size} tokens, which the base model does not have, and its file lacks "
+                f"the weights of {place!r} for them. Save the base model as it was trained on, with {size} tokens, "
+                "and give that as the base."
+            )
+    return size
+
+
+def is_whole_weight(place: str, name: str) -> bool:
+    """Whether a tensor is the whole weight of a module, in whatever PEFT wraps it in."""
+    return name.startswith(f"{place}.") and name.endswith("weight") and ".lora_" not in name
 
 
 def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
