@@ -48,6 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {  # class -> fields of its config
     "StableLmForCausalLM": TEXT,
     "Starcoder2ForCausalLM": TEXT,
     "OlmoForCausalLM": TEXT,
+    "Olmo2ForCausalLM": TEXT,
     "CohereForCausalLM": TEXT,
     "GraniteForCausalLM": TEXT,
     "MixtralForCausalLM": TEXT | MOE,

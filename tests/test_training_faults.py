@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import load_peft_weights
 from safetensors.torch import load_file, save_file
+from test_families import FAMILIES, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from gralora.checkpoints.files import locked
@@ -314,15 +315,50 @@ def test_a_run_of_the_warmup_alone_is_not_called_a_low_rate(finetune, tmp_path, 
     assert "higher learning_rate" not in printed
 
 
-def test_a_model_that_peft_does_not_know(finetune, tmp_path, knowing):
-    """PEFT's own message names no flag."""
-    config = tmp_path / "unknown"
-    shutil.copytree(knowing, config)
-    known = json.loads((config / "config.json").read_text())
-    changed = known | {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]}
-    (config / "config.json").write_text(json.dumps(changed))
-    status, printed = finetune(base_model=config, lora_target_modules=None)
-    assert status == 2 and "model_type='olmo2'; give --lora_target_modules all-linear" in printed
+def of_another_kind(name: str, tokenizer: Path, folder: Path) -> Path:
+    """A model of a class of `FAMILIES`, with room for the tokens of a tokenizer, which is that of a folder."""
+    sizes = {"vocab_size": 300, "max_position_embeddings": 128}
+    text = FAMILIES[name].get("text_config")
+    make_model(name, **({"text_config": text | sizes} if text else sizes)).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / file, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name, targets, layers",
+    [
+        ("Gemma3ForConditionalGeneration", None, 2),  # PEFT's choice for its text model
+        ("Gemma3ForConditionalGeneration", "all-linear", 7),  # a layer beside it is one that none can adapt
+        ("LlavaForConditionalGeneration", "k_proj", 1),  # has no form for text alone
+    ],
+)
+def test_a_model_that_reads_pictures_too(finetune, tmp_path, tiny_model, name, targets, layers):
+    base = of_another_kind(name, tiny_model, tmp_path / "base")
+    status, printed = finetune(base_model=base, lora_target_modules=targets, val_set_size=0)
+    assert status == 0 and "only text is trained on, so model.vision_tower, model.multi_modal" in printed, printed
+    factors = {n: t for n, t in load_peft_weights(str(tmp_path / "out")).items() if "_B" in n}
+    assert len(factors) == 2 * layers and all(t.any() and ".language_model." in n for n, t in factors.items())
+    assert len(load_side_by_side([str(tmp_path / "out")]).adapters) == 1
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("Olmo2ForCausalLM", "olmo2"), ("Qwen2VLForConditionalGeneration", "qwen2_vl")]
+)
+def test_a_model_that_peft_does_not_know(finetune, tmp_path, tiny_model, name, kind):
+    """PEFT's own message names no flag. What ours names can be trained."""
+    base = of_another_kind(name, tiny_model, tmp_path / "base")
+    status, printed = finetune(base_model=base, lora_target_modules=None)
+    assert status == 2 and f"model_type={kind!r}; give --lora_target_modules all-linear" in printed
+    status, printed = finetune(base_model=base, lora_target_modules="all-linear", val_set_size=0)
+    assert status == 0, printed
+
+
+def test_a_model_that_continues_no_text(finetune, tmp_path, tiny_model):
+    """transformers' message is a list of two hundred classes."""
+    base = of_another_kind("T5ForConditionalGeneration", tiny_model, tmp_path / "base")
+    status, printed = finetune(base_model=base)
+    assert status == 2 and "model_type='t5', and transformers has no model of this kind that continues" in printed
 
 
 def test_a_file_in_the_place_of_the_folder(finetune, tmp_path):

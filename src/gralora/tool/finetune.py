@@ -57,7 +57,7 @@ from .training.resume import (
     measured_now,
     train_or_interrupt,
 )
-from .training.start import check_targets, continued
+from .training.start import choose_layers, continued
 from .training.stopping import StopAtNonFinite, check_loss, learnt_ends, learnt_nothing, stop_at
 from .training.trainer import AdapterTrainer
 from .verify import LOGITS, PROBES, record_logits, verify_in_new_process
@@ -263,7 +263,8 @@ def load(args: FinetuneArguments, training: SFTConfig) -> Loaded:
     model = load_model(args.base_model, args.dtype, args.quantization, **args.model_options())
     if args.quantization != "none":
         model = prepare_model_for_kbit_training(model, args.gradient_checkpointing, {"use_reentrant": False})
-    check_targets(args.lora_target_modules, args.base_model, model)
+    if trained is None:
+        choose_layers(lora_config, args.base_model, model)
     stop_at(model, ends, tokenizer)
     return Loaded(args, tokenizer, corpus, model, lora_config, trained)
 

@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -81,6 +84,24 @@ def load_pretrained(auto: Any, base_model: str, **options: Any) -> Any:
     return loaded
 
 
+def load_language_model(base_model: str, **options: Any) -> PreTrainedModel:
+    """Load a model that continues text: also one that reads pictures too, if it has no form without them.
+
+    Raises:
+        ValueError: if it is of a kind that continues no text.
+    """
+    config = load_pretrained(AutoConfig, base_model, trust_remote_code=options.get("trust_remote_code", False))
+    auto: Any = AutoModelForCausalLM
+    if not (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(config, "auto_map", {})):
+        auto = AutoModelForImageTextToText
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise ValueError(
+                f"base_model={base_model!r} is of model_type={config.model_type!r}, and transformers has no model of "
+                "this kind that continues text (AutoModelForCausalLM); give one that does."
+            )
+    return load_pretrained(auto, base_model, **options)
+
+
 def load_model(base_model: str, dtype: torch.dtype, quantization: str = "none", **options: Any) -> PreTrainedModel:
     """Load the base model in `dtype`, or quantised by a row of QUANTIZATIONS and computing in `dtype`."""
     if quantization != "none":
@@ -90,7 +111,7 @@ def load_model(base_model: str, dtype: torch.dtype, quantization: str = "none", 
         # bitsandbytes would warn in every 8-bit layer and pass that inputs are cast
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         options["quantization_config"] = config(dtype)
-    return load_pretrained(AutoModelForCausalLM, base_model, **{"dtype": dtype} | options)
+    return load_language_model(base_model, **{"dtype": dtype} | options)
 
 
 def quantization_of(model: Any) -> str:

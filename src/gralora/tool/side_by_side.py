@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints.files import CONFIG, read_json
 from ..checkpoints.load import load_adapter
 from .embedded import embedded_model
-from .models import EMBEDDED, load_pretrained, load_tokenizer
+from .models import EMBEDDED, load_language_model, load_tokenizer
 
 TOKENIZER, GENERATION = "tokenizer_config.json", "generation_config.json"
 
@@ -66,7 +66,7 @@ def load_side_by_side(
     base = common_base(models, base_model)
     trained = [path for path in models if is_adapter(path)]
     tokenizer = common_tokenizer(models, base)
-    model = load_pretrained(AutoModelForCausalLM, base, dtype=dtype).eval().to(device or default_device())
+    model = load_language_model(base, dtype=dtype).eval().to(device or default_device())
     for path in trained:
         stop_where_trained(model, path)
     adapters: dict[str, str | None] = {}

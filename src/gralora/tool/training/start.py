@@ -1,6 +1,8 @@
 """What is trained: layers that are named or that PEFT knows, and an adapter whose folder is given as base model."""
 
 import dataclasses
+import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ...checkpoints import formats
 from ...checkpoints.files import CONFIG, read_adapter_folder
-from ...config import FLAGS
+from ...config import FLAGS, LoraConfig
 from ...fields import plain
 from ..arguments import FinetuneArguments
 
@@ -48,11 +50,39 @@ def continued(args: FinetuneArguments) -> tuple[FinetuneArguments, Path | None]:
     return dataclasses.replace(args, trainer=args.trainer, **changes), folder
 
 
-def check_targets(targets: list[str] | None, base_model: str, model: PreTrainedModel) -> None:
-    """Raise ValueError if no layers to adapt are named, and PEFT has no choice for the model."""
-    kind = model.config.model_type
-    if targets is None and kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-        raise ValueError(
-            f"lora_target_modules: PEFT has no choice of layers for base_model={base_model!r}, "
-            f"model_type={kind!r}; give --lora_target_modules all-linear, or names of layers."
-        )
+def choose_layers(config: LoraConfig, base_model: str, model: PreTrainedModel) -> None:
+    """Complete an adapter's config: PEFT's choice of layers if it names none, and none outside the text model.
+
+    Only text is trained on, so that an adapter on what reads pictures would never learn.
+
+    Raises:
+        ValueError: if no layers are named, and PEFT has no choice for the model.
+    """
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    kind, text_kind = model.config.model_type, model.config.get_text_config().model_type
+    if config.target_modules is None and kind not in known:
+        if text_kind not in known:
+            raise ValueError(
+                f"lora_target_modules: PEFT has no choice of layers for base_model={base_model!r}, "
+                f"model_type={kind!r}; give --lora_target_modules all-linear, or names of layers."
+            )
+        config.target_modules = known[text_kind] if isinstance(known[text_kind], str) else set(known[text_kind])
+    beside = beside_text(model)
+    if beside:
+        print(f"only text is trained on, so {', '.join(beside)} get no adapter")
+        config.exclude_modules = rf"({'|'.join(map(re.escape, beside))})(\..*)?"
+
+
+def beside_text(model: PreTrainedModel) -> list[str]:
+    """Names of the parts of a model that stand beside its text model, such as those that read pictures."""
+    text = model.config.get_text_config()
+    inner = (name for name, module in model.named_modules() if type(getattr(module, "config", None)) is type(text))
+    name = next(inner, "")  # of a model of text alone: itself
+    above = ["", *itertools.accumulate(name.split("."), "{}.{}".format)] if name else []
+    output = model.get_output_embeddings()
+    return [
+        f"{parent}.{child}".lstrip(".")
+        for parent, path in itertools.pairwise(above)
+        for child, module in model.get_submodule(parent).named_children()
+        if f"{parent}.{child}".lstrip(".") != path and module is not output
+    ]

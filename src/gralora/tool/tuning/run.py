@@ -151,6 +151,8 @@ def prepare(
     for one in mine:
         set_seed(args.seed)
         config = one.arguments(args).lora_config()
+        config.target_modules = loaded.lora_config.target_modules
+        config.exclude_modules = loaded.lora_config.exclude_modules
         if isinstance(model, PeftModel):
             model.add_adapter(one.name, config)
         else:
