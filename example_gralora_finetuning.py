@@ -5,7 +5,7 @@ python example_gralora_finetuning.py --base_model "gpt2" --use_gralora --gralora
 
 import sys
 
-from gralora.tool.cli import main
+from gralora_command import main
 
 if __name__ == "__main__":
     sys.exit(main(["finetune", *sys.argv[1:]]))

@@ -123,7 +123,7 @@ def command(args: argparse.Namespace, task: str, method: str, seed: int, folder:
     # one rank, given as a config's: a flag would make it part of the search
     config = folder.with_suffix(".yaml")
     config.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in pairs(flags)), encoding="utf-8")
-    words = [sys.executable, "-m", "gralora.tool.cli", "tune", str(config), "--study_dir", str(folder), *more]
+    words = [sys.executable, "-m", "gralora_command", "tune", str(config), "--study_dir", str(folder), *more]
     return [*words, "--learning_rate", args.learning_rate] if args.learning_rate else words
 
 

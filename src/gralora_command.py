@@ -238,6 +238,8 @@ def main(argv: list[str] | None = None) -> int:
     call = make_parser().parse_args([argument for argument in argv if argument != "--debug"])
     module, function, _ = COMMANDS[call.command]
     own = call.arguments[:1] if call.command == "run" else call.arguments  # the others may be another program's
+    if call.command != "run" and ("--quiet" in own or not sys.stderr.isatty()):
+        os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it when it is imported; in a file, a step is a line
     if call.command in LIGHT and {"-h", "--help"} & set(own):
         light, make = LIGHT[call.command]
         getattr(load_light(light), make)().print_help()

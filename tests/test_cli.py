@@ -158,8 +158,8 @@ def test_nothing_is_suggested_for_what_is_like_nothing(capsys):
 
 @pytest.mark.parametrize("argv", [["finetune", "--use_gralra"], ["inspect", "nowhere"]])
 def test_a_command_says_nothing_of_its_libraries(argv):
-    """In a process of its own, where torchao and bitsandbytes are imported for the first time."""
-    code = f"import sys, gralora_command as c; sys.exit(c.main({argv!r}))"
+    """In a process of its own, where torchao and bitsandbytes are imported for the first time; nor draws any bars."""
+    code = f"import sys, gralora_command as c; s = c.main({argv!r}); import tqdm; list(tqdm.tqdm([1])); sys.exit(s)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == cli.USER_ERROR and done.stdout == ""
     said = [line for line in done.stderr.splitlines() if not line.startswith(("usage: ", f"gralora {argv[0]}: error"))]

@@ -84,7 +84,9 @@ def run(capsys):
     def run(*argv: object) -> dict:
         capsys.readouterr()
         main([*map(str, argv), "--json"])
-        return json.loads(capsys.readouterr().out)
+        said = capsys.readouterr()
+        assert "Running" not in said.err, "the harness's bars are for terminals"
+        return json.loads(said.out)
 
     return run
 
@@ -351,7 +353,15 @@ def test_tasks_of_a_folder_with_shots(tiny_model, own_tasks, run, monkeypatch):
 
 
 def test_code_is_run_only_with_consent(tiny_model, own_tasks, run, monkeypatch):
-    """Asked before any model is loaded."""
+    """Asked before any model is loaded, and before the task's own functions, which may fail for other reasons."""
+    code = (own_tasks / "code.yaml").read_text().replace("task: code", "task: lost\ntag: [tagged]")
+    (own_tasks / "lost.yaml").write_text(code.replace("metric: exact_match", "metric: !function nowhere.metric"))
+    (own_tasks / "around.yaml").write_text("group: around\ntask: [sums, {task: lost, num_fewshot: 1}, code]\n")
+    manager = harness.TaskManager(include_path=str(own_tasks), include_defaults=False)
+    found = {name: harness.running_code(manager, name) for name in ("sums", "tagged", "around", "both")}
+    assert found == {"sums": [], "tagged": ["lost"], "around": ["lost", "code"], "both": []}
+    with pytest.raises(ValueError, match="^lost: such a task runs programs"):
+        run(tiny_model, "--tasks", "lost", "--include_path", own_tasks)
     flags = ("--tasks", "sums,code", "--include_path", own_tasks)
     with monkeypatch.context() as patched:
         patched.setattr("gralora.tool.side_by_side.load_side_by_side", None)
@@ -481,13 +491,13 @@ def test_differences_of_a_group(models, own_tasks, run, monkeypatch, by_size):
     rule = f"[{{metric: exact_match, weight_by_size: {str(by_size).lower()}}}]"
     (own_tasks / "pair.yaml").write_text(f"group: pair\ntask: [sums, few]\naggregate_metric_list: {rule}\n")
     texts = iter([["1", "2", "0", "0", "5", "6"], ["1", "2", "3", "0", "0", "0"]])  # the base's, the adapter's
-    original = harness.simple_evaluate
+    original = harness.language_model
 
-    def simple_evaluate(**options):
+    def language_model(*options):
         answers(monkeypatch, next(texts))
-        return original(**options)
+        return original(*options)
 
-    monkeypatch.setattr(harness, "simple_evaluate", simple_evaluate)
+    monkeypatch.setattr(harness, "language_model", language_model)
     found = run(models["base"], models["plain"], "--tasks", "pair", "--include_path", own_tasks)
     (change,) = [row for row in found["differences"] if row["task"] == "pair"]
     # of the six: 4 against 3, of the three: 2 against 3

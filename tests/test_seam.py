@@ -559,6 +559,16 @@ def test_trl_trainer():
     assert "create_model_card" in vars(base) and base.create_model_card is trl.SFTTrainer.create_model_card
 
 
+def test_harness_asks_git():
+    """`simple_evaluate` looks the function that runs git up in its module, and it needs no arguments."""
+    pytest.importorskip("lm_eval")
+    module, name = seam.ASKS_GIT
+    evaluator = importlib.import_module(module)
+    assert name in inspect.unwrap(evaluator.simple_evaluate).__code__.co_names
+    assert not inspect.signature(getattr(evaluator, name)).parameters
+    assert '"git"' in inspect.getsource(getattr(evaluator, name))
+
+
 def test_wrap_hotswap(monkeypatch):
     """diffusers imports the function anew for each hotswap, so that it gets the one that is there."""
     loaders = pytest.importorskip("diffusers.loaders.peft")

@@ -196,7 +196,9 @@ def test_resume(flags, tmp_path, monkeypatch, capsys, caplog, step):
     with pytest.raises(ValueError, match="the search to go on with had batch_size=8, not 4; .* another --study_dir"):
         tune(flags, folder, *more, "--resume", "--batch_size", 4)
     found = tune(flags, folder, *more, "--resume")
-    assert (step > 2) == ("going on from" in capsys.readouterr().out)
+    said, since = capsys.readouterr().out, step if step > 2 else 0
+    assert found["since_step"] == since
+    assert (step > 2) == ("going on from" in said) == (f"time from step {since} on: " in said)
     assert not [
         one for one in caplog.records if "missing keys" in one.getMessage()
     ]  # of the base model, which none has
@@ -209,7 +211,7 @@ def test_devices_share_the_candidates(flags, tmp_path):
     """Two processes, here both on the CPU, stop the same candidates as one."""
     more = ("--learning_rate", RATES, "--rungs", "0.2,0.5", "--reduction", "2")
     expected = tune(flags, tmp_path / "one", *more)
-    command = [sys.executable, "-m", "gralora.tool.cli", "tune", *flags, "--study_dir", str(tmp_path / "two"), *more]
+    command = [sys.executable, "-m", "gralora_command", "tune", *flags, "--study_dir", str(tmp_path / "two"), *more]
     done = subprocess.run([*command, "--devices", "0,1"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "two" / "tune.json").read_text())
@@ -252,7 +254,7 @@ def test_if_a_process_fails_the_others_are_ended(tmp_path, monkeypatch):
         main(["config.yaml", "--devices", "3,5"])
     for number, device in enumerate(("3", "5")):
         words = Path(f"{program}.{number}").read_text().split()
-        assert words == [device, "-m", "gralora.tool.cli", "tune", "config.yaml", "--devices", "3,5"]
+        assert words == [device, "-m", "gralora_command", "tune", "config.yaml", "--devices", "3,5"]
 
 
 # ---- the rule ------------------------------------------------------------------------------------------------------

@@ -89,6 +89,7 @@ if TYPE_CHECKING:
     from transformers.training_args import OptimizerNames
 
 __all__ = [
+    "ASKS_GIT",
     "ATTRIBUTES",
     "CONFIG_KEYS_TO_CHECK",
     "COVARIANCE",
@@ -238,6 +239,9 @@ def wrap_model_card(wrap: Callable[[Callable[..., None]], Callable[..., None]]) 
 # the first process, when a checkpoint is saved and before a push to the hub (TRL 1.14 to 1.16).
 TRL_TRAINER, TRL_TRAINER_CLASS = "trl.trainer.base_trainer", "_BaseTrainer"
 
+# lm-evaluation-harness's module, and the function in it that runs `git` in the working directory (0.4.13).
+ASKS_GIT = ("lm_eval.evaluator", "get_git_commit_hash")
+
 # Unsloth's module of kernels; the function in it by which fused functions leave a layer to PEFT, called with the layer
 # before each of their passes, and the two that read a layer's weight and factors, which they call afterwards.
 UNSLOTH = "unsloth.kernels.utils"
@@ -289,11 +293,7 @@ def experts_implementation(experts: Any) -> str | None:
     if interface is not moe.ALL_EXPERTS_FUNCTIONS or is_spread:
         return None
     name = experts.config._experts_implementation or "eager"
-    functions = {
-        "eager": eager,
-        "batched_mm": moe.batched_mm_experts_forward,
-        "grouped_mm": moe.grouped_mm_experts_forward,
-    }
+    functions = {"eager": eager} | {n: getattr(moe, f"{n}_experts_forward") for n in ("batched_mm", "grouped_mm")}
     return name if name in functions and interface.get_interface(name, eager) is functions[name] else None
 
 

@@ -14,18 +14,15 @@ from typing import Any
 def run(command: Callable[[], dict[str, Any]], quiet: bool, as_json: bool) -> None:
     """Call `command` and print its output, nothing, or its results as JSON.
 
-    Progress bars are drawn on a terminal only: in a file, each of their steps would be a line.
-
     Args:
         command: prints its output and returns its results, as JSON can hold them.
         quiet: drop what the command prints, and the progress bars and warnings of libraries.
         as_json: send what the command prints to stderr, and print the results as JSON on stdout.
     """
     with contextlib.ExitStack() as stack:
-        if quiet or not sys.stderr.isatty():
-            stack.enter_context(without_bars())
         if quiet:
             stack.enter_context(silent_libraries())
+            stack.enter_context(without_bars())
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         elif as_json:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
@@ -60,17 +57,25 @@ def columns() -> int:
 
 @contextlib.contextmanager
 def without_bars() -> Iterator[None]:
+    """Let Hugging Face's libraries draw no bars; afterwards each of them draws them or not as before."""
     import transformers
+    from huggingface_hub import utils as hub
 
-    transformers.logging.disable_progress_bar()
-    if "datasets" in sys.modules:
-        sys.modules["datasets"].disable_progress_bars()
+    bars = transformers.logging
+    # transformers' first, since it switches the hub's, too
+    afterwards = [bars.enable_progress_bar] if bars.is_progress_bar_enabled() else []
+    bars_of = [library for library in (hub, sys.modules.get("datasets")) if library is not None]
+    for library in bars_of:
+        were_off = library.are_progress_bars_disabled()
+        afterwards.append(library.disable_progress_bars if were_off else library.enable_progress_bars)
+    bars.disable_progress_bar()
+    for library in bars_of:
+        library.disable_progress_bars()
     try:
         yield
     finally:
-        transformers.logging.enable_progress_bar()
-        if "datasets" in sys.modules:
-            sys.modules["datasets"].enable_progress_bars()
+        for switch in afterwards:
+            switch()
 
 
 @contextlib.contextmanager

@@ -105,7 +105,7 @@ def start(argv: list[str], devices: list[str]) -> None:
     processes = []
     for number, device in enumerate(devices):
         variables = os.environ | {SHARE: f"{number}/{len(devices)}", "CUDA_VISIBLE_DEVICES": device}
-        processes.append(subprocess.Popen([sys.executable, "-m", "gralora.tool.cli", "tune", *argv], env=variables))
+        processes.append(subprocess.Popen([sys.executable, "-m", "gralora_command", "tune", *argv], env=variables))
     status: Any = 0
     try:
         waiting = list(processes)

@@ -119,7 +119,7 @@ def verify_in_new_process(adapter: Path) -> None:
     Raises:
         ValueError: if it does not end well.
     """
-    command = [sys.executable, "-m", "gralora.tool.cli", "verify", str(adapter)]
+    command = [sys.executable, "-m", "gralora_command", "verify", str(adapter)]
     result = subprocess.run(command, capture_output=True, text=True)
     print(result.stdout, end="")
     if result.returncode:

@@ -6,13 +6,16 @@ models take turns on it, and their differences are computed from the samples tha
 
 import argparse
 import contextlib
+import functools
+import importlib
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lm_eval import evaluator, simple_evaluate
+from lm_eval import simple_evaluate
 from lm_eval.api import metrics
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
@@ -20,6 +23,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from ... import seam
 from ..side_by_side import SideBySide, is_adapter
 from .paired import Estimate, difference, difference_of_groups, mean
 
@@ -54,10 +58,10 @@ class TaskSet:
         names = [name for given in args.tasks for name in given.split(",") if name]
         manager = find(names, args.include_path or [])
         files = split_files(args.data_path or [])
-        self.top: list[Task | Group] = []
-        for name in names:
-            for match in [name] if name.endswith(".yaml") else manager.match_tasks([name]):
-                self.top += build(manager, match, files)
+        matches = [m for name in names for m in ([name] if name.endswith(".yaml") else manager.match_tasks([name]))]
+        if not args.confirm_run_unsafe_code:  # before their metrics are loaded, which may fail for other reasons
+            ask_consent([name for match in matches for name in running_code(manager, match)])
+        self.top: list[Task | Group] = [task for match in matches for task in build(manager, match, files)]
         self.leaves: dict[str, Task] = {}
         for one in self.top:
             self.leaves |= {t.task_name: t for t in (one.get_all_tasks() if isinstance(one, Group) else [one])}
@@ -69,9 +73,8 @@ class TaskSet:
 
     def check(self, args: argparse.Namespace, files: dict[str, str]) -> None:
         """Raise ValueError for what the harness would refuse late, or not do without saying so."""
-        unsafe = [name for name, task in self.leaves.items() if getattr(task, "UNSAFE_CODE", False)]
-        if unsafe and not args.confirm_run_unsafe_code:
-            raise ValueError(CODE.format(names=", ".join(unsafe)))
+        if not args.confirm_run_unsafe_code:
+            ask_consent([name for name, task in self.leaves.items() if getattr(task, "UNSAFE_CODE", False)])
         for name, task in self.leaves.items():
             fixed = task.get_config("num_fewshot")
             if args.num_fewshot and fixed == 0:
@@ -113,6 +116,27 @@ def find(names: list[str], include_path: list[str]) -> TaskManager:
                 f"task {name!r} is not known; `lm_eval ls tasks` lists the harness's {len(manager.all_tasks)}."
             )
     return manager
+
+
+def running_code(manager: TaskManager, task: Any) -> list[str]:
+    """Return those of a task, group or tag that run what a model writes, as the index says, which loads nothing."""
+    if isinstance(task, dict):  # a member of a group with fields of its own
+        task = task.get("task", [])
+    if not isinstance(task, str):
+        return [name for one in task for name in running_code(manager, one)]
+    entry = manager.task_index.get(task)
+    if entry is None:  # a file
+        return []
+    if entry.cfg is None:  # a tag
+        return running_code(manager, sorted(entry.tags))
+    if "group" in entry.cfg:
+        return running_code(manager, entry.cfg["task"])
+    return [task] if entry.cfg.get("unsafe_code", False) is not False else []
+
+
+def ask_consent(unsafe: list[str]) -> None:
+    if unsafe:
+        raise ValueError(CODE.format(names=", ".join(unsafe)))
 
 
 def split_files(data_path: list[str]) -> dict[str, str]:
@@ -183,14 +207,20 @@ def run(args: argparse.Namespace, loaded: SideBySide, tasks: TaskSet, results: R
 
 @contextlib.contextmanager
 def git_only_in_a_repository() -> Iterator[None]:
-    """Let the harness ask git for the working directory's commit only where there is one: git prints "fatal" else."""
-    ask, here = evaluator.get_git_commit_hash, Path.cwd()
+    """Let the harness ask git for the working directory's commit only where there is one: git prints "fatal" else.
+
+    `simple_evaluate` asks at each call, and no argument or environment variable of the harness keeps it from that or
+    git from printing. `lm_eval.evaluate` does not ask, but leaves all that `simple_evaluate` does to its caller.
+    """
+    (module, name), here = seam.ASKS_GIT, Path.cwd()
+    asking = importlib.import_module(module)
+    ask = getattr(asking, name)
     if not any((folder / ".git").exists() for folder in (here, *here.parents)):
-        evaluator.get_git_commit_hash = lambda: None
+        setattr(asking, name, lambda: None)
     try:
         yield
     finally:
-        evaluator.get_git_commit_hash = ask
+        setattr(asking, name, ask)
 
 
 SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
@@ -199,7 +229,11 @@ SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_rando
 def language_model(model: Any, tokenizer: Any, batch_size: str) -> HFLM:
     """Wrap a loaded model for the harness, without its warnings that a loaded model cannot be loaded differently."""
     with at_level("lm_eval.models.huggingface", logging.ERROR):
-        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        made = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    if not sys.stderr.isatty():  # its bars say themselves whether they are drawn, so that TQDM_DISABLE does not
+        for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+            setattr(made, name, functools.partial(getattr(made, name), disable_tqdm=True))
+    return made
 
 
 @contextlib.contextmanager

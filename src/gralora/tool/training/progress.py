@@ -50,10 +50,10 @@ class Bar(ProgressCallback):
 
 
 def label_bars(trainer: Trainer) -> None:
-    """Give a trainer our bars in the place of what it shows; none with `disable_tqdm`, and none in a file."""
+    """Give a trainer our bars in the place of what it shows; none with `disable_tqdm`."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    if not trainer.args.disable_tqdm and sys.stderr.isatty():
+    if not trainer.args.disable_tqdm:
         trainer.add_callback(Bar)
 
 

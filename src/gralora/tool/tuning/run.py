@@ -81,7 +81,7 @@ def search_in(
     search.begin(made, about, wait=share > 0)
     trainer, rungs = prepare(args, loaded, search, made[share::count], options)
     before = trainer.held_out(None, loaded.corpus.held_out, args.micro_batch_size)
-    trained = train(trainer, search, rungs, own)
+    since, trained = train(trainer, search, rungs, own)
     steps = rungs.steps(trainer.state)
     stopped = search.stopped(steps)
     search.wait([one.name for one in made if one.name not in stopped], steps[-1])
@@ -93,6 +93,7 @@ def search_in(
     found |= {
         "together": trainer.together,
         "step_seconds": trainer.step_seconds,
+        "since_step": since,  # after --resume, where this call began; the seconds are this call's
         "time_s": round(time.monotonic() - started, 1),
         "train_s": round(trained - rungs.seconds, 2),
         "measure_s": round(rungs.seconds, 2),
@@ -102,7 +103,8 @@ def search_in(
     write(found, winner.arguments(args), folder)
     write_json(folder / RESULTS, finite(found))
     print("\n".join(lines(found)))
-    print(f"time: {found['time_s']} s; curve: {folder / PLOT}, table: {folder / TABLE}")
+    call = f" from step {since} on" if since else ""
+    print(f"time{call}: {found['time_s']} s; curve: {folder / PLOT}, table: {folder / TABLE}")
     print(
         f"the best adapter, trained to the end: {folder / ADAPTER}; to train it anew: gralora finetune {folder / BEST}"
     )
@@ -190,24 +192,24 @@ def prepare(
     return trainer, rungs
 
 
-def train(trainer: LockstepTrainer, search: Search, rungs: Rungs, folder: Path) -> float:
-    """Train, from the last checkpoint if there is one; returns the seconds.
+def train(trainer: LockstepTrainer, search: Search, rungs: Rungs, folder: Path) -> tuple[int, float]:
+    """Train, from the last checkpoint if there is one; returns its step, or 0, and the seconds.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C; the message says how to go on.
     """
     started = time.monotonic()
-    checkpoint = last_checkpoint(folder)
+    checkpoint, since = last_checkpoint(folder), 0
     if checkpoint is not None:
         state = json.loads((checkpoint / WHOLE[-1]).read_text(encoding="utf-8"))
-        trainer.state.max_steps = state["max_steps"]
+        trainer.state.max_steps, since = state["max_steps"], state["global_step"]
         steps = rungs.steps(trainer.state)
-        stopped = search.stopped([step for step in steps if step <= state["global_step"]])
+        stopped = search.stopped([step for step in steps if step <= since])
         trainer.leave_out([name for name in trainer.live if name in stopped])
         trainer.load_means(checkpoint)
         print(f"going on from {checkpoint}")
-        if state["global_step"] >= state["max_steps"] or not trainer.live:
-            return time.monotonic() - started
+        if since >= state["max_steps"] or not trainer.live:
+            return since, time.monotonic() - started
     log, no_base = logging.getLogger("transformers.trainer"), NoBase()
     log.addFilter(no_base)
     try:
@@ -217,7 +219,7 @@ def train(trainer: LockstepTrainer, search: Search, rungs: Rungs, folder: Path) 
         raise KeyboardInterrupt("stopped; to go on from the last checkpoint, give --resume, too") from stop
     finally:
         log.removeFilter(no_base)
-    return time.monotonic() - started
+    return since, time.monotonic() - started
 
 
 class NoBase(logging.Filter):
