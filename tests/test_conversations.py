@@ -149,6 +149,59 @@ def test_arguments_and_tools_as_json_text(tokenizer, read):
     assert "Of a city" in tokenizer.decode(rows[0]["input_ids"])
 
 
+SHAREGPT = [{"from": "human", "value": "Name a colour."}, {"from": "gpt", "value": "Blue is a colour."}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [*MESSAGES[:1], {"role": "assistant", "tool_calls": [CALL]}], "tools": TOOLS},
+        {"conversations": SHAREGPT},
+        {"prompt": MESSAGES[:3], "completion": MESSAGES[3:]},
+    ],
+    ids=lambda record: "+".join(record),
+)
+def test_messages_as_json_text(tokenizer, read, tmp_path, record):
+    """As a table has them, whose cells hold text; the same as in JSON lines, with the same checks."""
+    pandas = pytest.importorskip("pandas")
+    tokenizer.chat_template = FULL
+    expected = read(tokenizer, record)
+    table = pandas.DataFrame([{name: json.dumps(value) for name, value in record.items()}])
+    table.to_csv(tmp_path / "a.csv", index=False)
+    table.to_parquet(tmp_path / "a.parquet")
+    for path in (tmp_path / "a.csv", tmp_path / "a.parquet"):
+        found = file_examples(path, tokenizer)
+        assert found.examples == expected.examples and found.kinds == expected.kinds
+    found = read(
+        tokenizer, {name: json.dumps([v | {"mood": "good"} for v in record[name]]) for name in found_in(record)}
+    )
+    assert found.unused == {f"{name}[].mood": 1 for name in found_in(record)}
+
+
+def found_in(record: dict) -> list[str]:
+    return [name for name in record if name != "tools"]
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (str(MESSAGES), "'messages' is text that is not JSON: .* as Python prints a list, so save it with json.dumps"),
+        (json.dumps(MESSAGES)[:-9], "'messages' is text that is not JSON: "),
+        (json.dumps(MESSAGES[0]), "'messages' must be a list, or JSON text of one"),
+        (json.dumps([{"role": "user"}]), r"messages\[0\] is "),
+    ],
+    ids=["Python", "cut", "one message", "a bad message"],
+)
+def test_text_that_is_no_messages(tokenizer, read, text, reason):
+    tokenizer.chat_template = FULL
+    with pytest.raises(ValueError, match="line 1: field .*" + reason):
+        read(tokenizer, {"messages": text})
+
+
+def test_a_prompt_may_be_json(read):
+    assert read(None, {"prompt": '[{"a": 1}]', "completion": "[1]"}).examples == [Example('[{"a": 1}]', "[1]")]
+
+
 def test_other_forms_of_a_call(tokenizer, read):
     """OpenAI's older function_call, and ShareGPT's from=function_call."""
     tokenizer.chat_template = FULL

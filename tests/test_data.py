@@ -237,6 +237,7 @@ GOOD = json.dumps({"text": "x"})
         ("a.jsonl", '{"input": {}, "preferred_output": [], "non_preferred_output": []}', 1, "DPOTrainer"),
         ("a.jsonl", '{"prompt": "x", "completion": "y", "label": false}', 1, "'label' is false, which marks"),
         ("a.jsonl", '{"instruction": "x", "output": "y", "kto_tag": false}', 1, "'kto_tag' is false"),
+        ("a.csv", "question,answer,label\nx,y,False\n", 1, "'label' is false"),
         ("a.jsonl", '{"messages": [], "images": ["a.png"]}', 1, "'images' is not empty, and only text"),
     ],
 )
@@ -249,7 +250,7 @@ def test_broken_rows_name_file_and_line(tmp_path, name, text, line, reason):
 
 
 def test_labels_that_say_nothing_of_an_answer_are_listed_only(tmp_path):
-    rows = [{"text": "x", "label": False}, {"prompt": "x", "completion": "y", "label": True, "images": []}]
+    rows = [{"text": "x", "label": False}, {"prompt": "x", "completion": "y", "label": True, "images": "[]"}]
     found = file_examples(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
     assert len(found.examples) == 2 and found.unused == {"label": 2}
 

@@ -11,7 +11,7 @@ import torch
 from peft import load_peft_weights
 from safetensors.torch import load_file, save_file
 from test_families import FAMILIES, make_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaTokenizer
 
 from gralora.checkpoints.files import locked
 from gralora.tool import cli
@@ -227,6 +227,20 @@ def test_another_template_and_end(finetune, tiny_model, conversations, tmp_path)
     assert status == 0 and "<|user|>" in printed
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template.read_text()
     assert "eos_token='<nothing>' is no token" in finetune("--eos_token=<nothing>", out="x")[1]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_the_saved_tokenizer_makes_the_tokens_that_were_trained_on(finetune, tmp_path, tiny_model, legacy):
+    """transformers does not save `legacy`, by which Llama's tokenizers put a space after each special token."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    vocabulary = {"<unk>": 0, "</s>": 1, **{f"<0x{byte:02X}>": byte + 2 for byte in range(256)}, "▁": 258, "is": 259}
+    LlamaTokenizer(vocabulary, [], bos_token=None).save_pretrained(base)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"legacy": legacy}))
+    assert finetune(base_model=base)[0] == 0
+    text = "it is</s>is it"
+    trained, saved = (AutoTokenizer.from_pretrained(folder)(text).input_ids for folder in (base, tmp_path / "out"))
+    assert saved == trained and (trained[trained.index(1) + 1] == 258) == legacy
 
 
 # ---- training that goes wrong

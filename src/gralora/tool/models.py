@@ -141,6 +141,8 @@ def load_tokenizer(
         options: passed on to `from_pretrained`.
     """
     tokenizer = load_pretrained(AutoTokenizer, base_model, **options)
+    if hasattr(tokenizer, "legacy"):  # which transformers does not save, and without which Llama's makes other tokens
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise ValueError(f"eos_token={eos_token!r} is no token of base_model={base_model!r}.")

@@ -199,7 +199,8 @@ def parsed(record: dict[str, Any], name: str, kind: type) -> Any:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"field {name!r} is text that is not JSON: {error}") from error
+            python = "; it is as Python prints a list, so save it with json.dumps" if value.startswith("[{'") else ""
+            raise ValueError(f"field {name!r} is text that is not JSON: {error}{python}.") from error
     if value and not isinstance(value, kind):
         raise ValueError(f"field {name!r} must be a {kind.__name__}, or JSON text of one, got {value!r:.60}.")
     return value or None

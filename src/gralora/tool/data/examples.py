@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .conversations import Chat
-from .layouts import Example, record_example, roles_of, unused_fields
+from .layouts import Example, record_example, roles_of, unused_fields, with_lists
 from .sources import Source
 
 
@@ -67,6 +67,7 @@ class Found:
                     "text": row[self.text_field]
                 }
             try:
+                row = with_lists(row)
                 kind, example = record_example(row, tokenizer)
             except ValueError as error:
                 if not skip_bad_rows:

@@ -1,5 +1,6 @@
 """The common layouts of training data: the fields of a record, and the example that it becomes."""
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -107,6 +108,30 @@ def prompt_example(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | 
     return Example(text(record, "prompt"), text(record, "completion"))
 
 
+def with_lists(record: Any) -> Any:
+    """Return a record with its conversations as lists: in CSV files, and in some of parquet, they are JSON text.
+
+    Raises:
+        ValueError: if a field of messages is text that is not JSON of a list.
+    """
+    if not isinstance(record, dict):
+        return record
+    texts = (name for name in ("messages", "conversations") if isinstance(record.get(name), str))
+    lists = {name: parsed(record, name, list) for name in texts}
+    pair = {name: said for name in ("prompt", "completion") if (said := messages_in(record.get(name)))}
+    return record | lists | (pair if len(pair) == 2 else {})
+
+
+def messages_in(text: Any) -> list[Any] | None:
+    """Return the messages that a text is the JSON of, or None: a prompt may begin with a bracket."""
+    try:
+        said = json.loads(text) if isinstance(text, str) and text.lstrip().startswith("[") else None
+    except json.JSONDecodeError:
+        return None
+    is_messages = isinstance(said, list) and all(isinstance(turn, dict) and "role" in turn for turn in said)
+    return said if is_messages else None
+
+
 class Layout(NamedTuple):
     """How records with certain fields become examples, and which further fields are read."""
 
@@ -129,6 +154,7 @@ LAYOUTS: dict[tuple[str, ...], Layout] = {
 RECORD_NAMES = [*map("+".join, LAYOUTS)]
 PREFERENCES = {"chosen", "rejected", "preferred_output", "non_preferred_output"}  # TRL's and OpenAI's
 DESIRABLE = ("label", "kto_tag")  # TRL's and LLaMA-Factory's fields of KTO, which also learns from bad answers
+EMPTY = (None, "", [], "[]")  # the last as tables have it
 PICTURES = ("images", "videos", "audios")  # TRL's, LLaMA-Factory's and ms-swift's fields
 
 
@@ -145,13 +171,13 @@ def record_example(
     if kind is None:
         raise ValueError(f"the fields {sorted(record)} do not make a record; it needs {kinds}.{near_miss(record)}")
     for name in DESIRABLE:
-        if record.get(name) is False and kind != ("text",):
+        if record.get(name) in (False, "False", "false") and kind != ("text",):
             raise ValueError(
                 f"field {name!r} is false, which marks an answer as a bad one, and fine-tuning learns every answer; "
                 "leave such rows out, or take a trainer that learns from them, such as TRL's KTOTrainer."
             )
     for name in PICTURES:
-        if record.get(name):
+        if record.get(name) not in EMPTY:
             raise ValueError(f"field {name!r} is not empty, and only text can be trained on.")
     return kind, LAYOUTS[kind].example(record, tokenizer)
 
@@ -178,7 +204,7 @@ def unused_fields(
 ) -> Iterator[str]:
     """Yield the names of fields that have a value but are not read; a message's field is `messages[].NAME`."""
     known = {*kind, *LAYOUTS[kind].others}
-    yield from (name for name, value in record.items() if name not in known and value not in (None, "", []))
+    yield from (name for name, value in record.items() if name not in known and value not in EMPTY)
     for name in kind:
         if isinstance(record[name], list):
             keys = {key for turn in record[name] if isinstance(turn, dict) for key in turn if turn[key] is not None}
