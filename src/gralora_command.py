@@ -53,9 +53,9 @@ INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 # what a wrong argument, file or missing package raises; anything else is a fault of the program and shows its trace
 USER_ERRORS = (ValueError, OSError, ImportError)
 
-# What libraries say of themselves while they are imported, by logger, as the beginning of a message
-NOISE = {
-    "torchao": "Failed to load ",  # kernels for GPUs, where there is none
+# What libraries say of themselves while they are imported, by logger, as the beginnings of messages
+NOISE: dict[str, str | tuple[str, ...]] = {
+    "torchao": ("Failed to load ", "Skipping import of cpp extensions"),  # kernels, for GPUs or for another torch
     "torch.utils._pytree": "%s is an Enum subclass",  # torchao to torch
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # it has another one
     "transformers.trainer_utils": "mtime may not be reliable",  # in whose stead it orders checkpoints by their steps
