@@ -103,6 +103,40 @@ def test_a_checkpoint_can_be_trained_on_other_data(finetune, tmp_path, data):
     assert finetune(out="next", data_path=other, base_model=checkpoint)[0] == 0
 
 
+def test_what_goes_on_asks_and_stops_as_the_adapter_does(finetune, tmp_path, chat_model, capfd):
+    """Its template and its ends are in its folder; those of the base model are others."""
+    rows = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}."}] for i in range(6)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": messages}) for messages in rows))
+    template = AutoTokenizer.from_pretrained(chat_model).chat_template.replace("|>", "|| ")
+    (tmp_path / "chat.jinja").write_text(template)
+    flags = {"base_model": chat_model, "data_path": tmp_path / "chats.jsonl", "max_steps": 1, "val_set_size": 0}
+    assert finetune(f"--chat_template_path={tmp_path / 'chat.jinja'}", warmup_steps=0, **flags)[0] == 0
+    flags |= {"base_model": tmp_path / "out", "use_gralora": None, "lora_r": None}
+    status, printed = finetune(out="next", **flags)
+    assert status == 0, printed
+    assert AutoTokenizer.from_pretrained(tmp_path / "next").chat_template == template
+    assert cli.main(["data", str(flags["data_path"]), f"--base_model={tmp_path / 'out'}"]) == 0
+    shown = capfd.readouterr().out
+    assert "<|user|| 0?" in printed and "<|user|| 0?" in shown
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}')
+    assert finetune(out="pairs", **flags | {"data_path": tmp_path / "pairs.jsonl"})[0] == 0
+    assert GenerationConfig.from_pretrained(tmp_path / "pairs").eos_token_id == [0, 5]
+
+
+def test_an_adapter_is_no_base_model(finetune, tmp_path, tiny_model, data, capfd):
+    """Beside a config.json, transformers would load the adapter and its base, and call that the base model."""
+    finetune(max_steps=1, warmup_steps=0, val_set_size=0)
+    adapter, beside = tmp_path / "out", shutil.copytree(tiny_model, tmp_path / "beside")
+    shutil.copy(adapter / "adapter_config.json", beside)
+    for base in (adapter, beside):
+        for command, *flags in (["chat"], ["evaluate", "--task=loss", f"--data_path={data}"]):
+            assert cli.main([command, str(adapter), f"--base_model={base}", *flags]) == 2
+            said = capfd.readouterr().err
+            assert f"base_model={str(base)!r} is an adapter; its base model is {str(tiny_model)!r}, give that" in said
+    assert cli.main(["merge", str(adapter), str(tmp_path / "merged"), f"--base={adapter}"]) == 2
+    assert f"is an adapter; its base model is {str(tiny_model)!r}, give that" in capfd.readouterr().err
+
+
 # ---- figures of this run
 
 

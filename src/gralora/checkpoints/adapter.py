@@ -304,6 +304,9 @@ def _check_shapes(layer: str, f: Factors, adapter: Adapter) -> None:
             raise ValueError(f"layer {layer!r}: factor {factor} has shape {tuple(t.shape)}, expected {shape}.")
 
 
+CHOOSING = ("target_modules", "exclude_modules", "layers_to_transform")  # fields by which PEFT chooses layers
+
+
 def check_selected(adapter: Adapter) -> None:
     """Raise ValueError, with names, if the file has layers that its config does not select: PEFT would ignore them."""
     if adapter.config.ensure_weight_tying and adapter.not_linear:
@@ -313,10 +316,11 @@ def check_selected(adapter: Adapter) -> None:
         by_name = [layer for layer in by_name if layer not in adapter.not_linear]
     unselected = [layer for layer in by_name if not is_targeted(adapter.config, layer)]
     if unselected:
+        choosing = {name: plain(getattr(adapter.config, name)) for name in CHOOSING}
+        said = ", ".join(f"{name}={value!r}" for name, value in choosing.items() if value is not None)
         raise ValueError(
-            f"the config does not select {len(unselected)} layers of the file: {listed(unselected)}. It has "
-            f"target_modules={plain(adapter.config.target_modules)!r}; either the config or the file is of another "
-            "adapter."
+            f"the config does not select {len(unselected)} layers of the file: {listed(unselected)}. It has {said}; "
+            "either the config or the file is of another adapter."
         )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .dequantised import dequantised, is_fp8
-from .files import read_json, read_safetensors, write_json
+from .files import CONFIG, read_json, read_safetensors, write_json
 from .prompting import copy_prompting
 
 INDEX = "model.safetensors.index.json"
@@ -49,6 +49,9 @@ class BaseModel:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        if (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
+            base = read_json(folder / CONFIG).get("base_model_name_or_path")
+            raise ValueError(f"base model {str(folder)!r} is an adapter; its base model is {base!r}, give that.")
         self.config = read_json(folder / "config.json")
         self.is_fp8 = is_fp8(self.config)
         if self.config.get("quantization_config") and not self.is_fp8:

@@ -41,6 +41,7 @@ from .data.corpus import Corpus, load_corpus
 from .data.packing import check_packing
 from .data.tokens import IGNORED, LEARNT, marked
 from .models import check_length, check_tokens, load_config, load_model, load_tokenizer, positions, vocabulary_size
+from .side_by_side import stop_where_trained, tokenizer_of
 from .trainer_fields import other_fields, other_flags
 from .training.disk import full_disk_is_said, least_space
 from .training.distributed import holds_share
@@ -249,7 +250,8 @@ def load(args: FinetuneArguments, training: SFTConfig) -> Loaded:
     args, trained = continued(args)
     lora_config = args.lora_config()
     template, end, hub = (args.trainer.get(name) for name in ("chat_template_path", "eos_token", "trust_remote_code"))
-    tokenizer = load_tokenizer(args.base_model, template, end, trust_remote_code=bool(hub))
+    named = tokenizer_of([str(trained)] if trained else [], args.base_model)
+    tokenizer = load_tokenizer(named, template, end, trust_remote_code=bool(hub))
     config = load_config(args.base_model, trust_remote_code=bool(hub))
     if args.max_seq_length is None:
         args.max_seq_length = min(LENGTH, positions(config) or LENGTH)
@@ -265,6 +267,7 @@ def load(args: FinetuneArguments, training: SFTConfig) -> Loaded:
         model = prepare_model_for_kbit_training(model, args.gradient_checkpointing, {"use_reentrant": False})
     if trained is None:
         choose_layers(lora_config, args.base_model, model)
+    stop_where_trained(model, trained)
     stop_at(model, ends, tokenizer)
     return Loaded(args, tokenizer, corpus, model, lora_config, trained)
 

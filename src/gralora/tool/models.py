@@ -20,9 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     TorchAoConfig,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from gralora_command import install
 
+from ..checkpoints.files import read_json
 from ..fp8 import compute_in_own_dtype, dequantize_fp8, float8_weight
 from .embedded import embedded_model
 
@@ -70,6 +72,8 @@ QUANTIZATIONS = {
 def load_pretrained(auto: Any, base_model: str, **options: Any) -> Any:
     """Call `from_pretrained` of an Auto class of transformers for the base model; return what that returns."""
     folder = str(embedded_model()) if base_model == EMBEDDED else base_model
+    if auto is AutoConfig:  # which is asked for before each model, and an adapter has none
+        refuse_adapter(base_model, folder)
     # the default would ask the user whether to run a model's code
     options.setdefault("trust_remote_code", False)
     try:
@@ -82,6 +86,17 @@ def load_pretrained(auto: Any, base_model: str, **options: Any) -> Any:
     if isinstance(loaded, PreTrainedModel):
         compute_in_own_dtype(loaded)
     return loaded
+
+
+def refuse_adapter(base_model: str, folder: str) -> None:
+    """Raise ValueError for an adapter: transformers would load it and its base, and call that the base model."""
+    found = find_adapter_config_file(folder)
+    if found is not None:
+        base = read_json(Path(found)).get("base_model_name_or_path")
+        raise ValueError(
+            f"base_model={base_model!r} is an adapter; its base model is {base!r}, give that. An adapter in a local "
+            "folder is trained on by `gralora finetune --base_model FOLDER`."
+        )
 
 
 def load_language_model(base_model: str, **options: Any) -> PreTrainedModel:

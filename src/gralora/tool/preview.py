@@ -11,6 +11,8 @@ from .arguments import LENGTH, FinetuneArguments
 from .data.corpus import Corpus, load_corpus
 from .data.tokens import COLOURS, LEARNT, marked
 from .models import load_config, load_tokenizer, positions, vocabulary_size
+from .side_by_side import tokenizer_of
+from .training.start import continued
 from .training.stopping import learnt_ends
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
@@ -26,19 +28,21 @@ def main(argv: list[str]) -> None:
 
 def preview(args: argparse.Namespace) -> dict[str, Any]:
     """Print what the data become, and return the counts."""
-    tokenizer = load_tokenizer(args.base_model, args.chat_template_path)
-    config = load_config(args.base_model)
-    most = positions(config)
     asked = FinetuneArguments(
         base_model=args.base_model,
         data_path=args.data_path,
         train_split=args.train_split,
-        max_seq_length=args.max_seq_length or min(LENGTH, most or LENGTH),
+        max_seq_length=args.max_seq_length,
         train_on_inputs=args.train_on_inputs,
         skip_bad_rows=args.skip_bad_rows,
         val_set_size=0,
         trainer={"truncation_mode": args.truncation_mode},
     )
+    asked, trained = continued(asked)
+    source = tokenizer_of([str(trained)] if trained else [], asked.base_model)
+    tokenizer, config = load_tokenizer(source, args.chat_template_path), load_config(asked.base_model)
+    most = positions(config)
+    asked.max_seq_length = asked.max_seq_length or min(LENGTH, most or LENGTH)
     corpus = load_corpus(asked, tokenizer, vocabulary_size(config))
     in_colour = args.color == "always" or (
         args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ

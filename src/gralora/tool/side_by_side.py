@@ -83,13 +83,17 @@ def load_side_by_side(
 
 def common_tokenizer(models: list[str], base: str) -> PreTrainedTokenizerBase:
     """Load the first adapter's tokenizer, which has the chat template of its training, or else the base model's."""
-    with_tokenizer = (path for path in models if is_adapter(path) and Path(path, TOKENIZER).is_file())
-    return load_tokenizer(next(with_tokenizer, base))
+    return load_tokenizer(tokenizer_of(models, base))
 
 
-def stop_where_trained(model: PreTrainedModel, adapter: str) -> None:
-    """Make the model stop also at the tokens at which an adapter says it was trained to stop."""
-    if not Path(adapter, GENERATION).is_file():
+def tokenizer_of(models: list[str], base: str) -> str:
+    """Return which of them has the tokenizer: the first adapter with one, or else the base model."""
+    return next((path for path in models if is_adapter(path) and Path(path, TOKENIZER).is_file()), base)
+
+
+def stop_where_trained(model: PreTrainedModel, adapter: str | Path | None) -> None:
+    """Make the model stop also at the tokens at which an adapter, if there is one, says it was trained to stop."""
+    if adapter is None or not Path(adapter, GENERATION).is_file():
         return
 
     def ends(tokens: int | list[int] | None) -> list[int]:

@@ -154,7 +154,7 @@ LAYOUTS: dict[tuple[str, ...], Layout] = {
 RECORD_NAMES = [*map("+".join, LAYOUTS)]
 PREFERENCES = {"chosen", "rejected", "preferred_output", "non_preferred_output"}  # TRL's and OpenAI's
 DESIRABLE = ("label", "kto_tag")  # TRL's and LLaMA-Factory's fields of KTO, which also learns from bad answers
-EMPTY = (None, "", [], "[]")  # the last as tables have it
+EMPTY: tuple[Any, ...] = (None, "", [], "[]")  # the last as tables have it
 PICTURES = ("images", "videos", "audios")  # TRL's, LLaMA-Factory's and ms-swift's fields
 
 
