@@ -12,6 +12,7 @@ from gralora.config import GRALORA_FIELDS
 
 ROOT = Path(__file__).parents[1]
 MARK = "<!-- the other names of gralora.__all__ -->"
+LONG = 44  # letters of a table's cell that is not to become a column of single words
 FLAG = r'<span class="flag">\g<0></span>'
 FIELDS = "<!-- the fields of gralora.LoraConfig -->"
 
@@ -41,12 +42,18 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 def on_page_content(html: str, **_: Any) -> str:
     """Called by MkDocs for each page's HTML: says where code may break in a line; what a reader copies stays as it is.
 
-    Flags keep their dashes. In tables, long names break after `_`, `.`, `/` or `::`.
+    Flags keep their dashes. In tables, long names break after `_`, `.`, `/`, `(`, `=` or `::`, and cells of much text
+    are marked: style.css keeps them wide enough to be read.
     """
     html = re.sub(r"<code>[^<\n]+</code>", lambda code: re.sub(r"(?<![^\s>])--[a-z0-9]+", FLAG, code[0]), html)
     cell = re.compile(r"<td.*?</td>", re.S)
-    name = re.compile(r"(?<=>)[\w./:]{20,}(?=</code>)")
-    return cell.sub(lambda c: name.sub(lambda n: re.sub(r"(?:[_./]|::)(?=\w)", r"\g<0><wbr>", n[0]), c[0]), html)
+    html = cell.sub(lambda c: c[0].replace("<td", '<td class="long"', 1) if letters(c[0]) >= LONG else c[0], html)
+    name = re.compile(r"(?<=[>\s])[\w./:(=]{20,}(?=[^<>]*</code>)")
+    return cell.sub(lambda c: name.sub(lambda n: re.sub(r"(?:[_./(=]|::)(?=\w)", r"\g<0><wbr>", n[0]), c[0]), html)
+
+
+def letters(html: str) -> int:
+    return len(re.sub("<[^>]+>", "", html))
 
 
 def front(readme: str, repository: str | None = None) -> str:

@@ -261,10 +261,15 @@ def test_the_site_links_the_repository_and_no_password() -> None:
 
 
 def test_code_breaks_where_it_may() -> None:
-    """Only tables break names, and what is copied is the code."""
-    long = "test_layers.py::test_an_adapter"
-    html = hooks().on_page_content(f"<td><code>{long}</code></td><p><code>{long} --top_k 1 a--b</code></p>")
+    """Only tables break names, and what is copied is the code; a cell of much text is marked for style.css."""
+    long, call = "test_layers.py::test_an_adapter", "a.call(of_one_thing=False, x)"
+    cells = f"<td><code>{long}</code></td><td>Many words beside <code>{call}</code>.</td>"
+    html = hooks().on_page_content(f"{cells}<p><code>{long} --top_k 1 a--b</code></p>")
     assert html.startswith("<td><code>test_<wbr>layers.<wbr>py::<wbr>test_<wbr>an_<wbr>adapter</code></td>")
+    assert (
+        '<td class="long">Many words beside <code>a.<wbr>call(<wbr>of_<wbr>one_<wbr>thing=<wbr>False, x)</code>.</td>'
+        in html
+    )
     assert html.endswith(f'<code>{long} <span class="flag">--top</span>_k 1 a--b</code></p>')
 
 
