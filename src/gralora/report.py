@@ -31,7 +31,8 @@ def describe(of: nn.Module | torch.device | str | None = None) -> str:
     Returns:
         Of a model, a line that counts the layers that run as one operation, and says by which kernels; those that run
         PEFT's forward, which is slower, with the reasons. Then a table: for layers of the same name and settings in
-        several blocks of the model their number, the active adapter, its rank, k and scaling, and how they run.
+        several blocks of the model their number, the active adapter, its rank, k and scaling, and how they run. What
+        is the same for all layers is in a line above the table, which then fits a terminal.
     """
     if not isinstance(of, nn.Module):
         return plans.describe(of)
@@ -76,9 +77,12 @@ def _settings(layer: Any, adapter: str) -> tuple[str, ...]:
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
-    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (COLUMNS, *rows))
-    return ["  ".join(row).rstrip() for row in padded]
+    columns = list(zip(COLUMNS, *rows, strict=True))
+    shared = [column for column in columns[2:-1] if len(set(column[1:])) == 1]  # of the settings
+    facts = ", ".join(f"{name} {value}" for name, value, *_ in shared if value != "-")
+    columns = [column for column in columns if column not in shared]
+    padded = zip(*([cell.ljust(max(map(len, column))) for cell in column] for column in columns), strict=True)
+    return [f"all layers: {facts}"] * bool(facts) + ["  ".join(row).rstrip() for row in padded]
 
 
 def _together(model: nn.Module) -> dict[int, str]:
