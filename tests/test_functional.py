@@ -23,6 +23,7 @@ from helpers import (
     only_layer,
     random_input,
 )
+from kinds_table import FEW, Kind
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
@@ -175,6 +176,80 @@ def test_onnx_of_the_torchscript_exporter():
     torch.onnx.export(model, (x,), file, dynamo=False, input_names=["x"])
     (y,) = ReferenceEvaluator(file.getvalue()).run(None, {"x": x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+# Every kind of layer, whose input may be one that has no derivatives
+
+
+class Definition(nn.Module):
+    """The base model with W + dW by the loop over blocks, from the factors of an adapted model."""
+
+    def __init__(self, kind: Kind, model: nn.Module) -> None:
+        super().__init__()
+        self.kind, self.model, self.base = kind, model, kind.build()
+
+    def forward(self, x: Tensor) -> Tensor:
+        deltas = self.kind.deltas(self.model)
+        return functional_call(self.base, {name: self.base.get_parameter(name) + dW for name, dW in deltas.items()}, x)
+
+
+def dual_of_factors(f: Function, params: dict[str, Tensor], x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(t, t.flip(0)) for name, t in params.items()}
+        return forward_ad.unpack_dual(f(duals, x)).tangent
+
+
+def batched_of_factors(f: Function, params: dict[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
+    leaves = {name: t.clone().requires_grad_() for name, t in params.items()}
+    y = f(leaves, x)
+    return torch.autograd.grad(y, list(leaves.values()), random_input(4, *y.shape), is_grads_batched=True)
+
+
+OF_FACTORS: dict[str, Callable[[Function, dict[str, Tensor], Tensor], Any]] = {
+    "grad": TRANSFORMS["grad"],
+    "ensemble": ensemble,
+    "jvp": lambda f, params, x: jvp(lambda p: f(p, x), (params,), (params,)),
+    "jacrev": lambda f, params, x: jacrev(loss_of(f))(params, x),
+    "dual level": dual_of_factors,
+    "batched gradients": batched_of_factors,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Could not identify embedding layer")
+@pytest.mark.parametrize("kind", [kind for kind in FEW if kind.mixes], ids=str)  # of others PEFT caches W + dW
+def test_transforms_of_every_kind(kind):
+    """All that plain LoRA takes, with the results of the definition."""
+    model = adapted(kind.build(), kind.config(2, 7, 3)).eval()
+    definition, plain = Definition(kind, model), adapted(kind.build(), kind.plain_config()).eval()
+    params = {name: p.detach() for name, p in adapter_parameters(model).items()}
+    plain_params = {name: p.detach() for name, p in adapter_parameters(plain).items()}
+    for transform in OF_FACTORS.values():
+        transform(lambda p, x: functional_call(plain, p, (x,)), plain_params, kind.x())
+        found = transform(lambda p, x: functional_call(model, p, (x,)), params, kind.x())
+        of_model = {f"model.{name}": t for name, t in params.items()}
+        assert_same(found, transform(lambda p, x: functional_call(definition, p, (x,)), of_model, kind.x()))
+    assert_close64(torch.jit.trace(model, kind.x())(kind.x()), definition(kind.x()))
+
+
+def test_transforms_with_dora():
+    """As in a batch of gradients computed one by one, and run by ONNX's interpreter."""
+    pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator
+
+    case = Case(2, 7, 3, 20, 12)
+    model = adapted(one_layer(case), case_config(case, use_dora=True)).eval()
+    params = {name: p.detach() for name, p in adapter_parameters(model).items()}
+    x = random_input(3, case.in_features)
+    leaves = [t.requires_grad_() for t in params.values()]
+    y = functional_call(model, params, (x,))
+    dy = random_input(4, *y.shape)
+    batch = torch.autograd.grad(y, leaves, dy, is_grads_batched=True, retain_graph=True)
+    for i, one in enumerate(dy):
+        assert_same([t[i] for t in batch], torch.autograd.grad(y, leaves, one, retain_graph=True))
+    file, x = io.BytesIO(), x.float()
+    torch.onnx.export(model.float(), (x,), file, dynamo=False, input_names=["x"])
+    (found,) = ReferenceEvaluator(file.getvalue()).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["grad of x", "jvp", "jacrev", "vmap"])

@@ -185,12 +185,12 @@ def blocks_of_A(A: Tensor) -> Tensor:
     Returns:
         `[..., k, k, r_g/k, I/k]`, indexed by j and i.
     """
-    return A.unflatten(-1, (A.shape[-3], -1)).movedim(-2, -4).mT
+    return A.unflatten(-1, (A.shape[-3], -1)).movedim(-2, -4).transpose(-2, -1)  # ONNX has no mT
 
 
 def blocks_of_B(B: Tensor) -> Tensor:
     """View a grid's B `[..., k, r_g, O/k]`, or its gradient, as `[..., k, k, O/k, r_g/k]`; see `blocks_of_A`."""
-    return B.unflatten(-2, (B.shape[-3], -1)).mT
+    return B.unflatten(-2, (B.shape[-3], -1)).transpose(-2, -1)
 
 
 def split_blocks(matrix: Tensor, k: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .blocks import GranularDown, GranularUp, blocks_of_A, blocks_of_B
 from .ops import AdaptedLinear, Factors, gralora_linear
 from .ops.batched import BMM_WIDENS
-from .ops.torch_seam import unhooked_parameters
+from .ops.torch_seam import is_batched, unhooked_parameters
 from .promote import Transparent
 from .seam import Conv1D, DoraLinearLayer, DoraLinearVariant, dora_is_cached
 
@@ -169,7 +169,7 @@ class RescaledFunction(torch.autograd.Function):
         z, gain = ctx.saved_tensors
         needs_z, needs_gain, _ = ctx.needs_input_grad
         dz = dgain = None
-        if needs_z and torch.is_grad_enabled():  # create_graph=True
+        if needs_z and (torch.is_grad_enabled() or is_batched(dy)):  # create_graph=True, is_grads_batched=True
             dz = (dy * gain).to(z.dtype)
         elif needs_z:
             dz = torch.mul(dy, gain, out=torch.empty_like(z))
@@ -195,7 +195,7 @@ def row_norms(weight: Tensor, factors: Factors) -> Tensor:
     """
     grid_A, grid_B, hybrid_A, hybrid_B, s = factors.as_grid()
     dtype, k = torch.promote_types(weight.dtype, torch.float32), grid_A.shape[0]
-    a = blocks_of_A(grid_A.to(dtype)).mT  # [k_j, k_i, I/k, q]
+    a = blocks_of_A(grid_A.to(dtype)).transpose(-2, -1)  # [k_j, k_i, I/k, q]
     b = blocks_of_B(grid_B.to(dtype))  # [k_j, k_i, O/k, q]
     rows = (W.unflatten(1, (k, -1)).transpose(0, 1) for W in weight.chunk(k))  # [k_i, O/k, I/k]
     W_a = torch.stack([_product(W, a_j) for W, a_j in zip(rows, a, strict=True)])  # [k_j, k_i, O/k, q]
@@ -205,7 +205,7 @@ def row_norms(weight: Tensor, factors: Factors) -> Tensor:
         W_A = _product(weight.unsqueeze(0), A.T.unsqueeze(0)).squeeze(0)
         squares += s * ((2 * W_A + s * B @ (A @ A.T)) * B).sum(1)
         W_a += s * B.unflatten(0, (k, 1, -1)) @ (A.unflatten(1, (k, -1)).transpose(0, 1) @ a)
-    squares += s * ((2 * W_a + s * b @ (a.mT @ a)) * b).sum((1, 3)).flatten()
+    squares += s * ((2 * W_a + s * b @ (a.transpose(-2, -1) @ a)) * b).sum((1, 3)).flatten()
     return squares.clamp(min=0).sqrt()
 
 
