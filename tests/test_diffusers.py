@@ -77,6 +77,24 @@ def test_hotswap(place, hybrid_r, tmp_path):
     assert torch.equal(output(place.model, model), expected) and not torch.allclose(before, expected, atol=0.1)
 
 
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_hotswap_of_lower_ranks(name, tmp_path):
+    """After enable_lora_hotswap, as diffusers asks for adapters of other ranks and compiled models."""
+    models = [trained(name, TARGETS, 4), make(name)]
+    models[1].add_adapter(gralora_config(2, 6, 4, target_modules=TARGETS))
+    randomize(models[1], seed=1)
+    for i, model in enumerate(models):
+        save_pipeline(tmp_path / str(i), name, model)
+    pipeline = pipeline_of(name)
+    pipeline.enable_lora_hotswap(target_rank=12)
+    part = "unet" if name == "unet" else "transformer"
+    for i in (0, 1, 0):
+        swap = {"hotswap": True} if getattr(getattr(pipeline, part), "peft_config", {}) else {}
+        pipeline.load_lora_weights(tmp_path / str(i), weight_name=FILE, adapter_name="one", **swap)
+        torch.testing.assert_close(output(name, getattr(pipeline, part)), output(name, models[i]))
+
+
 def save_pipeline(folder: Path, name: str, model: nn.Module, encoder: nn.Module | None = None) -> None:
     """As diffusers' training scripts save."""
     parts = {("unet" if name == "unet" else "transformer"): model} | ({"text_encoder": encoder} if encoder else {})

@@ -42,6 +42,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrize
 
 import gralora
+from gralora import seam
 from gralora.factors import pad_grid
 
 # k by layer in saved adapters
@@ -250,11 +251,13 @@ def test_padding_is_of_linear_layers_only() -> None:
 
 
 def test_padding_by_peft_fails_on_a_grid(tmp_path: Path) -> None:
-    """PEFT's own function raises for a target_rank: it unpacks a weight's shape into two numbers."""
+    """PEFT's own function, imported before gralora: it unpacks a weight's shape into two numbers."""
     grid_adapter(tmp_path, 4, seed=0)
     model = PeftModel.from_pretrained(one_layer(WIDE), tmp_path)
     with assert_unchanged(model, random_input(7, 40)), pytest.raises(ValueError, match="too many values to unpack"):
-        peft.utils.hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
+        seam.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    peft.utils.hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    assert model.base_model.model.layer.lora_A["default"].weight.shape[2] == 8
 
 
 @pytest.mark.parametrize("with_gralora", [True, False], ids=["beside-gralora", "alone"])

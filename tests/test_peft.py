@@ -813,18 +813,12 @@ def test_hotswap_to_a_larger_rank(tmp_path):
     assert torch.equal(model(random_input(7, 40)), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="PEFT refuses 3-D tensors only after it has set the scaling of one layer")
-def test_hotswap_to_a_smaller_rank_works_or_changes_nothing(tmp_path):
-    """A smaller rank is swapped in, or refused before anything of the old adapter changes, its scaling included."""
+def test_hotswap_to_a_smaller_rank(tmp_path):
+    """PEFT's own function pads the grid, too."""
     expected = save_for_hotswap(tmp_path, gralora_config(2, r=4, lora_alpha=3, target_modules=["layer"]), seed=1)
     model = adapted(one_layer(TWO), gralora_config(2, r=8, target_modules=["layer"]), seed=2)
-    x = random_input(7, 40)
-    before = model(x)
-    try:
-        hotswap_adapter(model, tmp_path, adapter_name="default")
-    except (ValueError, NotImplementedError):
-        expected = before
-    assert torch.equal(model(x), expected)
+    hotswap_adapter(model, tmp_path, adapter_name="default")
+    assert_close64(model(random_input(7, 40)), expected)
 
 
 OTHER_GRIDS = {

@@ -570,12 +570,13 @@ def test_harness_asks_git():
 
 
 def test_wrap_hotswap(monkeypatch):
-    """diffusers imports the function anew for each hotswap, so that it gets the one that is there."""
+    """diffusers imports the functions anew for each adapter, so that it gets those that are there."""
     loaders = pytest.importorskip("diffusers.loaders.peft")
-    assert "hotswap_adapter_from_state_dict" not in vars(loaders)
-    assert "hotswap_adapter_from_state_dict" in inspect.getsource(loaders)
-    monkeypatch.setattr(seam.hotswap, "hotswap_adapter_from_state_dict", None)
-    seam.wrap_hotswap(lambda stock: (stock, "wrapped"))
+    for name in ("hotswap_adapter_from_state_dict", "prepare_model_for_compiled_hotswap"):
+        assert name not in vars(loaders) and name in inspect.getsource(loaders)
+        monkeypatch.setattr(seam.hotswap, name, None)
+    seam.wrap_hotswap(lambda stock: (stock, "wrapped"), print)
+    assert seam.hotswap.prepare_model_for_compiled_hotswap is print
     assert seam.hotswap.hotswap_adapter_from_state_dict == (seam.hotswap_adapter_from_state_dict, "wrapped")
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from . import seam
 from .after_import import after_import
 from .config import LoraConfig
+from .hotswap import padded_to, prepare_model_for_compiled_hotswap
 
 
 def install() -> None:
     peft.LoraConfig.__new__ = _new_config  # type: ignore[method-assign, assignment]
-    seam.wrap_hotswap(_with_hybrid_names)
+    seam.wrap_hotswap(_fitting, prepare_model_for_compiled_hotswap)
     after_import(seam.FLUX, install_in_flux)
 
 
@@ -28,8 +29,8 @@ def _new_config(cls: type, *args: Any, **kwargs: Any) -> Any:
     return object.__new__(LoraConfig if cls is peft.LoraConfig and kwargs.get("use_gralora") else cls)
 
 
-def _with_hybrid_names(stock: Any) -> Any:
-    """PEFT's hotswap, for state dicts in which diffusers has named the adapter in all factors but the hybrid ones."""
+def _fitting(stock: Any) -> Any:
+    """PEFT's hotswap, for grids of lower ranks, and hybrid factors, in which diffusers does not name the adapter."""
 
     @functools.wraps(stock)
     def hotswap_adapter_from_state_dict(
@@ -38,7 +39,7 @@ def _with_hybrid_names(stock: Any) -> Any:
         for factor in ("lora_A", "lora_B"):
             unnamed, named = f".{factor}.hybrid_weight", f".{factor}.{adapter_name}.hybrid_weight"
             state_dict = {name.replace(unnamed, named): t for name, t in state_dict.items()}
-        return stock(model, state_dict, adapter_name, *args, **kwargs)
+        return stock(model, padded_to(model, state_dict, adapter_name), adapter_name, *args, **kwargs)
 
     return hotswap_adapter_from_state_dict
 

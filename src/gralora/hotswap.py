@@ -1,7 +1,7 @@
 """Hotswap between GraLoRA adapters of different ranks, which PEFT cannot pad: it expects factors of two dimensions.
 
-Names, arguments and results are those of `peft.utils.hotswap`, which does the rest of the work. Between adapters of
-the same rank PEFT's own functions work as well.
+Names, arguments and results are those of `peft.utils.hotswap`, which does the rest of the work. `diffusion.py` puts
+the padding into PEFT's own functions as well, which diffusers calls.
 """
 
 import os
@@ -62,6 +62,8 @@ def _adapters(model: nn.Module) -> Iterator[tuple[Any, str, str]]:
 
 def _padded(layer: Any, where: str, name: str, rank: int) -> tuple[Tensor, Tensor]:
     A, B = layer.lora_A[name], layer.lora_B[name]
+    if layer.r[name] == rank:
+        return A.weight.data, B.weight.data
     if not layer.is_gralora(name):
         if A.weight.shape[0] > rank:
             raise ValueError(f"target_rank={rank} is less than the rank {A.weight.shape[0]} of {where!r}.")
@@ -131,9 +133,23 @@ def hotswap_adapter(
             "hotswap those that were saved with path_initial_model_for_weight_conversion."
         )
     tensors = load_peft_weights(model_name_or_path, device=torch_device, **kwargs)
+    named = {
+        name.replace(".lora_A.", f".lora_A.{adapter_name}.").replace(".lora_B.", f".lora_B.{adapter_name}."): t
+        for name, t in tensors.items()
+    }
+    seam.hotswap_adapter_from_state_dict(model, padded_to(model, named, adapter_name), adapter_name, config)
+
+
+def padded_to(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """The tensors of an adapter, with its name in theirs, padded to the ranks of the loaded one where they are lower.
+
+    Raises:
+        ValueError: if shapes differ in more than the rank, or padding would change the scale.
+    """
+    tensors = dict(tensors)
     layers = {where.removeprefix("_orig_mod."): m for where, m in model.named_modules() if isinstance(m, GraloraLayer)}
     for where, layer in layers.items():
-        A, B = (f"{where}.{factor}.weight" for factor in ("lora_A", "lora_B"))
+        A, B = (f"{where}.{factor}.{adapter_name}.weight" for factor in ("lora_A", "lora_B"))
         if A in tensors and B in tensors and layer.is_gralora(adapter_name):
             if tensors[A].shape == layer.lora_A[adapter_name].weight.shape:
                 continue
@@ -142,11 +158,7 @@ def hotswap_adapter(
             rank = max(tensors[A].shape[2], layer.lora_A[adapter_name].weight.shape[2])
             _check_gain(where, layer.lora_B[adapter_name], tensors[A].shape[2], rank)
             tensors[A], tensors[B] = pad_grid(tensors[A], tensors[B], rank)
-    named = {
-        name.replace(".lora_A.", f".lora_A.{adapter_name}.").replace(".lora_B.", f".lora_B.{adapter_name}."): t
-        for name, t in tensors.items()
-    }
-    seam.hotswap_adapter_from_state_dict(model, named, adapter_name, config)
+    return tensors
 
 
 def _check_features(where: str, new_A: Tensor, new_B: Tensor, down: GranularDown, up: GranularUp) -> None:

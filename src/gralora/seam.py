@@ -174,13 +174,13 @@ def wrap_create_and_replace(wrap: Callable[[Callable[..., None]], Callable[..., 
     lora.LoraModel._create_and_replace = wrap(lora.LoraModel._create_and_replace)  # type: ignore[method-assign]
 
 
-def wrap_hotswap(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put a function around `hotswap_adapter_from_state_dict` in `peft.utils.hotswap`.
+def wrap_hotswap(wrap: Callable[[Callable[..., Any]], Callable[..., Any]], prepare: Callable[..., None]) -> None:
+    """Put a function around `hotswap_adapter_from_state_dict` in `peft.utils.hotswap`, and `prepare` beside it.
 
-    diffusers imports it from there for each hotswap, and calls it with `(model=..., state_dict=..., adapter_name=...,
-    config=...)`; its names are those of the model's state dict, but for tensors whose names it does not know.
+    diffusers imports both from there. It names tensors as the model's state dict does, but for those it knows not.
     """
     hotswap.hotswap_adapter_from_state_dict = wrap(hotswap_adapter_from_state_dict)
+    hotswap.prepare_model_for_compiled_hotswap = prepare
 
 
 def wrap_eva(
