@@ -4,6 +4,7 @@ The models are tiny and made from configs. They are saved by transformers, which
 and other tensors, than the model has in memory.
 """
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -411,11 +412,28 @@ def test_the_advice_of_refusals_works(name, tmp_path):
     assert any((tmp_path / "out").glob("*.safetensors"))
 
 
-def test_the_line_for_peft_is_of_the_task(tmp_path):
-    for task, name in (("SEQ_2_SEQ_LM", "Seq2SeqLM"), ("CAUSAL_LM", "CausalLM"), (None, "CausalLM")):
-        folder = tmp_path / str(task)
-        saved_adapter(make_model("T5ForConditionalGeneration"), folder, target_modules=["q"], task_type=task)
-        assert f"AutoPeftModelFor{name}" in gralora.to_lora(folder / "adapter", folder / "out", "peft")["command"]
+LINES = {  # class, task -> what the line for PEFT loads the files with
+    ("T5ForConditionalGeneration", "SEQ_2_SEQ_LM"): "AutoPeftModelForSeq2SeqLM",
+    ("T5ForConditionalGeneration", None): "PeftModel",
+    ("LlamaForCausalLM", "CAUSAL_LM"): "AutoPeftModelForCausalLM",
+    ("LlamaForCausalLM", None): "PeftModel",
+    ("RobertaForSequenceClassification", "SEQ_CLS"): "AutoPeftModelForSequenceClassification",
+    ("ViTForImageClassification", None): "PeftModel",
+}
+
+
+@pytest.mark.parametrize("name, task", LINES)
+def test_the_line_for_peft_loads_the_files(name, task, tmp_path):
+    """By the task, or by the class where no task was said; it is run as it is printed."""
+    adapted = saved_adapter(make_model(name), tmp_path, target_modules="all-linear", task_type=task)
+    words = shlex.split(gralora.to_lora(tmp_path / "adapter", tmp_path / "out", "peft")["command"])
+    assert words[:2] == ["python", "-c"] and f"import {LINES[name, task]} as M" in words[2]
+    found: dict[str, Any] = {}
+    exec(words[2].replace("; M.", "; found = M."), found)
+    assert type(found["found"].get_base_model()) is type(adapted.get_base_model())
+    merged, expected = (one.merge_and_unload().state_dict() for one in (found["found"], adapted))
+    for tensor, t in expected.items():
+        torch.testing.assert_close(merged[tensor], t, rtol=0, atol=1e-5)
 
 
 def test_the_modelfile_of_ollama_has_an_absolute_path(tmp_path, monkeypatch):

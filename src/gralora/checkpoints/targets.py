@@ -234,10 +234,27 @@ def write_modelfile(folder: Path, base: str) -> None:
 
 
 def peft_command(base: str, out: Path, plain: PlainLora) -> str:
-    task = plain.adapter.config.task_type
-    name = f"AutoPeftModelFor{AUTO_CLASSES.get(str(getattr(task, 'value', task)), 'CausalLM')}"
-    program = f"from peft import {name} as M; M.from_pretrained({json.dumps(str(out))})"  # within single quotes
+    """A line that loads the files: by the task, else by the base model's class, which PEFT saves where no task is."""
+    config, folder = plain.adapter.config, json.dumps(str(out))  # within single quotes
+    if config.task_type:
+        auto = AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "CausalLM")
+        program = f"from peft import AutoPeftModelFor{auto} as M; M.from_pretrained({folder})"
+    else:  # without a task PEFT's auto classes load nothing
+        program = (
+            f"from peft import PeftModel as M; from transformers import {class_of_base(config.auto_mapping)} as B; "
+            f"M.from_pretrained(B.from_pretrained({json.dumps(base)}), {folder})"
+        )
     return shlex.join(["python", "-c", program])
+
+
+def class_of_base(auto_mapping: dict[str, Any] | None) -> str:
+    """The class of transformers that an adapter's auto_mapping names; without one, that of causal language models."""
+    import transformers
+
+    name = (auto_mapping or {}).get("base_model_class")
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    return str(name) if is_model else "AutoModelForCausalLM"
 
 
 def vllm_command(base: str, out: Path, plain: PlainLora) -> str:
