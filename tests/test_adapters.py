@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -238,6 +239,15 @@ def test_layer_without_an_update_is_merged(tmp_path: Path) -> None:
     result = gralora.merge_adapter(tmp_path / "in", tmp_path / "out", tmp_path / "base", dtype=torch.bfloat16)
     rounding = result["rounding"]["model.layers.1.self_attn.q_proj"]
     assert rounding["of_update"] == 0 < rounding["of_weight"]
+
+
+def test_the_bar_of_a_merge_is_for_terminals(monkeypatch):
+    """Where it is wanted, TQDM_DISABLE still turns it off, which the command sets; a False of ours would not."""
+    given = []
+    monkeypatch.setattr("tqdm.tqdm", lambda **options: given.append(options))
+    for show in (True, False):
+        merge._progress_bar(SimpleNamespace(files={}, file_of={}), [], show)
+    assert ["disable" in options for options in given] == [False, True]
 
 
 @pytest.mark.parametrize("tool", ["load", "inspect", "convert", "export", "merge"])

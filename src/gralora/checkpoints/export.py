@@ -221,7 +221,7 @@ def to_lora(
         adapter_name: of the adapter, in a model that is in memory.
 
     Returns:
-        The report, which is also written to `out`: rank, method, parity (see `parity`), truncation errors by layer,
+        The report, also written to `out`, with rank, method, parity (see `parity`), truncation errors by layer,
         logits, and `command`, the line that serves it.
 
     Raises:

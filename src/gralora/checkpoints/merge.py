@@ -194,7 +194,8 @@ def _progress_bar(model: "BaseModel", resumed: list[str], show: bool) -> Any:
     from tqdm import tqdm
 
     done = sum(len(model.files[name]) for name in resumed)
-    return tqdm(total=len(model.file_of), initial=done, desc="merge", unit=" tensors", disable=not show)
+    off = {} if show else {"disable": True}  # False would go before TQDM_DISABLE
+    return tqdm(total=len(model.file_of), initial=done, desc="merge", unit=" tensors", **off)
 
 
 class Merges:
