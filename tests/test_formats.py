@@ -182,6 +182,15 @@ def test_config_values_of_a_wrong_type_are_refused(tmp_path: Path, field: str, v
         formats.read(*read_adapter_folder(tmp_path))
 
 
+@pytest.mark.parametrize("value", [{}, {"top_k": 2}])
+def test_variants_that_do_not_go_with_a_grid_are_refused_by_name(tmp_path: Path, value: dict) -> None:
+    """As objects, which is what a file has for them; {} asks for the variant with its defaults."""
+    save_gralora(tmp_path)
+    edit(tmp_path, arrow_config=value)
+    with pytest.raises(ValueError, match="arrow_config=.* cannot be combined with GraLoRA"):
+        formats.read(*read_adapter_folder(tmp_path))
+
+
 @pytest.mark.parametrize("field", ["r", "hybrid_r"])
 def test_ranks_of_another_program_are_numbers(tmp_path: Path, field: str) -> None:
     save_peft(tmp_path)

@@ -39,17 +39,10 @@ SHOWN = 5  # names in a message
 
 
 @functools.cache
-def field_types(is_gralora: bool) -> dict[str, Any]:
-    """The type of each field's values, as JSON holds them.
-
-    Args:
-        is_gralora: Whether the adapter is GraLoRA. A plain LoRA may also have the parts of PEFT's config that are
-            classes of their own, as those of initialisations; JSON holds them as objects.
-    """
+def field_types() -> dict[str, Any]:
+    """The type of each field's values, as JSON holds them: parts that are classes of their own are objects."""
     types = typing.get_type_hints(LoraConfig)
     types |= {f.name: kind for f in dataclasses.fields(LoraConfig) if (kind := facts(f).json_type) is not None}
-    if is_gralora:
-        return types
     return {name: (dict | None) if _is_optional_class(kind) else kind for name, kind in types.items()}
 
 
@@ -63,7 +56,7 @@ def check_fields(fields: Mapping[str, Any]) -> None:
     Args:
         fields: of `LoraConfig`, as JSON holds them; all of them must be known.
     """
-    types = field_types(bool(fields.get("use_gralora")))
+    types = field_types()
     for name, value in fields.items():
         expected = types[name]
         try:
