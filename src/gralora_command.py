@@ -73,11 +73,19 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False} | options)
+        self.caller: argparse.ArgumentParser = self
+
+    def of(self, caller: argparse.ArgumentParser | None) -> Any:
+        """Speak for a parser that has taken its own flags out of the line before."""
+        if caller is not None:
+            self.prog, self.usage, self.caller = caller.prog, caller.usage, caller
+        return self
 
     def error(self, message: str) -> NoReturn:
         unknown, _, listed = message.partition("unrecognized arguments: ")
         if not unknown:
-            given, known = listed.split(), [flag for action in self._actions for flag in action.option_strings]
+            actions = self._actions + self.caller._actions
+            given, known = listed.split(), [flag for action in actions for flag in action.option_strings]
         else:
             wrong = re.match(r".*invalid choice: '(.*?)' \(choose from (.*)\)", message)
             given, known = ([wrong[1]], re.findall(r"[\w.-]+", wrong[2])) if wrong else ([], [])

@@ -140,6 +140,7 @@ def test_wrong_usage_ends_with_2(argv, capsys):
         (["verify", "adapter", "--serve", "URL"], "--served"),
         (["export", "adapter", "out", "--for", "vlm"], "vllm"),
         (["data", "x.jsonl", "--row", "3"], "--rows"),
+        (["tune", "--rung", "0.1", "--use_gralra"], "--rungs --use_gralora"),
     ],
     ids=" ".join,
 )
@@ -147,7 +148,8 @@ def test_what_was_meant_is_suggested(argv, meant, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
     assert stop.value.code == cli.USER_ERROR
-    assert capsys.readouterr().err.endswith(f"; did you mean {meant}?\n")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith(f"; did you mean {meant}?") and said.startswith(("gralora: ", f"gralora {argv[0]}: error: "))
 
 
 def test_nothing_is_suggested_for_what_is_like_nothing(capsys):

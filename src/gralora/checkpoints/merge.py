@@ -194,7 +194,7 @@ def _progress_bar(model: "BaseModel", resumed: list[str], show: bool) -> Any:
     from tqdm import tqdm
 
     done = sum(len(model.files[name]) for name in resumed)
-    off = {} if show else {"disable": True}  # False would go before TQDM_DISABLE
+    off: dict[str, Any] = {} if show else {"disable": True}  # False would go before TQDM_DISABLE
     return tqdm(total=len(model.file_of), initial=done, desc="merge", unit=" tensors", **off)
 
 

@@ -127,9 +127,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         super().__init__(prog, width=help_width() - 2)  # argparse leaves two columns, too
 
 
-def read_arguments(argv: list[str]) -> tuple[FinetuneArguments, dict[str, bool]]:
+def read_arguments(argv: list[str], caller: Parser | None = None) -> tuple[FinetuneArguments, dict[str, bool]]:
     """Read a command line: what to train, and the flags that say what to do with it and how to print."""
-    call = vars(configfile.parse(make_parser(), argv))
+    call = vars(configfile.parse(make_parser().of(caller), argv))
     how = {name: call.pop(name) for name in ("quiet", "json", "print_config", "dry_run")}
     del call["config"]
     ours = {field.name for field in dataclasses.fields(FinetuneArguments)}

@@ -30,7 +30,7 @@ EXAMPLES = """examples:
 All flags of `gralora finetune` may be given; they hold for all candidates."""
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     parser = Parser(
         prog="gralora tune",
         usage="gralora tune [CONFIG.yaml] [--learning_rate LOW..HIGH] [flags of gralora finetune]",
@@ -57,7 +57,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> None:
     """The command `gralora tune`."""
-    options, rest = make_parser().parse_known_args(argv)
+    parser = make_parser()
+    options, rest = parser.parse_known_args(argv)
     given = {name: getattr(options, name) for name in SEARCHED if getattr(options, name) is not None}
     given.setdefault("learning_rate", RATES)
     options.shares = shares(options.rungs)
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> None:
     from .finetune import read_arguments
     from .tuning.run import tune
 
-    args, how = read_arguments(rest)
+    args, how = read_arguments(rest, parser)
     if how["print_config"] or how["dry_run"]:
         raise ValueError("--print_config and --dry_run are flags of `gralora finetune`.")
     options.study_dir = options.study_dir or Path(f"{Path(args.output_dir)}-tune")
