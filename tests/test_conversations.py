@@ -1,6 +1,7 @@
 """Conversations: one rendering gives the tokens, every part of a record is in it, and every field means something."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -9,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from gralora.tool import cli
 from gralora.tool.data.examples import file_examples
 from gralora.tool.data.layouts import Example
 from gralora.tool.data.tokens import IGNORED, encode, marked, prompt_ids
@@ -196,6 +198,17 @@ def test_text_that_is_no_messages(tokenizer, read, text, reason):
     tokenizer.chat_template = FULL
     with pytest.raises(ValueError, match="line 1: field .*" + reason):
         read(tokenizer, {"messages": text})
+
+
+def test_characters_that_the_tokenizer_does_not_know_are_counted(tiny_model, tmp_path, capfd):
+    """A tokenizer without bytes to fall back on writes one token for all of them."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    letters = Tokenizer(models.BPE({"<unk>": 0, "<end>": 1, "a": 2, "b": 3}, [], unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<end>", unk_token="<unk>").save_pretrained(base)
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "ä"}, {"prompt": "é", "completion": "b"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert cli.main(["data", str(tmp_path / "a.jsonl"), f"--base_model={base}"]) == 0
+    assert "unknown: 2 of 3 texts have characters that the tokenizer has no token for" in capfd.readouterr().out
 
 
 def test_a_prompt_may_be_json(read):

@@ -193,6 +193,17 @@ def test_packing_that_divides_long_texts_loses_nothing(finetune, tmp_path, data,
     assert f"packed into {math.ceil(tokenizer_tokens / 32)} rows" in printed
 
 
+def test_a_packed_row_of_a_prompt_alone_is_left_out(finetune, tmp_path, data):
+    """Its loss is 0, and its step trains nothing."""
+    data.write_text("\n".join(json.dumps({"prompt": "ab" * 60, "completion": "b"}) for _ in range(8)))
+    flags = ("--packing", "--packing_strategy=wrapped")
+    status, printed = finetune(
+        *flags, max_seq_length=16, val_set_size=0, max_steps=4, batch_size=1, micro_batch_size=1
+    )
+    losses = [row["loss"] for row in metrics(tmp_path / "out")["history"] if "loss" in row]
+    assert status == 0 and len(losses) == 4 and min(losses) > 1
+
+
 # ---- where answers end
 
 

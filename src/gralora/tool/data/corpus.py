@@ -36,6 +36,7 @@ class Corpus:
         vocabulary: number of tokens that the model has embeddings for; None where that is not known.
         left_out: number of training examples whose prompts leave no room for an answer; of a stream's last pass.
         lengths: number of tokens -> number of training texts that have it before the cut; of a stream's last pass.
+        unknown: training texts with characters that the tokenizer has no token for; of a stream's last pass.
         ends: special token -> how many of the texts that keep their end end in it; None counts those that end in none.
     """
 
@@ -45,6 +46,7 @@ class Corpus:
     vocabulary: int | None = None
     left_out: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
+    unknown: int = 0
     ends: Counter[int | None] = field(default_factory=Counter)
 
     def counts(self) -> dict[str, int | None]:
@@ -108,6 +110,11 @@ def load_corpus(args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase, voc
     corpus = (stream if args.streaming else in_memory)(args, tokenizer, train, examples, vocabulary)
     if not corpus.first or (args.holds_out and not corpus.held_out):
         raise ValueError(f"max_seq_length={args.length} has no room for any prompt with an answer.")
+    if corpus.unknown:
+        print(
+            f"unknown: {corpus.unknown} of {corpus.lengths.total()} texts have characters that the tokenizer has no "
+            f"token for, so the model gets {tokenizer.unk_token!r} in their place"
+        )
     return corpus
 
 
@@ -192,7 +199,7 @@ def stream(
 
     def rows(one: Found) -> Iterator[Row]:
         if one is found[0]:
-            corpus.left_out, corpus.lengths = 0, Counter()  # a new pass
+            corpus.left_out, corpus.unknown, corpus.lengths = 0, 0, Counter()  # a new pass
         examples = one.read(tokenizer, args.skip_bad_rows)
         yield from learnable(
             tokenised(args, tokenizer, (example for example in examples if example not in left_out), corpus)
@@ -240,6 +247,8 @@ def tokenised(
 ) -> Iterator[Row]:
     """Yield rows of tokens one by one, and count lengths and examples that give no row in `corpus`."""
     length = None if args.splits_long_texts else args.length
+    # some tokenizers give their end token as the unknown one, too
+    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
     for example in examples:
         rows = encode_example(tokenizer, example, length, args.train_on_inputs, args.truncation_mode)
         kept = [row for row, _ in rows if has_answer(row)]
@@ -250,6 +259,7 @@ def tokenised(
         whole = (row for row, tokens in rows if keeps_end or len(row["input_ids"]) == tokens)
         corpus.ends.update(end_token(tokenizer, row) for row in whole)
         corpus.left_out += not kept
+        corpus.unknown += sum(not unknown.isdisjoint(row["input_ids"]) for row in kept)
         yield from kept
 
 

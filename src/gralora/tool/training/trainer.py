@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from trl import SFTTrainer
 
-from ..data.tokens import IGNORED
+from ..data.tokens import IGNORED, has_answer
 
 MOST_LOGITS = 1 << 27  # that are held at once on a CPU: 0.5 GiB in float32
 
@@ -45,6 +45,8 @@ class AdapterTrainer(SFTTrainer):
         finally:
             if self.adapts_output:
                 del model.get_output_embeddings
+        if self.args.packing:  # strategies that divide texts make rows of a long prompt alone, whose loss would be 0
+            self.train_dataset = self.train_dataset.filter(has_answer)
         for name, p in model.named_parameters():
             if name in factors:
                 p.data = factors[name].to(p.device)  # the Trainer has moved the model
