@@ -1,13 +1,14 @@
 """FP8 bases beside the bf16 base: held-out losses of the same training, and the time and memory of a step.
 
     python -m benchmarks.fp8 quality --seeds 4 --steps 400 --out fp8-quality.json
+    python -m benchmarks.fp8 quality --task gsm8k.npz --out fp8-gsm8k.json    # of benchmarks.quality data
     python -m benchmarks.fp8 speed --out fp8-speed.json
 
-`quality` trains SmolLM2-135M on Python source (the standard library's) with the same adapter, rows and order over
-each base. `speed` times a step of the 1.24B Llama, or of a quarter of the 8B one (layers and vocabulary), over each in
-one run with the frozen bf16 base, and says how far loss and gradients of the factors are from those over the
-dequantised weight in float64. Products of 8-bit floats run
-on GPUs that have them, and in `quality` on CPUs, too.
+`quality` trains SmolLM2-135M on Python source (the standard library's, or a task's rows) with the same adapter, rows
+and order over each base. `speed` times a step of the 1.24B Llama, or of a quarter of the 8B one (layers and
+vocabulary), over each in one run with the frozen bf16 base, and says how far loss and gradients of the factors are
+from those over the dequantised weight in float64. Products of 8-bit floats run on GPUs that have them, and in
+`quality` on CPUs, too.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import sysconfig
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import get_peft_model
@@ -29,6 +30,7 @@ import gralora
 from gralora.ops import fp8, plans
 from gralora.tool.models import EMBEDDED, load_model, load_tokenizer
 
+from .quality.data import Task
 from .speed import exact
 from .speed.methods import LINEARS, Method, methods_of
 from .speed.report import environment
@@ -62,15 +64,41 @@ def rows_of_source(tokenizer: Any, count: int, length: int, draw: random.Random)
     raise ValueError(f"{len(files)} files have {len(rows)} rows of {length} tokens, and {count} are asked for.")
 
 
-def held_out_loss(model: nn.Module, rows: Tensor) -> float:
+class Rows(NamedTuple):
+    """Tokens `[rows, length]`, and the labels of the loss, -100 where a token does not count."""
+
+    tokens: Tensor
+    labels: Tensor
+
+    def part(self, which: Any, device: str | torch.device) -> dict[str, Tensor]:
+        return {"input_ids": self.tokens[which].to(device), "labels": self.labels[which].to(device)}
+
+
+def rows_of(args: argparse.Namespace) -> tuple[Rows, Rows]:
+    """Return the rows to train on and the held-out ones."""
+    count = min(args.steps * args.batch, args.rows)
+    if args.task is None:
+        tokens = rows_of_source(load_tokenizer(args.model), args.held_out + count, args.length, random.Random(0))
+        held_out, train = tokens[: args.held_out], tokens[args.held_out :]
+        return Rows(train, train), Rows(held_out, held_out)
+    task = Task.load(args.task)
+    parts = (task.train_tokens, task.train_mask, count), (task.test_tokens, task.test_mask, args.held_out)
+    found = []
+    for tokens, mask, most in parts:
+        ids = torch.from_numpy(tokens[:most].astype("int64"))
+        found.append(Rows(ids, ids.masked_fill(~torch.from_numpy(mask[:most]), -100)))
+    return found[0], found[1]
+
+
+def held_out_loss(model: nn.Module, rows: Rows, device: str) -> float:
     model.eval()
     with torch.no_grad():
-        losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in rows]
+        losses = [model(**rows.part(slice(n, n + 1), device)).loss.item() for n in range(len(rows.tokens))]
     model.train()
     return statistics.fmean(losses)
 
 
-def train(args: argparse.Namespace, base: str, seed: int, rows: Tensor, held_out: Tensor) -> dict[str, Any]:
+def train(args: argparse.Namespace, base: str, seed: int, rows: Rows, held_out: Rows) -> dict[str, Any]:
     choose(base)
     model = load_model(args.model, torch.bfloat16, QUANTIZATION[base]).to(args.device).requires_grad_(False)
     torch.manual_seed(seed)
@@ -78,27 +106,26 @@ def train(args: argparse.Namespace, base: str, seed: int, rows: Tensor, held_out
     model = get_peft_model(model, config)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
-    order = list(range(len(rows)))
+    order = list(range(len(rows.tokens)))
     random.Random(seed).shuffle(order)
     with torch.autocast(args.device, torch.bfloat16):
-        before = held_out_loss(model, held_out)
+        before = held_out_loss(model, held_out, args.device)
         for step in range(args.steps):
-            batch = rows[[order[(step * args.batch + n) % len(order)] for n in range(args.batch)]]
-            loss = model(input_ids=batch, labels=batch).loss
+            batch = [order[(step * args.batch + n) % len(order)] for n in range(args.batch)]
+            loss = model(**rows.part(batch, args.device)).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
             optimizer.step()
             optimizer.zero_grad()
-        return {"base": base, "seed": seed, "before": before, "after": held_out_loss(model, held_out)}
+        after = held_out_loss(model, held_out, args.device)
+    task = args.task.stem if args.task else "python"
+    return {"task": task, "base": base, "seed": seed, "before": before, "after": after, "steps": args.steps}
 
 
 def quality(args: argparse.Namespace) -> list[dict[str, Any]]:
     plans.CPU = replace(plans.CPU, fp8_product="fp8")
-    tokenizer = load_tokenizer(args.model)
-    count = args.steps * args.batch
-    rows = rows_of_source(tokenizer, args.held_out + min(count, args.rows), args.length, random.Random(0))
-    held_out, rows = rows[: args.held_out].to(args.device), rows[args.held_out :].to(args.device)
+    rows, held_out = rows_of(args)
     found: list[dict[str, Any]] = []
     for seed in range(args.seeds):
         for base in args.bases:
@@ -199,6 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--steps", type=int, default=400)
     p.add_argument("--batch", type=int, default=8, help="rows a step")
     p.add_argument("--length", type=int, default=512, help="tokens a row")
+    p.add_argument("--task", type=Path, help=".npz of `benchmarks.quality data` to learn, in place of Python source")
     p.add_argument("--rows", type=int, default=300, help="to train on, at most")
     p.add_argument("--held_out", type=int, default=64, help="rows")
     p.add_argument("--r", type=int, default=32)

@@ -58,7 +58,7 @@ def definition(ids: Tensor, A: Tensor, B: Tensor, lookup: Lookup) -> Tensor:
     plain, grid = found.split([h, r - h], dim=-1)
     place = (ids // chunk).unsqueeze(-1) == torch.arange(k, device=ids.device)  # [..., k_i]
     g = grid.unflatten(-1, (k, 1, -1)) * place.unsqueeze(-1).unsqueeze(-3)  # [..., k_j, k_i, q]
-    y = reference.up(g.flatten(-3), B[..., h:].mT)
+    y = reference.up(g.flatten(-3), B[..., h:].transpose(-2, -1))
     if h:
         y = y + torch.nn.functional.linear(plain, B[..., :h].flatten(0, 1))
     return y * lookup.scaling * (1 if lookup.factor is None else lookup.factor.to(y.dtype))
