@@ -1,6 +1,7 @@
 """Turn examples into tokens and labels, as the model will see them when asked, and show what is learnt."""
 
 import itertools
+import os.path
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -43,13 +44,9 @@ def piece_tokens(tokenizer: PreTrainedTokenizerBase, pieces: Pieces) -> tuple[li
     else:  # a slow tokenizer does not say where its tokens are in the text
         ids = tokenizer(whole, add_special_tokens=False).input_ids
         heads = [tokenizer(whole[:stop], add_special_tokens=False).input_ids for stop in stops]
-        cuts = [common_prefix_length(head, ids) for head in heads]
+        cuts = [len(os.path.commonprefix([head, ids])) for head in heads]
         owners = [next((i for i, cut in enumerate(cuts) if t < cut), len(pieces) - 1) for t in range(len(ids))]
     return ids, [pieces[owner][1] for owner in owners]
-
-
-def common_prefix_length(ids: list[int], others: list[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))
 
 
 def pair_tokens(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[bool]]:
