@@ -7,8 +7,10 @@ runs it on a model as it is and on an accelerated one. `test_every_row_is_run` s
 import contextlib
 import copy
 import inspect
+import io
 import itertools
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -26,6 +28,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from peft.utils import loftq_utils
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 import gralora
 from gralora import fast_path
@@ -491,6 +494,49 @@ def compiled(bench: Bench) -> Any:
         whole = not variant  # PEFT's DoRA breaks the graph
         found += bench.train(torch.compile(model, backend="aot_eager", fullgraph=whole), use_cache=False)
     return found
+
+
+def embedded(bench: Bench) -> nn.Module:
+    """A small model of an embedding and a linear layer, both adapted."""
+    torch.manual_seed(0)
+    base = bench.base(nn.Sequential(OrderedDict(embedding=nn.Embedding(9, 6), linear=nn.Linear(6, 5))).double())
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["embedding", "linear"])
+    return randomize(get_peft_model(base, config, autocast_adapter_dtype=False)).eval()
+
+
+@scenario("`torch.func`")
+def functional(bench: Bench) -> Any:
+    model, tokens = embedded(bench), torch.tensor([[1, 2, 1], [8, 0, 4]])
+    params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def f(params: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, params, (tokens,)).tanh()
+
+    ensemble = vmap(f)({name: torch.stack([p, -p]) for name, p in params.items()})
+    gradients = grad(lambda params: f(params).sum())(params)
+    y = model(tokens)
+    factors = [p for p in model.parameters() if p.requires_grad]
+    batch = torch.autograd.grad(y, factors, torch.stack([y, -y]).detach(), is_grads_batched=True)
+    return [ensemble, *gradients.values(), *jvp(f, (params,), (params,)), *jacrev(f)(params).values(), *batch]
+
+
+@scenario("`torch.jit.trace`")
+def traced(bench: Bench) -> Any:
+    model = embedded(bench)
+    return [torch.jit.trace(model, torch.tensor([[1, 2]]))(torch.tensor([[3], [7], [3]])), model(torch.tensor([5]))]
+
+
+@scenario("`torch.onnx.export`")
+def onnx_file(bench: Bench) -> Any:
+    pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator
+
+    model, tokens, file = embedded(bench).float(), torch.tensor([[1, 2, 1], [8, 0, 4]]), io.BytesIO()
+    torch.onnx.export(model, (tokens,), file, dynamo=False, input_names=["tokens"])
+    (found,) = ReferenceEvaluator(file.getvalue()).run(None, {"tokens": tokens.numpy()})
+    y = model(tokens)
+    torch.testing.assert_close(torch.from_numpy(found), y.detach(), rtol=1e-5, atol=1e-5)
+    return y.double()
 
 
 @scenario("copy, pickle")

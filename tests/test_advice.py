@@ -189,6 +189,15 @@ def _(path):
     merges(path / "adapter", path / "out", base=path / "base")
 
 
+@case("is an adapter; its base model is")
+def _(path):
+    llama(path)
+    edit(path / "adapter", base_model_name_or_path=str(path / "base"))
+    with refused(repr(str(path / "base"))):
+        gralora.merge_adapter(path / "adapter", path / "no", path / "adapter")
+    merges(path / "adapter", path / "merged", base=path / "base")
+
+
 @case("so it cannot be merged; use it unmerged.")
 def _(path, monkeypatch):
     name = "SwitchTransformersForConditionalGeneration"

@@ -165,19 +165,6 @@ def test_jit_trace(case, gradients, base):
         assert_close64(traced(x), model(x))
 
 
-def test_onnx_of_the_torchscript_exporter():
-    """Run by ONNX's own interpreter, in float32."""
-    pytest.importorskip("onnx")
-    from onnx.reference import ReferenceEvaluator
-
-    case = Case(2, 7, 3, 20, 12)
-    model = adapted(one_layer(case, dtype=torch.float32), case_config(case))
-    file, x = io.BytesIO(), random_input(5, case.in_features, dtype=torch.float32)
-    torch.onnx.export(model, (x,), file, dynamo=False, input_names=["x"])
-    (y,) = ReferenceEvaluator(file.getvalue()).run(None, {"x": x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=1e-5, atol=1e-5)
-
-
 # Every kind of layer, whose input may be one that has no derivatives
 
 
@@ -231,11 +218,31 @@ def test_transforms_of_every_kind(kind):
     assert_close64(torch.jit.trace(model, kind.x())(kind.x()), definition(kind.x()))
 
 
-def test_transforms_with_dora():
-    """As in a batch of gradients computed one by one, and run by ONNX's interpreter."""
-    pytest.importorskip("onnx")
+def onnx_result(model: nn.Module, x: Tensor, dynamo: bool) -> Tensor:
+    """Of the exported model, run by ONNX's own interpreter."""
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
     from onnx.reference import ReferenceEvaluator
 
+    file = io.BytesIO()
+    torch.onnx.export(model, (x,), file, dynamo=dynamo, input_names=["x"])
+    (y,) = ReferenceEvaluator(file.getvalue()).run(None, {"x": x.numpy()})
+    return torch.from_numpy(y)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporters, of themselves
+@pytest.mark.parametrize("dynamo", [False, True], ids=["TorchScript", "torch.export"])
+@pytest.mark.parametrize("kind", [kind for kind in FEW if kind.mixes], ids=str)
+def test_onnx(kind, dynamo):
+    """In float32."""
+    model = adapted(kind.build(), kind.config(2, 7, 3)).eval().float()
+    x = kind.x()
+    x = x.float() if x.is_floating_point() else x
+    torch.testing.assert_close(onnx_result(model, x, dynamo), model(x).detach(), rtol=1e-5, atol=1e-4)
+
+
+def test_transforms_with_dora():
+    """As in a batch of gradients computed one by one, and run by ONNX's interpreter."""
     case = Case(2, 7, 3, 20, 12)
     model = adapted(one_layer(case), case_config(case, use_dora=True)).eval()
     params = {name: p.detach() for name, p in adapter_parameters(model).items()}
@@ -246,10 +253,9 @@ def test_transforms_with_dora():
     batch = torch.autograd.grad(y, leaves, dy, is_grads_batched=True, retain_graph=True)
     for i, one in enumerate(dy):
         assert_same([t[i] for t in batch], torch.autograd.grad(y, leaves, one, retain_graph=True))
-    file, x = io.BytesIO(), x.float()
-    torch.onnx.export(model.float(), (x,), file, dynamo=False, input_names=["x"])
-    (found,) = ReferenceEvaluator(file.getvalue()).run(None, {"x": x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-4, atol=1e-4)
+    model, x = model.float(), x.float()
+    for dynamo in (False, True):
+        torch.testing.assert_close(onnx_result(model, x, dynamo), model(x).detach(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["grad of x", "jvp", "jacrev", "vmap"])
