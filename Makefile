@@ -103,9 +103,11 @@ test-oldest: constraints-oldest.txt
 	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[dev]'
 	.venv-oldest/bin/python -m pytest -n auto --dist loadfile
 
+# of torch that of the fresh install, or another: make test-newest TORCH=2.14.1 takes its CUDA build, of gigabytes
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 test-newest:
 	test -d .venv-newest || $(PYTHON) -m venv .venv-newest
-	grep torch== constraints.txt > .venv-newest/constraints.txt
+	echo torch==$(TORCH) > .venv-newest/constraints.txt
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
 		-c .venv-newest/constraints.txt -e '.[dev]'
 	.venv-newest/bin/python -m pytest -n auto --dist loadfile

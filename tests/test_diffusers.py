@@ -234,7 +234,7 @@ def stock(name: str, folder: Path, file: str) -> list[Tensor]:
 
 
 @places
-@pytest.mark.parametrize("fields", [{}, {"use_rslora": True, "gralora_scaling": "matched"}], ids=["plain", "scaled"])
+@pytest.mark.parametrize("fields", [{}, {"use_rslora": True, "gralora_scaling": "matched", "lora_alpha": 1}], ids=["plain", "scaled"])
 @torch.no_grad()
 def test_export(place, fields, tmp_path, capsys):
     """In diffusers' layout with the text encoder of a UNet's pipeline, and of a UNet in kohya's."""
