@@ -173,6 +173,33 @@ def test_plain_lora_accelerated(place, tmp_path):
         torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_file_without_a_config(name, tmp_path):
+    """As `save_lora_weights` writes it without metadata: refused, and read as the refusal says."""
+    model, encoder = trained(name, TARGETS, 4), trained_encoder(4)
+    part = "unet" if name == "unet" else "transformer"
+    layers = {f"{part}_lora_layers": get_peft_model_state_dict(model)}
+    if name == "unet":
+        layers["text_encoder_lora_layers"] = get_peft_model_state_dict(encoder)
+    pipeline = pipeline_of(name)
+    pipeline.save_lora_weights(tmp_path, **layers)
+    with pytest.raises(
+        ValueError, match=r"has a GraLoRA adapter, whose .*lora_B.weight is \[2, 4, \d+\], and no config"
+    ):
+        pipeline.load_lora_weights(tmp_path)
+    tensors = {n: t for n, t in load_file(tmp_path / FILE).items() if n.startswith(f"{part}.")}
+    again = make(name)
+    with pytest.raises(ValueError, match="peft.set_peft_model_state_dict"):
+        again.load_lora_adapter(tensors, prefix=part)
+    again.add_adapter(model.peft_config["default"])
+    peft.set_peft_model_state_dict(again, {n.removeprefix(f"{part}."): t for n, t in tensors.items()})
+    torch.testing.assert_close(output(name, again), output(name, model), rtol=1e-4, atol=1e-4)
+    if name == "unet":
+        with pytest.raises(ValueError, match="encoder.layers.* and no config"):
+            pipeline.load_lora_into_text_encoder(load_file(tmp_path / FILE), None, pipeline.text_encoder)
+
+
 @torch.no_grad()
 def test_training_goes_on_from_what_was_saved(tmp_path):
     """The adapter that is read has the same trainable tensors, not those of a plain LoRA that equals it."""
@@ -234,7 +261,9 @@ def stock(name: str, folder: Path, file: str) -> list[Tensor]:
 
 
 @places
-@pytest.mark.parametrize("fields", [{}, {"use_rslora": True, "gralora_scaling": "matched", "lora_alpha": 1}], ids=["plain", "scaled"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_rslora": True, "gralora_scaling": "matched", "lora_alpha": 1}], ids=["plain", "scaled"]
+)
 @torch.no_grad()
 def test_export(place, fields, tmp_path, capsys):
     """In diffusers' layout with the text encoder of a UNet's pipeline, and of a UNet in kohya's."""

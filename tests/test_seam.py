@@ -543,6 +543,17 @@ def test_flux_expansions():
     assert callable(seam.wrap_flux_expansions)
 
 
+def test_guessed_config():
+    """Of files without a config `_create_lora_config` makes one by this function, which is given the tensors."""
+    name = seam.GUESSES_CONFIG[1]
+    module = pytest.importorskip(seam.GUESSES_CONFIG[0])
+    ours = getattr(module, name)
+    stock = inspect.unwrap(ours)
+    assert list(inspect.signature(stock).parameters)[:3] == ["rank_dict", "network_alpha_dict", "peft_state_dict"]
+    assert stock is not ours and stock.__module__ == module.__name__
+    assert name in module._create_lora_config.__code__.co_names
+
+
 def test_wrap_model_card(monkeypatch):
     """PEFT's method that writes README.md into a folder is replaced on the class."""
     monkeypatch.setattr(peft.PeftModel, "create_or_update_model_card", peft.PeftModel.create_or_update_model_card)

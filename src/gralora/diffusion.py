@@ -22,6 +22,7 @@ def install() -> None:
     peft.LoraConfig.__new__ = _new_config  # type: ignore[method-assign, assignment]
     seam.wrap_hotswap(_fitting, prepare_model_for_compiled_hotswap)
     after_import(seam.FLUX, install_in_flux)
+    after_import(seam.GUESSES_CONFIG[0], install_in_guesses)
 
 
 def _new_config(cls: type, *args: Any, **kwargs: Any) -> Any:
@@ -66,6 +67,31 @@ def install_in_flux(module: ModuleType) -> None:
         return expand_state_dict
 
     seam.wrap_flux_expansions(module, without_grids, beside_grids)
+
+
+def install_in_guesses(module: ModuleType) -> None:
+    """Refuse grids in files without a config, from whose shapes diffusers would make one of plain LoRA.
+
+    They have no scaling, and diffusers saves them so if `save_lora_weights` is not given a config.
+    """
+    name = seam.GUESSES_CONFIG[1]
+    guess = getattr(module, name)
+
+    @functools.wraps(guess)
+    def get_peft_kwargs(
+        rank_dict: Any, network_alpha_dict: Any, peft_state_dict: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        for layer, B in peft_state_dict.items():
+            if layer.endswith("lora_B.weight") and B.ndim == 3 and B.shape[-1] > 1:
+                raise ValueError(
+                    f"the file has a GraLoRA adapter, whose {layer} is {list(B.shape)}, and no config, so its scaling is "
+                    "not known. Save it with one: save_lora_adapter writes it, and save_lora_weights does if it is given "
+                    "unet_lora_adapter_metadata or the like. If only the file is left: model.add_adapter(config), with "
+                    "the config of the training, and peft.set_peft_model_state_dict(model, tensors)."
+                )
+        return guess(rank_dict, network_alpha_dict, peft_state_dict, *args, **kwargs)
+
+    setattr(module, name, get_peft_kwargs)
 
 
 def _split(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -95,6 +95,7 @@ __all__ = [
     "COVARIANCE",
     "FLUX",
     "GRADIENT",
+    "GUESSES_CONFIG",
     "INTEGRATION_TO_CALLBACK",
     "LAZY",
     "LORA_METADATA",
@@ -198,9 +199,10 @@ def wrap_eva(
     eva._load_eva_state_dict = wrap_write(eva._load_eva_state_dict)
 
 
-# The module of diffusers' pipelines that load LoRAs, and the key of an adapter's config in the metadata of its files.
-FLUX = "diffusers.loaders.lora_pipeline"
-LORA_METADATA = "lora_adapter_metadata"
+# The module of diffusers' pipelines that load LoRAs, the key of an adapter's config in the metadata of its files, and
+# the module and function that make a config of a file without: (rank_dict, network_alpha_dict, peft_state_dict, ...).
+FLUX, LORA_METADATA = "diffusers.loaders.lora_pipeline", "lora_adapter_metadata"
+GUESSES_CONFIG = ("diffusers.utils.peft_utils", "get_peft_kwargs")
 
 
 def wrap_flux_expansions(
@@ -230,9 +232,8 @@ def wrap_model_card(wrap: Callable[[Callable[..., None]], Callable[..., None]]) 
 
     `save_pretrained` calls it, and transformers' Trainer after it has written a card of its own.
     """
-    peft.PeftModel.create_or_update_model_card = wrap(  # type: ignore[method-assign]
-        peft.PeftModel.create_or_update_model_card
-    )
+    model_class: Any = peft.PeftModel
+    model_class.create_or_update_model_card = wrap(model_class.create_or_update_model_card)
 
 
 # The module and the class whose `create_model_card` writes `args.output_dir`/README.md for all of TRL's trainers, in
@@ -264,8 +265,8 @@ def writes_quantised_weights(layer: Any, stock: type) -> bool:
     a quantisation backend (0.21 and later, for other methods than LoRA so far), through which any class's `merge`
     reads and writes. `lora.Linear.merge` without one would add to the packed numbers.
     """
-    ordinary = getattr(stock, "merge", None) is lora.Linear.merge
-    return not ordinary or getattr(layer, "quantization_backend", None) is not None
+    has_backend = getattr(layer, "quantization_backend", None) is not None
+    return has_backend or getattr(stock, "merge", None) is not lora.Linear.merge
 
 
 def dora_is_cached(magnitude: nn.Module) -> bool:
@@ -318,8 +319,7 @@ def corda_decomposition(W: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, 
         W: `[O, I]`.
         covariance: of the inputs, `[I, I]`.
     """
-    # U, S and V of W times the covariance of its inputs, damped, as it takes both from a layer. Its module needs
-    # attrs, which PEFT does not ask for: only those who have called its preprocessing have imported it
+    # its module needs attrs, which PEFT does not ask for: only who has called its preprocessing has imported it
     from peft.tuners.lora.corda import collect_eigens_for_layer
 
     layer: Any = nn.Linear(1, 1, bias=False)
