@@ -84,10 +84,10 @@ def install_in_guesses(module: ModuleType) -> None:
         for layer, B in peft_state_dict.items():
             if layer.endswith("lora_B.weight") and B.ndim == 3 and B.shape[-1] > 1:
                 raise ValueError(
-                    f"the file has a GraLoRA adapter, whose {layer} is {list(B.shape)}, and no config, so its scaling is "
-                    "not known. Save it with one: save_lora_adapter writes it, and save_lora_weights does if it is given "
-                    "unet_lora_adapter_metadata or the like. If only the file is left: model.add_adapter(config), with "
-                    "the config of the training, and peft.set_peft_model_state_dict(model, tensors)."
+                    f"the file has a GraLoRA adapter, whose {layer} is {list(B.shape)}, and no config, so its scaling "
+                    "is not known. Save it with one: save_lora_adapter writes it, and save_lora_weights does if it is "
+                    "given unet_lora_adapter_metadata or the like. If only the file is left: model.add_adapter(config), "
+                    "with the training's config, and peft.set_peft_model_state_dict(model, tensors)."
                 )
         return guess(rank_dict, network_alpha_dict, peft_state_dict, *args, **kwargs)
 
