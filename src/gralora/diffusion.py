@@ -86,7 +86,7 @@ def install_in_guesses(module: ModuleType) -> None:
                 raise ValueError(
                     f"the file has a GraLoRA adapter, whose {layer} is {list(B.shape)}, and no config, so its scaling "
                     "is not known. Save it with one: save_lora_adapter writes it, and save_lora_weights does if it is "
-                    "given unet_lora_adapter_metadata or the like. If only the file is left: model.add_adapter(config), "
+                    "given unet_lora_adapter_metadata or the like. If only the file is left: model.add_adapter(config) "
                     "with the training's config, and peft.set_peft_model_state_dict(model, tensors)."
                 )
         return guess(rank_dict, network_alpha_dict, peft_state_dict, *args, **kwargs)
