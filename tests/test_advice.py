@@ -4,13 +4,10 @@ A case names the words of a refusal that give advice, brings it about, and does 
 source: a refusal that gives advice and is in no case fails it.
 """
 
-import ast
 import json
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
+from advice import Cases, check_all_are_followed, follow, refusals, refused, register_in
 from helpers import gralora_config, randomize, tiny_llama
 from safetensors.torch import load_file, save_file
 from saved import CONFIG, WEIGHTS, edit, logits, read, save, save_gralora, write
@@ -31,26 +29,9 @@ from gralora.tool import cli
 
 SOURCE = Path(gralora.__file__).parent / "checkpoints"
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-CASES: dict[str, Callable[..., Any]] = {}
+CASES: Cases = {}
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def case(words: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register what follows the advice of the refusal whose source has these words."""
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        CASES[words] = function
-        return function
-
-    return register
-
-
-@contextmanager
-def refused(*words: str, error: type[Exception] = ValueError) -> Iterator[None]:
-    """The block is refused, with all of these words."""
-    with pytest.raises(error) as raised:
-        yield
-    assert all(word in str(raised.value) for word in words), str(raised.value)
+case = register_in(CASES)
 
 
 def llama(folder: Path, **fields: Any) -> peft.PeftModel:
@@ -641,43 +622,14 @@ ELSEWHERE = {  # followed by a test that brings the refusal about in more ways
         "test_wrong_weights_on_disk_are_found",
     ),
 }
-ADVISES = re.compile(
-    r"`gralora|(?<![\w-])--[a-z]|convert_lora|pip install|\b(give|use|remove|choose|say|leave|correct|write|save|move"
-    r"|load|merge|wait|see|export|install|train|update|downloaded|try|run|keeps)\b(?! the)"
-)
 
 
 @pytest.mark.parametrize("words", CASES)
 def test_advice_can_be_followed(words, tmp_path, request):
-    function = CASES[words]
-    names = function.__code__.co_varnames[1 : function.__code__.co_argcount]
-    function(tmp_path, **{name: request.getfixturevalue(name) for name in names})
-
-
-def refusals() -> dict[str, str]:
-    """Where each refusal is raised -> the words of its message in the source, values left out."""
-    found = {}
-    for file in SOURCE.glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-                parts = [p for argument in node.exc.args for p in ast.walk(argument)]
-                texts = [p for p in parts if isinstance(p, ast.Constant) and isinstance(p.value, str)]
-                texts.sort(key=lambda p: (p.lineno, p.col_offset))
-                found[f"{file.name}:{node.lineno}"] = " ".join("".join(p.value for p in texts).split())
-    return found
+    follow(CASES[words], tmp_path, request)
 
 
 def test_every_advice_is_followed():
-    found = refusals()
+    found = refusals(SOURCE.glob("*.py"))
     assert len(found) > 100
-    followed = [*CASES, *ELSEWHERE]
-    squeezed = [" ".join(words.split()) for words in followed]
-    missing = [
-        f"{where}: {text}"
-        for where, text in found.items()
-        if ADVISES.search(text) and not any(words in text for words in squeezed)
-    ]
-    assert missing == []
-    assert [words for words in squeezed if not any(words in text for text in found.values())] == []
-    for file, name in ELSEWHERE.values():
-        assert f"def {name}(" in (Path(__file__).parent / file).read_text()
+    check_all_are_followed(found, CASES, ELSEWHERE)

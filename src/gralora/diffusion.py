@@ -85,9 +85,9 @@ def install_in_guesses(module: ModuleType) -> None:
             if layer.endswith("lora_B.weight") and B.ndim == 3 and B.shape[-1] > 1:
                 raise ValueError(
                     f"the file has a GraLoRA adapter, whose {layer} is {list(B.shape)}, and no config, so its scaling "
-                    "is not known. Save it with one: save_lora_adapter writes it, and save_lora_weights does if it is "
-                    "given unet_lora_adapter_metadata or the like. If only the file is left: model.add_adapter(config) "
-                    "with the training's config, and peft.set_peft_model_state_dict(model, tensors)."
+                    "is not known. Save it with one: save_lora_adapter writes it, and save_lora_weights if given "
+                    "unet_lora_adapter_metadata or the like. If this file is all there is: model.add_adapter(config), "
+                    "given the training's config, and peft.set_peft_model_state_dict(model, tensors)."
                 )
         return guess(rank_dict, network_alpha_dict, peft_state_dict, *args, **kwargs)
 

@@ -49,7 +49,9 @@ def quantize_fp8(model: nn.Module, modules_to_not_convert: Sequence[str] | None 
         ValueError: if the model has adapters, or no layer to convert.
     """
     if importlib.util.find_spec("torchao") is None:
-        raise ImportError("quantize_fp8 needs torchao: pip install 'gralora[quantized]'")
+        from gralora_command import install
+
+        raise ImportError(f"quantize_fp8 needs torchao: {install('quantized')}")
     from torchao.quantization import Float8WeightOnlyConfig, quantize_
     from transformers import PreTrainedModel, TorchAoConfig
     from transformers.quantizers.auto import AutoHfQuantizer

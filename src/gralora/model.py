@@ -132,7 +132,7 @@ class GraloraModel(Promoted, Stock):
                 if other_base is not base:
                     raise ValueError(
                         f"the adapters of {other!r} and {where!r} cannot be merged: these layers share one weight "
-                        "(layer_replication makes such layers), and each has an update of its own."
+                        "(layer_replication makes such layers), and each has an update of its own; use them unmerged."
                     )
         if any(isinstance(layer, GraloraLayer) and is_coarse(layer) for layer in self.model.modules()):
             warnings.warn(COARSE, stacklevel=3)  # at the caller of merge_adapter
