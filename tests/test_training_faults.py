@@ -1,5 +1,6 @@
 """What goes wrong in fine-tuning without an error: each is refused, or done, or said before training."""
 
+import importlib
 import json
 import math
 import shutil
@@ -641,6 +642,24 @@ def test_dry_run_trains_and_writes_nothing(finetune, tmp_path, data):
     found = json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
     assert found["steps"] == 3 and found["parameters"]["trainable"] > 0 and found["peak_memory_gib"] > 0
     assert finetune("--dry_run", base_model="./missing")[0] == 2
+
+
+def test_dry_run_times_rows_as_they_are_drawn(finetune, monkeypatch):
+    """Time is that of whole micro-batches with their padding, not of the longest one's tokens."""
+    module = importlib.import_module("gralora.tool.training.dry_run")
+    seen = []
+
+    def measured(trainer, batch):
+        seen.append(batch["input_ids"].numel())
+        return 1.0 if len(seen) > 2 else 99.0  # the first of a shape compile
+
+    monkeypatch.setattr(module, "measured", measured)
+    status, printed = finetune("--dry_run", "--json", "--gradient_accumulation_steps", "2", batch_size=4, max_steps=7)
+    found = json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
+    assert status == 0 and len(seen) == 2 + module.BATCHES
+    assert seen[0] == max(seen) == found["longest_tokens"]
+    assert (found["step_s"], found["time_s"]) == (2.0, 14.0)
+    assert found["tokens_per_s"] == round(found["tokens_per_step"] / 2, 1)
 
 
 def test_data_shows_what_files_become(chat_model, conversations, capsys):

@@ -1,4 +1,4 @@
-"""What a run would take, from its shapes and one measured step: `gralora finetune --dry_run`."""
+"""What a run would take, from its shapes and some measured batches: `gralora finetune --dry_run`."""
 
 import time
 from datetime import timedelta
@@ -14,32 +14,35 @@ from ..data.corpus import Corpus
 from .progress import peak_memory_gib, reset_peak_memory
 
 GIB = 2**30
+BATCHES = 4  # of which the time is measured
 
 
 def dry_run(args: FinetuneArguments, trainer: Trainer, model: PeftModel, corpus: Corpus) -> dict[str, Any]:
-    """Measure forward and backward of the longest micro-batch, and print what the whole run would take.
+    """Measure forward and backward of some micro-batches, and print what the whole run would take.
 
-    Nothing is trained and nothing is written. The time counts the tokens of the data, so it holds for short texts too;
-    the memory is that of the longest, with the optimizer's states added.
+    Nothing is trained and nothing is written. The time is that of rows drawn as training draws them, padding and all;
+    the memory is that of the longest rows, with the optimizer's states added.
     """
     batch = longest_batch(trainer, args.micro_batch_size)
-    tokens = batch["input_ids"].numel()
     reset_peak_memory()
-    seconds = measured(trainer, batch)
+    drawn = drawn_batches(trainer, args.micro_batch_size)
+    for first in (batch, drawn[0]):  # what is compiled or allocated for their shapes is not counted
+        measured(trainer, first)
+    seconds = sum(measured(trainer, each) for each in drawn) / len(drawn)
+    step_s = seconds * trainer.args.gradient_accumulation_steps
     trainable, total = model.get_nb_trainable_parameters()
     states = 2 * 4 * trainable / GIB  # AdamW's two, in float32
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / GIB
     steps = steps_of(trainer)
     per_step = tokens_per_step(args, trainer, corpus)
-    step_s = None if per_step is None else seconds * per_step / tokens
     found = {
         "parameters": {"trainable": trainable, "total": total},
         "steps": steps,
         "tokens_per_step": per_step,
-        "measured_tokens": tokens,
-        "tokens_per_s": round(tokens / seconds, 1),
+        "longest_tokens": batch["input_ids"].numel(),
+        "tokens_per_s": None if per_step is None else round(per_step / step_s, 1),
         "step_s": step_s,
-        "time_s": None if step_s is None or steps is None else step_s * steps,
+        "time_s": None if steps is None else step_s * steps,
         "weights_gib": round(weights, 3),
         "optimizer_gib": round(states, 3),
         "peak_memory_gib": round(peak_memory_gib() + states, 3),
@@ -60,17 +63,27 @@ def longest_batch(trainer: Trainer, size: int) -> dict[str, Any]:
     return trainer.data_collator(chosen)
 
 
+def drawn_batches(trainer: Trainer, size: int) -> list[dict[str, Any]]:
+    """Some micro-batches of rows drawn at random; of a stream, the first ones."""
+    rows = trainer.train_dataset
+    if isinstance(rows, Dataset):
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+        chosen = [rows[i] for i in order[: BATCHES * size]]
+    else:
+        chosen = list(rows.take(BATCHES * size))
+    return [trainer.data_collator(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+
+
 def measured(trainer: Trainer, batch: dict[str, Any]) -> float:
-    """Seconds of forward and backward of a batch, after one that warms up."""
+    """Seconds of forward and backward of a batch."""
     model = trainer.model.train().to(trainer.args.device)
-    for _ in range(2):
-        started = time.monotonic()
-        with trainer.accelerator.autocast():
-            loss = trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
-        loss.backward()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds = time.monotonic() - started
+    started = time.monotonic()
+    with trainer.accelerator.autocast():
+        loss = trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
+    loss.backward()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = time.monotonic() - started
     model.zero_grad()
     return seconds
 
@@ -115,12 +128,13 @@ def advice(args: FinetuneArguments, corpus: Corpus, weights: float) -> list[str]
 def print_plan(found: dict[str, Any]) -> None:
     print("dry run, nothing is trained or written:")
     print(f"  steps: {found['steps']}, of about {found['tokens_per_step']} tokens")
-    print(f"  measured: {found['measured_tokens']} tokens forward and backward, {found['tokens_per_s']} tokens/s")
+    speed = "" if found["tokens_per_s"] is None else f", {found['tokens_per_s']} tokens/s"
+    print(f"  a step: {found['step_s']:.2f} s, as measured forward and backward{speed}")
     if found["time_s"] is not None:
         print(f"  time: about {timedelta(seconds=round(found['time_s']))}, without evaluations and checkpoints")
     print(
-        f"  memory: about {found['peak_memory_gib']:.2f} GiB at the longest batch, of it {found['weights_gib']:.2f} "
-        f"weights and {found['optimizer_gib']:.2f} states of the optimizer"
+        f"  memory: about {found['peak_memory_gib']:.2f} GiB at the longest batch ({found['longest_tokens']} tokens), "
+        f"of it {found['weights_gib']:.2f} weights and {found['optimizer_gib']:.2f} states of the optimizer"
     )
     for line in found["reduce"]:
         print(f"  less: {line}")
