@@ -241,6 +241,16 @@ def test_resized_vocabulary(fields, has_both, tied, tmp_path):
         for use in (lambda: gralora.load_adapter(read, tmp_path / "adapter"), lambda: merged(tmp_path)):
             with pytest.raises(ValueError, match="lacks the weights of .* as it was trained on, with 36 tokens"):
                 use()
+        read.resize_token_embeddings(VOCAB + 4, mean_resizing=False)  # to other rows than those trained on
+        read.save_pretrained(tmp_path / "other")
+        for use in (
+            lambda: gralora.load_adapter(read, tmp_path / "adapter"),
+            lambda: merged(tmp_path, tmp_path / "other"),
+        ):
+            with pytest.raises(
+                ValueError, match=r"is not what the adapter was trained on, in 4 rows from 32 on, and its"
+            ):
+                use()
         loaded = gralora.load_adapter(type(model).from_pretrained(tmp_path / "resized"), tmp_path / "adapter")
         found = [loaded, merged(tmp_path, tmp_path / "resized")]
     else:

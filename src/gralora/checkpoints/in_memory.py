@@ -27,7 +27,7 @@ from .adapter import PREFIX
 from .base import WEIGHT_ENDINGS
 from .convert import convert_adapter
 from .files import LazyTensors, new_folder
-from .load import added_tokens, base_weights, expected_tensors
+from .load import added_tokens, base_weights, check_base_embeddings, expected_tensors
 from .prompting import copy_prompting
 from .rounding import loss
 from .untrusted import check_finite, is_finite, listed
@@ -141,6 +141,8 @@ def merge_in_memory(
         base = cls.from_pretrained(folder, dtype="auto", trust_remote_code=False).to(device)
         if size := added_tokens(base, tensors.specs):
             base.resize_token_embeddings(size, mean_resizing=False)  # which the adapter's own then overwrite
+        else:
+            check_base_embeddings(base, tensors)
         try:
             loaded = PeftModel.from_pretrained(base, str(adapter))
         except (RuntimeError, IndexError) as error:  # of torch, if shapes differ, or tokens are beyond the vocabulary

@@ -4,6 +4,7 @@ An adapter with NaN values, or with all B zero, is an error, too. After an error
 """
 
 import copy
+import itertools
 import os
 import re
 import reprlib
@@ -28,6 +29,7 @@ from .files import read_adapter_folder
 from .untrusted import check_finite, check_matching_time, listed
 
 MOST_REPLICATED = 16  # copies of a layer, on average
+SAME_ROW = 0.05  # of the standard deviation: above rounding, and the noise that transformers adds to new rows
 
 
 def load_adapter(
@@ -71,6 +73,7 @@ def load_adapter(
     check_layers(adapter, base)
     tensors = dict(adapter.tensors)
     check_finite(tensors)
+    check_base_embeddings(base, tensors)
     check_not_zero(adapter)
     adapter.config.inference_mode = not is_trainable
     with unchanged_after_error(model), faults_as_value_errors():
@@ -209,24 +212,73 @@ def added_tokens(model: nn.Module, saved: Mapping[str, Tensor]) -> int | None:
     Raises:
         ValueError: if it has saved the embedding or the output layer alone, and the other is not the same weight.
     """
-    weights, sizes = {}, {}
-    for place in embeddings(model):
-        inside = model.get_submodule(place).named_parameters(prefix=place)
-        weights[place] = next((p for name, p in inside if is_whole_weight(place, name)), None)
+    weights, sizes = whole_weights(model), {}
+    for place in weights:
         rows = {t.shape[0] for name, t in saved.items() if is_whole_weight(place, name.removeprefix(PREFIX))}
         if rows:
             sizes[place] = max(rows)
     size = max(sizes.values(), default=None)
     if size is None or all((w := weights[place]) is None or len(w) == size for place in sizes):
         return None
-    for place, weight in weights.items():
-        if weight is not None and all(weight is not weights[other] for other in sizes):
-            raise ValueError(
-                f"the adapter was trained with {size} tokens, which the base model does not have, and its file lacks "
-                f"the weights of {place!r} for them. Save the base model as it was trained on, with {size} tokens, "
-                "and give that as the base."
-            )
+    for place in not_in_file(weights, sizes.keys()):
+        raise ValueError(
+            f"the adapter was trained with {size} tokens, which the base model does not have, and its file lacks "
+            f"the weights of {place!r} for them. Save the base model as it was trained on, with {size} tokens, "
+            "and give that as the base."
+        )
     return size
+
+
+def check_base_embeddings(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a model has other embeddings than the adapter was trained on, and the file not all of them.
+
+    The file has the base's embedding with an adapter of it, or its output layer. Where the model's is another one, as
+    of tokens that were added to both again, so is what the file lacks. New rows that start as the mean of the others
+    are close enough.
+
+    Args:
+        model: the base model, which may have other adapters.
+        saved: name in the file -> the tensor.
+    """
+    weights = whole_weights(model)
+    names = {place: [n for n in saved if is_whole_weight(place, n.removeprefix(PREFIX))] for place in weights}
+    missing = not_in_file(weights, {place for place in weights if names[place]})
+    for place, other in itertools.product(weights, missing):
+        weight = weights[place]
+        for name in names[place]:
+            is_base = ".base_layer." in name  # else it is trained
+            if is_base and weight is not None and weight.shape == saved[name].shape and weight.is_floating_point():
+                off = other_rows(weight.detach(), saved[name])
+                if off:
+                    raise ValueError(
+                        f"{place!r} of the base model is not what the adapter was trained on, in {len(off)} rows from "
+                        f"{off[0]} on, and its file lacks the weights of {other!r} that belong to it. Save the base "
+                        "model as it was trained on, and give that as the base."
+                    )
+
+
+def other_rows(own: Tensor, theirs: Tensor) -> list[int]:
+    """Numbers of the rows in which two weights differ by more than rounding."""
+    own, theirs = own.float(), theirs.to(own.device, torch.float32)
+    return ((own - theirs).abs() > SAME_ROW * theirs.std()).any(1).nonzero().flatten().tolist()
+
+
+def whole_weights(model: nn.Module) -> dict[str, Any]:
+    """Name of the embedding of tokens and of the output layer -> its weight, or None of a module without one."""
+    return {
+        place: next(
+            (p for n, p in model.get_submodule(place).named_parameters(prefix=place) if is_whole_weight(place, n)),
+            None,
+        )
+        for place in embeddings(model)
+    }
+
+
+def not_in_file(weights: Mapping[str, Any], places: Set[str]) -> list[str]:
+    """Which of the weights are none of those at `places`, which a file has, if it has any."""
+    return [
+        name for name, w in weights.items() if places and w is not None and all(w is not weights[p] for p in places)
+    ]
 
 
 def is_whole_weight(place: str, name: str) -> bool:

@@ -37,6 +37,7 @@ from .files import (
     write_safetensors,
 )
 from .in_memory import config_of, merge_in_memory, shared_parameters, skeleton
+from .load import other_rows
 from .rounding import loss, warn_of_losses
 from .untrusted import check_finite, is_finite, listed
 
@@ -226,6 +227,8 @@ class Merges:
                     f"tensor {name!r} is {tuple(adapter.tensors.specs[source].shape)} in the adapter and "
                     f"{tuple(model.spec(name).shape)} in the base"
                 )
+            if source.endswith(".base_layer.weight") and other_rows(model[name], adapter.tensors[source]):
+                raise NotByFiles(f"tensor {name!r} of the base is not what the adapter was trained on")
 
     def check_shared(self) -> None:
         """Raise NotByFiles if the adapter changes a tensor whose memory another layer shares once it is loaded."""
