@@ -6,15 +6,17 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 FILE = "pytorch_lora_weights.safetensors"  # that diffusers writes
 TEXT_IDS = torch.arange(3, 9)[None]
@@ -73,11 +75,11 @@ def make(name: str) -> Any:
     return cls(**config).eval()
 
 
-def text_encoder() -> CLIPTextModel:
+def text_encoder(cls: Any = CLIPTextModel) -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     tokens = {"vocab_size": 100, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 2}
-    return CLIPTextModel(CLIPTextConfig(**sizes, **tokens, projection_dim=16)).eval()
+    return cls(CLIPTextConfig(**sizes, **tokens, projection_dim=16)).eval()
 
 
 def output(name: str, model: Any) -> Tensor:
@@ -114,3 +116,28 @@ def pipeline_of(name: str) -> Any:
     others = ["scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
     others += ["text_encoder_3", "tokenizer_3"] if name == "sd3" else []
     return cls(transformer=make(name), **dict.fromkeys(others))
+
+
+def sdxl() -> StableDiffusionXLPipeline:
+    """Of two text encoders, and a UNet whose attention blocks have several layers and get more than the text."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        **MODELS["unet"][1] | {"layers_per_block": 2, "transformer_layers_per_block": (1, 2)},
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64,
+    )
+    encoders = {"text_encoder": text_encoder(), "text_encoder_2": text_encoder(CLIPTextModelWithProjection)}
+    others = {"scheduler": EulerDiscreteScheduler(), "tokenizer": None, "tokenizer_2": None}
+    return StableDiffusionXLPipeline(unet=unet.eval(), vae=autoencoder(), **encoders, **others)
+
+
+@torch.no_grad()
+def outputs_of_sdxl(pipeline: Any) -> list[Tensor]:
+    """What the UNet and both text encoders make of the same inputs at every call."""
+    generator = torch.Generator().manual_seed(0)
+    x, text, pooled, ids = (torch.randn(s, generator=generator) for s in ((1, 4, 8, 8), (1, 5, 16), (1, 16), (1, 6)))
+    picture = pipeline.unet(x, 3, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample
+    texts = [encoder.eval()(TEXT_IDS)[0] for encoder in (pipeline.text_encoder, pipeline.text_encoder_2)]
+    return [picture, *texts]
