@@ -16,6 +16,7 @@ from helpers import (
     adapter_parameters,
     assert_close64,
     case_config,
+    dora,
     factors_of,
     few_cases,
     naive_update,
@@ -241,6 +242,7 @@ def test_onnx(kind, dynamo):
     torch.testing.assert_close(onnx_result(model, x, dynamo), model(x).detach(), rtol=1e-5, atol=1e-4)
 
 
+@dora
 def test_transforms_with_dora():
     """As in a batch of gradients computed one by one, and run by ONNX's interpreter."""
     case = Case(2, 7, 3, 20, 12)
