@@ -1,5 +1,6 @@
 """The command line: which commands there are, and how it ends."""
 
+import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -11,7 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from advice import refusals
 
+import gralora
 import gralora_command
 from gralora.checkpoints.export import DIFFUSERS
 from gralora.checkpoints.formats import FORMATS
@@ -253,3 +256,36 @@ def test_example_script_is_the_finetune_command(monkeypatch, capsys):
         runpy.run_path(str(EXAMPLE), run_name="__main__")
     assert stop.value.code == cli.USER_ERROR
     assert "gralora finetune: error: batch_size=5 must be divisible" in capsys.readouterr().err
+
+
+# Flags of other programs that refusals name, and whose
+FOREIGN = {"use_peft": "trl", "tuner_type": "ms-swift"}
+MODULES = {  # where a refusal stands -> the commands that its flags are of
+    "tool/tuning": ["tune", "finetune"],
+    "tool/tune.py": ["tune", "finetune"],
+    "tool/evaluat": ["evaluate"],
+    "tool/side_by_side.py": ["evaluate", "chat"],
+    "tool/verify.py": ["verify", "finetune"],
+    "tool/run.py": ["run"],
+    "checkpoints": ["export", "merge", "convert", "inspect"],
+}
+
+
+def test_refusals_name_flags_and_commands_that_exist(capsys: pytest.CaptureFixture) -> None:
+    """Of the command that refuses, where one module is of one command; those of the data are finetune's."""
+    flags = {}
+    for command in cli.COMMANDS:
+        with contextlib.suppress(SystemExit):
+            cli.main([command, "--help"])
+        flags[command] = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", capsys.readouterr().out))
+    package, named, missing = Path(gralora.__file__).parent, 0, []
+    for file in package.rglob("*.py"):
+        where = str(file.relative_to(package))
+        commands = next((c for place, c in MODULES.items() if where.startswith(place)), ["finetune"])
+        known = set().union(FOREIGN, *(flags[command] for command in commands))
+        for line, text in refusals([file]).items():
+            for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text):
+                named += 1
+                missing += [] if flag in known else [f"{line}: --{flag}"]
+            missing += [f"{line}: {c}" for c in re.findall(r"`gralora ([a-z]\w*)", text) if c not in cli.COMMANDS]
+    assert named > 40 and not missing, missing
