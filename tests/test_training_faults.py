@@ -662,6 +662,15 @@ def test_dry_run_times_rows_as_they_are_drawn(finetune, monkeypatch):
     assert found["tokens_per_s"] == round(found["tokens_per_step"] / 2, 1)
 
 
+def test_dry_run_counts_steps_as_the_trainer_does(finetune, tmp_path):
+    """The last step of an epoch may have fewer micro-batches, and the last epoch may be a part of one."""
+    settings = {"batch_size": 16, "max_steps": None, "num_train_epochs": 1.5}
+    status, printed = finetune("--dry_run", "--json", **settings)
+    found = json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
+    assert finetune(**settings)[0] == status == 0
+    assert found["steps"] == json.loads((tmp_path / "out" / "metrics.json").read_text())["steps"] == 3
+
+
 def test_data_shows_what_files_become(chat_model, conversations, capsys):
     flags = ["data", str(conversations), "--base_model", str(chat_model), "--rows", "1", "--max_seq_length", "30"]
     assert cli.main(flags) == 0

@@ -109,7 +109,7 @@ def make_parser() -> FlagParser:
         )
     parser.add_argument("--config", help="A YAML file with flags by their names; flags given here win over it.")
     parser.add_argument(
-        "--dry_run", action="store_true", help="Measure one step, print what the run would take, and stop."
+        "--dry_run", action="store_true", help="Measure some batches, print what the run would take, and stop."
     )
     parser.add_argument("--print_config", action="store_true", help="Print all settings as such a file, and stop.")
     add_output_flags(parser)
@@ -221,7 +221,7 @@ def train(args: FinetuneArguments) -> dict[str, Any]:
 
 
 def plan(args: FinetuneArguments) -> dict[str, Any]:
-    """What a run would take, from its shapes and one measured step; nothing is written. See `dry_run`."""
+    """What a run would take, from its shapes and some measured batches; nothing is written. See `dry_run`."""
     check_output(args.output_dir, find_checkpoint(args.resume_from_checkpoint, args.output_dir), args.overwrite)
     with tempfile.TemporaryDirectory() as folder:  # the Trainer makes its output folder
         elsewhere = dataclasses.replace(args, trainer=args.trainer, output_dir=folder, resume_from_checkpoint=None)

@@ -1,5 +1,6 @@
 """What a run would take, from its shapes and some measured batches: `gralora finetune --dry_run`."""
 
+import math
 import time
 from datetime import timedelta
 from typing import Any
@@ -89,12 +90,12 @@ def measured(trainer: Trainer, batch: dict[str, Any]) -> float:
 
 
 def steps_of(trainer: Trainer) -> int | None:
-    """Optimizer steps of the run; None of a stream without `max_steps`."""
+    """Optimizer steps of the run, counted as the Trainer counts them; None of a stream without `max_steps`."""
     args = trainer.args
     if args.max_steps > 0:
         return args.max_steps
-    batches = -(-len(trainer.train_dataset) // (args.per_device_train_batch_size * args.world_size))
-    return int(max(1, batches // args.gradient_accumulation_steps) * args.num_train_epochs)
+    batches = len(trainer.get_train_dataloader())
+    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
 
 
 def tokens_per_step(args: FinetuneArguments, trainer: Trainer, corpus: Corpus) -> int | None:
